@@ -1,0 +1,52 @@
+#include "ops/lsq.h"
+
+#include "core/check.h"
+#include "core/register.h"
+
+namespace qk {
+
+template <void (*kernel)(const LsqArgs&)>
+Tensor lsq(const Tensor& x, const Tensor& step, const Tensor& zero, int64_t bits, double, const std::string& boundary) {
+  check_device("lsq", x, {{"step", &step}, {"zero", &zero}});
+  check_dtype("lsq", "x", x, ScalarType::Float);
+  check_bits("lsq", bits);
+  check(boundary == "paper" || boundary == "torch", "lsq", "boundary", "paper or torch", boundary);
+  const auto [rows, cols] = check_rows("lsq", x, step, zero);
+  const Tensor xs = dense(x), steps = dense(step), zeros = dense(zero);
+  check_step_values("lsq", "step", steps);
+  check_zero_values("lsq", "zero", zeros, bits);
+  Tensor out = torch::stable::new_empty(xs, xs.sizes());
+  QK_DEVICE_GUARD(x);
+  kernel({xs.const_data_ptr<float>(), steps.const_data_ptr<float>(), zeros.const_data_ptr<int32_t>(),
+          out.mutable_data_ptr<float>(), rows, cols, static_cast<int>(bits)});
+  return out;
+}
+
+template <void (*kernel)(const LsqBackwardArgs&)>
+std::tuple<Tensor, Tensor> lsq_backward(const Tensor& grad, const Tensor& x, const Tensor& step, const Tensor& zero,
+                                        int64_t bits, double grad_scale, const std::string& boundary) {
+  check_device("lsq_backward", x, {{"grad", &grad}, {"step", &step}, {"zero", &zero}});
+  check_dtype("lsq_backward", "x", x, ScalarType::Float);
+  check_dtype("lsq_backward", "grad", grad, ScalarType::Float);
+  check_same_shape("lsq_backward", "grad", grad, "x", x);
+  check_bits("lsq_backward", bits);
+  check(boundary == "paper" || boundary == "torch", "lsq_backward", "boundary", "paper or torch", boundary);
+  const auto [rows, cols] = check_rows("lsq_backward", x, step, zero);
+  const Tensor grads = dense(grad), xs = dense(x), steps = dense(step), zeros = dense(zero);
+  Tensor grad_x = torch::stable::new_empty(xs, xs.sizes());
+  Tensor grad_step = torch::stable::new_empty(steps, steps.sizes());
+  Tensor partial = torch::stable::new_empty(xs, {rows * lsq_chunks(cols)});
+  QK_DEVICE_GUARD(x);
+  kernel({grads.const_data_ptr<float>(), xs.const_data_ptr<float>(), steps.const_data_ptr<float>(),
+          zeros.const_data_ptr<int32_t>(), grad_x.mutable_data_ptr<float>(), grad_step.mutable_data_ptr<float>(),
+          partial.mutable_data_ptr<float>(), rows, cols, static_cast<int>(bits), static_cast<float>(grad_scale),
+          boundary == "torch"});
+  return {grad_x, grad_step};
+}
+
+QK_REGISTER(m) {
+  m.impl("lsq", TORCH_BOX(&lsq<QK_DEVICE::lsq>));
+  m.impl("lsq_backward", TORCH_BOX(&lsq_backward<QK_DEVICE::lsq_backward>));
+}
+
+}  // namespace qk

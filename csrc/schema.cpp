@@ -1,0 +1,76 @@
+// Every operator, with the shapes of its arguments. The only place with names and defaults.
+//
+// "rows": a tensor x goes with step float32 [...] and zero int32 of as many values, rows = step.numel(). x is seen as
+// [rows, numel / rows], one step and zero for each row: 1 value is per tensor, N values are per output channel of a
+// weight [N, ...], N * G values are groups of K / G along the last axis (docs/numerics.md). Codes are uint8.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(qk, m) {
+  // --- training: float32 in, float32 out, each with a fused backward ---------------------------------------------
+
+  // x [...] float32, step and zero by rows -> [...]: step * (clamp(round(x / step) + zero, 0, 2^bits - 1) - zero).
+  // grad_scale multiplies the gradient of step. boundary "paper" decides inside or outside on x / step, "torch" on the
+  // rounded code.
+  m.def("lsq(Tensor x, Tensor step, Tensor zero, int bits, float grad_scale=1.0, str boundary=\"paper\") -> Tensor");
+  m.def(
+      "lsq_backward(Tensor grad, Tensor x, Tensor step, Tensor zero, int bits, float grad_scale, str boundary)"
+      " -> (Tensor, Tensor)");
+
+  // weight [...], v [...] float32, step and zero by rows -> [...]:
+  // step * (clamp(floor(weight / step) + h(v) + zero, 0, 2^bits - 1) - zero), h(v) = clamp(1.2 sigmoid(v) - 0.1, 0, 1).
+  m.def("soft_round(Tensor weight, Tensor v, Tensor step, Tensor zero, int bits) -> Tensor");
+  m.def("soft_round_backward(Tensor grad, Tensor weight, Tensor v, Tensor step, Tensor zero, int bits) -> Tensor");
+
+  // v [...] float32 -> []: sum of 1 - |2 h(v) - 1|^beta.
+  m.def("rounding_penalty(Tensor v, float beta) -> Tensor");
+  m.def("rounding_penalty_backward(Tensor grad, Tensor v, float beta) -> Tensor");
+
+  // output, target, weight [...] float32 -> []: scale * sum of weight * (output - target)^2; no weight means 1.
+  m.def("fisher_loss(Tensor output, Tensor target, Tensor? weight, float scale) -> Tensor");
+  m.def("fisher_loss_backward(Tensor grad, Tensor output, Tensor target, Tensor? weight, float scale) -> Tensor");
+
+  // x [rows, cols] float32, step [rows, candidates] float32, zero [rows, candidates] int32 -> [rows, candidates]:
+  // sum over cols of |fake_quantized(x) - x|^power for each candidate, in one pass over x.
+  m.def("range_error(Tensor x, Tensor step, Tensor zero, int bits, float power) -> Tensor");
+
+  // --- codes ---------------------------------------------------------------------------------------------------------
+
+  // x [...] float32, step and zero by rows -> [...] uint8: clamp(round(x / step) + zero, 0, 2^bits - 1).
+  m.def("quantize(Tensor x, Tensor step, Tensor zero, int bits) -> Tensor");
+  // x [..., cols] float32 -> codes [..., cols] uint8, step [...] float32, zero [...] int32: one range for each row,
+  // from its own minimum and maximum, stretched to hold 0.
+  m.def("quantize_rows(Tensor x, int bits) -> (Tensor, Tensor, Tensor)");
+  // codes [...] uint8, step and zero by rows -> [...] float32: step * (codes - zero).
+  m.def("dequantize(Tensor codes, Tensor step, Tensor zero) -> Tensor");
+  // codes [rows, cols] uint8 -> [rows, row_bytes] uint8: value i of a byte at bit i * bits, rows padded to 16 bytes with
+  // zero bits. bits 2, 4 or 8. A code that does not fit is an error on the CPU and loses its high bits on CUDA.
+  m.def("pack(Tensor codes, int bits) -> Tensor");
+  m.def("unpack(Tensor packed, int bits, int cols) -> Tensor");
+  // codes [..., cols] uint8, 8 bits with zero 0 -> the same shape: each value cut to its window of `bits` bits at the
+  // smallest allowed shift (a multiple of stride, at most 8 - bits) that keeps its top bit; with pairs, a value whose
+  // partner (2i, 2i + 1 along cols) is 0 gets a window of 2 * bits bits.
+  m.def("sparq(Tensor codes, int bits, int stride=1, bool round=True, bool pairs=True) -> Tensor");
+
+  // --- integer -------------------------------------------------------------------------------------------------------
+
+  // packed [N, row_bytes] uint8 (codes of a weight of `shape`, packed along K), zero [N] or [N, groups along K] int32
+  // -> the kernels' own layout, opaque uint8 [bytes]. shape [N, K] for gemm, [N, kh, kw, C / groups] for conv2d.
+  // bits 2, 4 or 8; 8-bit weights have zero 128.
+  m.def("prepack(Tensor packed, Tensor zero, int bits, int[] shape, int groups=1) -> Tensor");
+
+  // x [..., K] uint8 codes below 2^x_bits, x_step float32 and x_zero int32 [1] or [rows of x], weight prepacked,
+  // weight_step [N] or [N, groups along K] float32, bias [N] float32 -> [..., N] float32:
+  // activation(float(sum (x - x_zero) (weight - weight_zero)) * (x_step * weight_step) + bias); groups are added in order.
+  // With out_step and out_zero (one value each) the result is quantized to uint8 codes of out_bits.
+  // activation: none, relu, relu6.
+  m.def(
+      "gemm(Tensor x, Tensor x_step, Tensor x_zero, Tensor weight, Tensor weight_step, Tensor? bias, int bits,"
+      " int x_bits=8, str activation=\"none\", Tensor? out_step=None, Tensor? out_zero=None, int out_bits=8) -> Tensor");
+
+  // x [B, H, W, C] uint8 codes (NHWC), x_step and x_zero [1], weight prepacked from [N, kh, kw, C / groups],
+  // weight_step [N] or [N, groups along K], bias [N] -> [B, OH, OW, N] float32 or codes, as gemm. Padding has code x_zero.
+  m.def(
+      "conv2d(Tensor x, Tensor x_step, Tensor x_zero, Tensor weight, Tensor weight_step, Tensor? bias, int bits,"
+      " int[2] kernel, int[2] stride=1, int[2] padding=0, int[2] dilation=1, int groups=1,"
+      " int x_bits=8, str activation=\"none\", Tensor? out_step=None, Tensor? out_zero=None, int out_bits=8) -> Tensor");
+}

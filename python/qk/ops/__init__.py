@@ -1,0 +1,6 @@
+"""Operators: the definition in torch, the shape rule, the gradient and the public function of each."""
+
+import qk._native  # noqa: F401  registers torch.ops.qk
+from qk.ops.lsq import lsq
+
+__all__ = ["lsq"]

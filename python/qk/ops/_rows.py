@@ -1,0 +1,29 @@
+"""What the definitions share: a tensor seen as rows with one step and zero each (docs/numerics.md)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def as_rows(x: Tensor, step: Tensor) -> Tensor:
+    """x as [step.numel(), -1]."""
+    return x.reshape(step.numel(), -1) if x.numel() else x.reshape(step.numel(), 0)
+
+
+def units(x: Tensor, step: Tensor) -> Tensor:
+    """x / step by rows, as every kernel computes it: x times the once-rounded reciprocal, float32."""
+    return as_rows(x, step) * (1.0 / step.reshape(-1, 1))
+
+
+def codes(x: Tensor, step: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """clamp(rint(x / step) + zero, 0, 2^bits - 1) by rows, as float32; NaN gives the code zero."""
+    z = zero.reshape(-1, 1).to(torch.float32)
+    t = torch.nan_to_num(units(x, step), nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+    return torch.clamp(torch.round(t) + z, 0, 2**bits - 1)
+
+
+def fake_quantize(x: Tensor, step: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """The definition of a quantized tensor's float values: step * (code - zero). Shape of x."""
+    z = zero.reshape(-1, 1).to(torch.float32)
+    return ((codes(x, step, zero, bits) - z) * step.reshape(-1, 1)).reshape(x.shape)

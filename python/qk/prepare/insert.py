@@ -1,0 +1,124 @@
+"""Layers with quantizers: what stands in the prepared model where a Conv2d or Linear stood.
+
+Weights are kept in kernel order: [N, K] of a Linear, [N, kh, kw, C / groups] of a convolution (docs/format.md), so that
+a group of K that shares a step is contiguous and codes need no shuffling when they are packed.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from qk import ops
+from qk.ops.lsq import grad_scale_for
+from qk.spec import QuantSpec
+from torch import Tensor, nn
+
+
+def to_kernel_order(weight: Tensor) -> Tensor:
+    """[N, C / groups, kh, kw] -> [N, kh, kw, C / groups]; [N, K] stays."""
+    return weight.permute(0, 2, 3, 1).contiguous() if weight.dim() == 4 else weight.contiguous()
+
+
+def from_kernel_order(weight: Tensor) -> Tensor:
+    """The inverse, as a view: a convolution's weight comes back in channels_last."""
+    return weight.permute(0, 3, 1, 2) if weight.dim() == 4 else weight
+
+
+class ActQuantizer(nn.Module):
+    """Fake-quantizes one tensor: one step and zero for all of it. Layers that read the same tensor share one."""
+
+    zero: Tensor
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+        self.step = nn.Parameter(torch.ones(1))
+        self.register_buffer("zero", torch.zeros(1, dtype=torch.int32))
+        self.calibrated = False
+
+    def set_range(self, step: Tensor, zero: Tensor) -> None:
+        with torch.no_grad():
+            self.step.copy_(step.reshape(1))
+            self.zero.copy_(zero.reshape(1))
+        self.calibrated = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = max(1, x.numel() // max(1, x.shape[0]))
+        top = 2**self.bits - 1 - int(self.zero)
+        return ops.lsq(x, self.step, self.zero, self.bits, grad_scale_for(features, max(1, top)))
+
+
+class QuantLayer(nn.Module):
+    """A Conv2d or Linear with a quantizer in front and quantized weights.
+
+    quantized False: the float layer. True: input through `input`, weights from `codes`, or, while rounding is learned,
+    from `rounding` (AdaRound's V, kernel order). `weight` and `bias` stay as they were; `codes` uint8 in kernel order,
+    `weight_step` float32 and `weight_zero` int32 [N] or [N, groups along K] are what is deployed.
+    """
+
+    codes: Tensor | None
+    weight_step: Tensor | None
+    weight_zero: Tensor | None
+
+    def __init__(self, layer: nn.Conv2d | nn.Linear, spec: QuantSpec, quantizer: ActQuantizer) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+        self.conv_args: dict | None = None
+        if isinstance(layer, nn.Conv2d):
+            self.conv_args = {"stride": layer.stride, "dilation": layer.dilation, "groups": layer.groups}
+            self.conv_args["padding"] = _padding(layer)
+        self.spec = spec
+        self.input = quantizer
+        self.quantized = False
+        self.rounding: Tensor | None = None
+        for name in ("codes", "weight_step", "weight_zero"):
+            self.register_buffer(name, None)
+
+    @property
+    def kind(self) -> str:
+        return "linear" if self.conv_args is None else "conv2d"
+
+    @property
+    def groups_along_k(self) -> int:
+        k = self.weight[0].numel()
+        return 1 if self.spec.group_size is None else k // self.spec.group_size
+
+    def weight_rows(self) -> Tensor:
+        """The float weight in kernel order as rows with one step each: [N * groups along K, -1]."""
+        return to_kernel_order(self.weight.detach()).reshape(self.weight.shape[0] * self.groups_along_k, -1)
+
+    def set_weight_range(self, step: Tensor, zero: Tensor) -> None:
+        """step, zero: one for each of weight_rows. Codes become the nearest ones."""
+        shape = (self.weight.shape[0],) if self.groups_along_k == 1 else (self.weight.shape[0], self.groups_along_k)
+        self.weight_step = step.reshape(shape).to(torch.float32)
+        self.weight_zero = zero.reshape(shape).to(torch.int32)
+        assert self.spec.weights is not None
+        self.codes = ops.quantize(
+            to_kernel_order(self.weight.detach()), self.weight_step, self.weight_zero, self.spec.weights
+        )
+
+    def quantized_weight(self) -> Tensor:
+        """The weight that the integer kernels see, in the layout of `weight`. Differentiable in `rounding`."""
+        assert self.codes is not None, "calibrate before quantizing"
+        if self.rounding is None:
+            return from_kernel_order(ops.dequantize(self.codes, self.weight_step, self.weight_zero))
+        weight = to_kernel_order(self.weight.detach())
+        soft = ops.soft_round(weight, self.rounding, self.weight_step, self.weight_zero, self.spec.weights)
+        return from_kernel_order(soft)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if self.quantized:
+            x, weight = self.input(x), self.quantized_weight()
+        if self.conv_args is None:
+            return F.linear(x, weight, self.bias)
+        return F.conv2d(x, weight, self.bias, **self.conv_args)
+
+
+def _padding(layer: nn.Conv2d) -> tuple[int, int]:
+    """padding as numbers; "same" is symmetric where prepare lets a layer through."""
+    if layer.padding == "valid":
+        return (0, 0)
+    if layer.padding == "same":
+        return tuple(d * (k - 1) // 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True))
+    return layer.padding

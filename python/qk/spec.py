@@ -1,0 +1,161 @@
+"""What is asked for: widths per layer (QuantSpec, Plan) and how to get there (Recipe). Frozen, checked, JSON and YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from qk.errors import QkError
+
+WEIGHT_WIDTHS = (2, 3, 4, 8)  # as the kernels store them; 3 lies in 4
+ACTIVATION_WIDTHS = tuple(range(2, 9))
+
+WeightBits = Literal[2, 3, 4, 8]
+ActivationBits = Literal[2, 3, 4, 5, 6, 7, 8]
+_strict = ConfigDict(extra="forbid", strict=False)
+
+
+@dataclass(frozen=True, config=_strict)
+class QuantSpec:
+    """Widths of one layer. Both None: the layer stays in float, and `reason` says why.
+
+    group_size: weights that share a step along K (K in the order kh, kw, C for a convolution); None is per output
+    channel. symmetric: zero in the middle of the weight's codes; 8-bit weights always are, as their kernels need it.
+    """
+
+    weights: WeightBits | None = 8
+    activations: ActivationBits | None = 8
+    group_size: int | None = Field(default=None, gt=0)
+    symmetric: bool = False
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.weights is None) != (self.activations is None):
+            raise ValueError("weights and activations must both be widths, or both be null for a float layer")
+
+    @property
+    def is_float(self) -> bool:
+        return self.weights is None
+
+    @property
+    def storage_bits(self) -> int:
+        """Bits of a packed weight at rest."""
+        assert self.weights is not None
+        return 4 if self.weights == 3 else self.weights
+
+    @property
+    def weight_symmetric(self) -> bool:
+        return self.symmetric or self.weights == 8
+
+    def describe(self) -> str:
+        return "float" if self.is_float else f"W{self.weights}A{self.activations}"
+
+
+def float_spec(reason: str) -> QuantSpec:
+    return QuantSpec(None, None, reason=reason)
+
+
+@dataclass(frozen=True, config=_strict)
+class Plan:
+    """Layer name -> QuantSpec, in the order in which the layers run."""
+
+    layers: dict[str, QuantSpec]
+
+    def __getitem__(self, name: str) -> QuantSpec:
+        return self.layers[name]
+
+    def to_dict(self) -> dict[str, Any]:
+        return TypeAdapter(Plan).dump_python(self, mode="json")
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Plan:
+        return _parse(Plan, data, "plan")
+
+
+@dataclass(frozen=True, config=_strict)
+class Recipe:
+    """How to quantize. The defaults are BRECQ with learned activation steps.
+
+    weights, activations: widths of every layer but the first and last, which take `first_last` (None: no exception).
+    group_size, symmetric: as in QuantSpec. skip: name patterns (fnmatch) of layers to leave in float. overrides: name
+    pattern -> fields of QuantSpec that differ there; the last pattern that matches wins.
+    ranges: how a step is chosen before learning. method: "nearest" stops after that; "brecq" learns the rounding.
+    granularity: what is reconstructed together. loss: "fisher" weighs errors by squared gradients of the task loss.
+    iterations, batch_size, weight_lr, act_lr: of learning, for each unit. penalty, warmup, beta: weight of the rounding
+    penalty, the share of iterations without it, its exponent's start and end. drop: probability with which a value of the
+    unit's input comes from the quantized prefix instead of the float one (QDrop); 1.0 is BRECQ's.
+    memory_mb: for the cached inputs and outputs of a unit; beyond it they go to a file. seed: same seed, same bits.
+    """
+
+    weights: WeightBits = 4
+    activations: ActivationBits = 8
+    first_last: Literal[2, 3, 4, 8] | None = 8
+    group_size: int | None = Field(default=None, gt=0)
+    symmetric: bool = False
+    skip: tuple[str, ...] = ()
+    overrides: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    ranges: Literal["minmax", "percentile", "mse", "kl"] = "mse"
+    method: Literal["nearest", "brecq"] = "brecq"
+    granularity: Literal["layer", "block"] = "block"
+    loss: Literal["mse", "fisher"] = "mse"
+    iterations: int = Field(default=2000, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    weight_lr: float = Field(default=1e-3, gt=0)
+    act_lr: float = Field(default=4e-5, ge=0)
+    penalty: float = Field(default=0.01, ge=0)
+    warmup: float = Field(default=0.2, ge=0, lt=1)
+    beta: tuple[float, float] = (20.0, 2.0)
+    drop: float = Field(default=0.5, ge=0, le=1)
+    memory_mb: int = Field(default=1024, ge=1)
+    seed: int = 0
+
+    def spec_for(self, name: str, is_first_or_last: bool) -> QuantSpec:
+        """The widths of one layer, before linked layers are made to agree."""
+        if any(fnmatchcase(name, pattern) for pattern in self.skip):
+            return float_spec("named in the recipe's skip")
+        fields: dict[str, Any] = {
+            "weights": self.weights,
+            "activations": self.activations,
+            "group_size": self.group_size,
+            "symmetric": self.symmetric,
+        }
+        if is_first_or_last and self.first_last is not None:
+            fields |= {"weights": self.first_last, "activations": self.first_last}
+        for pattern, changed in self.overrides.items():
+            if fnmatchcase(name, pattern):
+                fields |= changed
+        return _parse(QuantSpec, fields, f"recipe: overrides for {name}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return TypeAdapter(Recipe).dump_python(self, mode="json")
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Recipe:
+        return _parse(Recipe, data, "recipe")
+
+    @staticmethod
+    def from_yaml(path: str | Path) -> Recipe:
+        """Raises QkError for a file that is missing, is not YAML, or has an unknown or impossible field."""
+        try:
+            data = yaml.safe_load(Path(path).read_text())
+        except (OSError, yaml.YAMLError) as error:
+            raise QkError(f"recipe: {path} must be a readable YAML file, got: {error}.") from error
+        if not isinstance(data, dict):
+            raise QkError(f"recipe: {path} must hold a mapping of Recipe's fields, got {type(data).__name__}.")
+        return Recipe.from_dict(data)
+
+
+def _parse(kind: Any, data: Mapping[str, Any], where: str) -> Any:
+    """data as `kind`, with every field that does not fit named in one QkError."""
+    try:
+        return TypeAdapter(kind).validate_python(dict(data))
+    except ValidationError as error:
+        known = ", ".join(kind.__dataclass_fields__)
+        lines = [f"{'.'.join(map(str, e['loc'])) or 'it'}: {e['msg']}, got {e['input']!r}" for e in error.errors()]
+        raise QkError(f"{where}: {'; '.join(lines)}. The fields are: {known}.") from error
