@@ -1,4 +1,4 @@
-"""What is asked for: widths per layer (QuantSpec, Plan) and how to get there (Recipe). Frozen, checked, JSON and YAML."""
+"""What is asked for: widths per layer (QuantSpec, Plan) and how to get there (Recipe). Frozen and checked."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ class Recipe:
     ranges: how a step is chosen before learning. method: "nearest" stops after that; "brecq" learns the rounding.
     granularity: what is reconstructed together. loss: "fisher" weighs errors by squared gradients of the task loss.
     iterations, batch_size, weight_lr, act_lr: of learning, for each unit. penalty, warmup, beta: weight of the rounding
-    penalty, the share of iterations without it, its exponent's start and end. drop: probability with which a value of the
-    unit's input comes from the quantized prefix instead of the float one (QDrop); 1.0 is BRECQ's.
+    penalty, the share of iterations without it, its exponent's start and end. drop: probability with which a value of
+    the unit's input comes from the quantized prefix instead of the float one (QDrop); 1.0 is BRECQ's.
     memory_mb: for the cached inputs and outputs of a unit; beyond it they go to a file. seed: same seed, same bits.
     """
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from qk import ops
 from qk.ops.lsq import grad_scale_for
 from qk.spec import QuantSpec
-from torch import Tensor, nn
 
 
 def to_kernel_order(weight: Tensor) -> Tensor:

@@ -1,0 +1,84 @@
+"""What prepare found in a model, and the model with quantizers in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from qk.prepare.insert import QuantLayer
+from qk.spec import Plan
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A Conv2d or Linear that can be quantized, as it was seen to run on the example.
+
+    name: module path. order: place among all layers by first call. macs: multiply-accumulates for the whole example.
+    input_shape, output_shape: of the first call, batch first.
+    """
+
+    name: str
+    kind: str  # "conv2d" | "linear"
+    order: int
+    calls: int
+    macs: int
+    weight_shape: tuple[int, ...]
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is reconstructed together: a block (residual unit, transformer layer), or one layer that is in no block.
+
+    name: module path of the module whose input and output are matched. layers: those inside, in running order.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+
+
+@dataclass
+class Prepared:
+    """A copy of the model, BatchNorm folded, with a QuantLayer at every layer of the plan that is not float.
+
+    layers: every quantizable layer that ran, in running order. units: in running order; together they hold every
+    quantized layer once. links: groups of layers that read the same tensor; they share one ActQuantizer and one
+    activation width. folds: BatchNorm name -> the layer it was folded into. kept: module name -> why it stays in float.
+    """
+
+    model: nn.Module
+    layers: dict[str, Layer]
+    units: list[Unit]
+    links: list[tuple[str, ...]]
+    folds: dict[str, str]
+    kept: dict[str, str]
+    plan: Plan
+    calibrated: bool = False
+    history: dict[str, list[dict]] = field(default_factory=dict)  # unit name -> [{"iteration", "loss"}], for the report
+
+    @property
+    def blocks(self) -> list[Unit]:
+        """The units that hold more than one layer."""
+        return [u for u in self.units if len(u.layers) > 1]
+
+    def quant_layers(self) -> dict[str, QuantLayer]:
+        """Name -> QuantLayer, in running order; float layers are not in it."""
+        found = {name: self.model.get_submodule(name) for name in self.layers}
+        return {name: module for name, module in found.items() if isinstance(module, QuantLayer)}
+
+    @contextmanager
+    def quantized(self, names: set[str] | None = None) -> Iterator[nn.Module]:
+        """The model with the named layers quantized (all by default) and every other one in float, for a while."""
+        layers = self.quant_layers()
+        before = {name: layer.quantized for name, layer in layers.items()}
+        for name, layer in layers.items():
+            layer.quantized = names is None or name in names
+        try:
+            yield self.model
+        finally:
+            for name, layer in layers.items():
+                layer.quantized = before[name]
