@@ -14,7 +14,7 @@ from qk.spec import QuantSpec, Recipe
 
 
 class Small(nn.Module):
-    """Folded norms, linked layers, a residual addition, depthwise, a layer that is used twice, a tied pair, a float one."""
+    """Folded norms, linked layers, an addition, depthwise, a layer of two names, a tied pair, a float one."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -18,7 +18,6 @@ from qk import ops
 from qk.errors import fail
 from qk.ops.conv2d import reference as conv2d_definition
 from qk.ops.gemm import reference as gemm_definition
-from qk.ops.pack import row_bytes
 from qk.ops.quantize import reference as quantize_definition
 from qk.ops.unpack import reference as unpack_definition
 from qk.spec import QuantSpec
@@ -33,7 +32,7 @@ _mode = _Mode()
 
 @contextmanager
 def definition() -> Iterator[None]:
-    """Within it, integer layers of this thread compute by the operators' definitions in torch: the same bits, slowly."""
+    """Within it, integer layers of this thread compute by the definitions in torch: the same bits, slowly."""
     before, _mode.definition = _mode.definition, True
     try:
         yield
@@ -60,20 +59,22 @@ class IntegerLayer(nn.Module):
     input_step: Tensor
     input_zero: Tensor
     prepacked: Tensor | None
-    groups = 1
 
-    def __init__(self, tensors: dict[str, Tensor | None], spec: QuantSpec, shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, tensors: dict[str, Tensor | None], spec: QuantSpec, shape: tuple[int, ...], groups: int = 1
+    ) -> None:
         """tensors: the six above by name. Raises QkError for a dtype, shape or value that does not fit."""
         super().__init__()
         if spec.is_float:
             raise fail(type(self).__name__, "spec", "widths", f"a float layer ({spec.reason})")
-        self.spec, self.shape = spec, tuple(shape)
+        self.spec, self.shape, self.groups = spec, tuple(shape), groups
         self.bits, self.input_bits = spec.storage_bits, spec.activations
         self.out_features, self.k = shape[0], prod(shape[1:])
         _check_tensors(type(self).__name__, tensors, spec, self.out_features, self.k)
         for name in TENSORS:
             self.register_buffer(name, tensors.get(name))
         self.register_buffer("prepacked", None, persistent=False)
+        self.prepack()
 
     def prepack(self) -> Tensor:
         """Makes the kernel's layout from `packed`."""
@@ -161,8 +162,8 @@ class QConv2d(IntegerLayer):
         dilation: tuple[int, int] = (1, 1),
         groups: int = 1,
     ) -> None:
-        super().__init__(tensors, spec, shape)
-        self.stride, self.padding, self.dilation, self.groups = tuple(stride), tuple(padding), tuple(dilation), groups
+        super().__init__(tensors, spec, shape, groups)
+        self.stride, self.padding, self.dilation = tuple(stride), tuple(padding), tuple(dilation)
         self.kernel_size, self.in_channels = self.shape[1:3], self.shape[3] * groups
 
     def forward(self, x: Tensor) -> Tensor:
