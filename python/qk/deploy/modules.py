@@ -139,10 +139,9 @@ class QLinear(IntegerLayer):
             self.input_step,
             self.input_zero,
             self.weight_codes(),
-            self.weight_step,
             self.weight_zero,
+            self.weight_step,
             self.bias,
-            x_bits=self.input_bits,
         )
 
     def extra_repr(self) -> str:
@@ -201,14 +200,13 @@ class QConv2d(IntegerLayer):
             self.input_step,
             self.input_zero,
             self.weight_codes(),
-            self.weight_step,
             self.weight_zero,
+            self.weight_step,
             self.bias,
             self.stride,
             self.padding,
             self.dilation,
             self.groups,
-            x_bits=self.input_bits,
         )
         return y.permute(0, 3, 1, 2)
 
