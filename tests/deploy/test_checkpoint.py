@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
-from deploy.small import Small, minmax, small_images, small_model, small_prepared
+from deploy.small import Small, minmax, one_layer, small_images, small_model, small_prepared
 from models import images, minilm, tokens, vision_model
 from qk.deploy import QLinear, checkpoint, checkpoint_bytes, convert, float_bytes, load, save
 from qk.deploy.manifest import FORMAT, checksum
@@ -125,8 +125,8 @@ def test_real_models_come_back(name, tmp_path):
 
 
 def test_a_model_that_is_one_layer_comes_back(tmp_path):
-    layer, x = nn.Linear(6, 3), torch.randn(4, 6)
-    model = convert(minmax(prepare(layer, x, Recipe(method="nearest")), [x]))
+    _, p, x = one_layer()
+    model = convert(p)
     save(model, tmp_path)
     loaded = load(tmp_path, nn.Linear(6, 3))
     assert isinstance(loaded, QLinear)

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import qk
-from deploy.small import minmax, small_images, small_model, small_prepared
-from models import TORCHVISION, images, minilm, tokens, vision_model
+from deploy.small import minmax, one_layer, small_images, small_model, small_prepared
+from models import VISION, images, minilm, tokens, vision_model
 from qk import ops
 from qk.deploy import QConv2d, QLinear, convert, definition, float_bytes, layer_errors, measure_layers
 from qk.deploy.checkpoint import integer_layers
@@ -20,17 +20,8 @@ from qk.prepare.observe import run
 from qk.spec import Recipe
 
 WIDTHS = [(2, 4), (4, 4), (4, 8), (8, 8)]
-MODELS = (*TORCHVISION, "minilm")
+MODELS = (*VISION, "minilm")
 ISAS = ("generic", "avx2", "avx512vnni")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The float parts between the layers are then the same in every run."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def outputs(model, batch):
@@ -155,9 +146,8 @@ def test_the_result_knows_where_it_comes_from():
 
 
 def test_a_model_that_is_one_layer():
-    x = torch.randn(4, 6)
-    layer = nn.Linear(6, 3)
-    model = convert(minmax(prepare(layer, x, Recipe(method="nearest")), [x]))
+    layer, p, x = one_layer()
+    model = convert(p)
     assert isinstance(model, QLinear)
     assert model.qk_info.plan.layers.keys() == {""}
     torch.testing.assert_close(model(x), layer(x), rtol=0.05, atol=0.05)
