@@ -2,7 +2,23 @@
 
 import qk._native  # noqa: F401  registers torch.ops.qk
 from qk.ops.dequantize import dequantize
+from qk.ops.fisher_loss import fisher_loss
 from qk.ops.lsq import lsq
+from qk.ops.pack import pack
 from qk.ops.quantize import quantize
+from qk.ops.range_error import range_error
+from qk.ops.rounding_penalty import rounding_penalty
+from qk.ops.soft_round import soft_round
+from qk.ops.unpack import unpack
 
-__all__ = ["dequantize", "lsq", "quantize"]
+__all__ = [
+    "dequantize",
+    "fisher_loss",
+    "lsq",
+    "pack",
+    "quantize",
+    "range_error",
+    "rounding_penalty",
+    "soft_round",
+    "unpack",
+]
