@@ -18,6 +18,7 @@ from qk import ops
 from qk.errors import fail
 from qk.ops.conv2d import reference as conv2d_definition
 from qk.ops.gemm import reference as gemm_definition
+from qk.ops.pack import row_bytes
 from qk.ops.quantize import reference as quantize_definition
 from qk.ops.unpack import reference as unpack_definition
 from qk.spec import QuantSpec
@@ -217,11 +218,6 @@ class QConv2d(IntegerLayer):
         config["bias"] = self.bias is not None
         words = ", ".join(f"{name}={value}" for name, value in config.items())
         return f"{self.in_channels}, {self.out_features}, {words}, {_widths(self.spec)}"
-
-
-def row_bytes(k: int, bits: int) -> int:
-    """Bytes of a packed row of k codes: padded to 16 (docs/format.md)."""
-    return -(-k * bits // 128) * 16
 
 
 TENSORS = ("packed", "weight_step", "weight_zero", "bias", "input_step", "input_zero")
