@@ -1,8 +1,8 @@
 """Units of reconstruction: which modules are blocks (residual units, transformer layers), by repetition, not by name.
 
 A block is a module whose class the model uses at least twice, that holds at least two layers, is no plain container,
-runs once, takes a tensor and returns one. The outermost such module counts, unless it is a stage: it holds two blocks of
-one class, and one hands its output to the other. (The two attentions of a decoder layer do not: a sum and a norm are
+runs once, takes a tensor and returns one. The outermost such module counts, unless it is a stage: it holds two blocks
+of one class, and one hands its output to the other. (The two attentions of a decoder layer do not: a sum and a norm are
 between.) That a residual unit is the right size: Li et al., BRECQ (2021).
 """
 
