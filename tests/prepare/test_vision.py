@@ -8,8 +8,6 @@ import torch
 from models import images, vision_model
 from qk.prepare import prepare
 
-torch.set_num_threads(2)
-
 
 def names(prefix: str, *counts: int) -> list[str]:
     """prefix1.0, prefix1.1, ... for the first count, prefix2.0, ... for the second, and so on."""
@@ -108,7 +106,7 @@ def test_float_mode_differs_from_the_model_no_more_than_float32_from_float64(cas
     # Folding rounds each weight once more, relative 2^-24, as each product of float32 arithmetic does; so the folded
     # model's distance to the float64 model is of the size of the float model's own. 4: sums of random signs vary.
     name, model, p = case
-    x = images(1)
+    x = images(1, 32)
     with torch.no_grad():
         exact = copy.deepcopy(model).double()(x.double())
         ours, theirs = (p.model(x) - exact).abs().max(), (model(x) - exact).abs().max()
