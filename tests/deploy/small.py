@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qk.prepare import ActQuantizer, Prepared, QuantLayer, prepare
+from qk.prepare import Prepared, QuantLayer, prepare
 from qk.prepare.observe import run
 from qk.spec import QuantSpec, Recipe
 
@@ -69,8 +69,6 @@ def one_layer() -> tuple[nn.Module, Prepared, Tensor]:
     """A model that is itself the layer, prepared."""
     layer, x = nn.Linear(6, 3), torch.randn(4, 6, generator=torch.Generator().manual_seed(3))
     p = prepare(layer, x, Recipe(weights=8, method="nearest"))
-    if not p.quant_layers():
-        p.model = QuantLayer(p.originals[""], p.plan[""], ActQuantizer(p.plan[""].activations))
     return layer, minmax(p, [x]), x
 
 

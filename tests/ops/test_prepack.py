@@ -1,8 +1,8 @@
 import pytest
 import torch
+from qk._core import packed_layout
 
 import qk
-from qk._core import packed_layout
 from qk.ops.prepack import reference
 
 

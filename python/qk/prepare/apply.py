@@ -26,7 +26,10 @@ def apply_plan(p: Prepared, plan: Plan) -> None:
             if group not in quantizers:
                 quantizers[group] = ActQuantizer(spec.activations).to(original.weight.device)
             new = QuantLayer(original, spec, quantizers[group]).train(p.model.training)
-        replace_module(p.model, p.model.get_submodule(name), new)
+        if name:
+            replace_module(p.model, p.model.get_submodule(name), new)
+        else:  # the model is itself a layer
+            p.model = new
     p.plan = plan
     p.units = quantized_units(p.all_units, plan)
     in_float = {name: spec.reason or "the plan says so" for name, spec in plan.layers.items() if spec.is_float}
