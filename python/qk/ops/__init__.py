@@ -6,9 +6,11 @@ from qk.ops.fisher_loss import fisher_loss
 from qk.ops.lsq import lsq
 from qk.ops.pack import pack
 from qk.ops.quantize import quantize
+from qk.ops.quantize_rows import quantize_rows
 from qk.ops.range_error import range_error
 from qk.ops.rounding_penalty import rounding_penalty
 from qk.ops.soft_round import soft_round
+from qk.ops.sparq import sparq
 from qk.ops.unpack import unpack
 
 __all__ = [
@@ -17,8 +19,10 @@ __all__ = [
     "lsq",
     "pack",
     "quantize",
+    "quantize_rows",
     "range_error",
     "rounding_penalty",
     "soft_round",
+    "sparq",
     "unpack",
 ]
