@@ -195,13 +195,13 @@ def storage(x):
     return torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage()).clone() if x.is_cpu else torch.empty(0)
 
 
-def attempt(op, rnd):
+def attempt(op, rnd, tell=lambda text: None):
     """One call; True if it gave a result."""
     schema = getattr(torch.ops.qk, op).default._schema
     args = LIKELY.get(op, like_any)(rnd, schema)
     for argument in rnd.sample(list(schema.arguments), rnd.choice((0, 0, 1, 1, 2))):
         args[argument.name] = anything(rnd, str(argument.type))
-    note(f"qk::{op}(" + ", ".join(f"{name}={described(value)}" for name, value in args.items()) + ")")
+    tell(f"qk::{op}(" + ", ".join(f"{name}={described(value)}" for name, value in args.items()) + ")")
     tensors = [value for value in args.values() if isinstance(value, torch.Tensor)]
     before = [storage(x) for x in tensors]
     message = None
@@ -236,7 +236,7 @@ def fuzz(op, examples):
     @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(st.integers(0, 2**32 - 1))
     def run(seed):
-        attempt(op, random.Random(seed))
+        attempt(op, random.Random(seed), note)
 
     try:
         run()
