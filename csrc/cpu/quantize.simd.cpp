@@ -17,6 +17,7 @@ void quantize(const QuantizeArgs& a) {
 void quantize_transposed(const QuantizeTransposedArgs& a) {
   constexpr int64_t strip = 64;
   const Coder coder(a.step[0], a.zero[0], a.bits);
+  const float* end_of_x = a.x + a.images * a.channels * a.pixels;
   const int64_t strips = (a.pixels + strip - 1) / strip;
   const int64_t grain = most<int64_t>(1, grain_values / (strip * most<int64_t>(1, a.channels)));
   parallel_for(a.images * strips, grain, [&](int64_t begin, int64_t end) {
@@ -28,7 +29,11 @@ void quantize_transposed(const QuantizeTransposedArgs& a) {
       uint8_t* out = a.codes + (image * a.pixels + pixel) * a.channels;
       for (int64_t channel = 0; channel < a.channels; channel += 16) {
         const int64_t group = least<int64_t>(16, a.channels - channel);
-        for (int64_t c = 0; c < group; ++c) to_codes(x + (channel + c) * a.pixels, tile + c * strip, n, coder);
+        for (int64_t c = 0; c < group; ++c) {
+          // Whole vectors where x goes on behind the strip: the codes too many stay in the tile.
+          const float* from = x + (channel + c) * a.pixels;
+          to_codes(from, tile + c * strip, end_of_x - from >= strip ? strip : n, coder);
+        }
         if (group == 16)
           for (int64_t p = 0; p < n; p += 16)
             transpose_16(tile + p, strip, out + p * a.channels + channel, a.channels, least<int64_t>(16, n - p));

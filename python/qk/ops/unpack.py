@@ -24,4 +24,5 @@ def reference(packed: Tensor, bits: int, cols: int) -> Tensor:
 
 @torch.library.register_fake("qk::unpack")
 def _(packed, bits, cols):
-    return packed.new_empty(packed.shape[0], cols)
+    rows, _ = packed.shape
+    return packed.new_empty(rows, cols)
