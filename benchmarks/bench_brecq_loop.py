@@ -1,7 +1,7 @@
 """The inner loop of BRECQ on torchvision's resnet18 at 64 x 64, unit by unit, against the same loop in eager torch.
 
 Both learn the rounding (V) of every weight of a unit and its activation steps from the same samples with the same
-schedule. Before anything is timed, both run a few iterations from the same start and their losses, V and steps must agree.
+schedule. Before anything is timed, both run a few iterations from the same start, and losses, V and steps must agree.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def test_the_same_data_gives_the_same_bits():
         ([torch.full((2, 3, 8, 8), torch.inf)], "batch 0: the input of 0 must be finite"),
         (
             [torch.zeros(2, 3, 8, 8), torch.zeros(2, 1, 8, 8)],
-            r"batch 1 must be .*\[4, 3, 8, 8\].*got shapes \[2, 1, 8, 8\]",
+            r"batch 1 must be .*\[4, 3, 8, 8\].*got .*\[2, 1, 8, 8\]",
         ),
         ([torch.zeros(2, 3, 9, 9)], r"batch 0 must be input that the model takes"),
         ([(torch.zeros(2, 3, 8, 8), torch.zeros(2))], "batch 0 must be input that the model takes"),
