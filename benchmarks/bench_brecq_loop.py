@@ -147,7 +147,7 @@ def main() -> None:
         for unit in p.units:
             layers = [p.quant_layers()[name] for name in unit.layers]
             if args.only in unit.name:
-                cache = fill_cache(p, unit, prefix, batches, Room(4096), None)
+                cache = fill_cache(p, unit, prefix, batches, Room(4096))
                 quantizers = list(dict.fromkeys(layer.input for layer in layers))
                 module = p.model.get_submodule(unit.name)
                 with p.quantized(set(unit.layers)):
