@@ -177,13 +177,13 @@ def test_plain_lines_name_unit_and_losses(digits, batches, capsys):
 @pytest.mark.parametrize("given", [[], iter(())])
 def test_no_batches_are_refused(digits, batches, given):
     p = quantized_digits(digits, batches, Recipe())
-    with pytest.raises(QkError, match="qk.reconstruct: batches must be at least one batch"):
+    with pytest.raises(QkError, match=r"qk.reconstruct: batches must be at least one batch"):
         reconstruct(p, given, Recipe(), progress="off")
 
 
 def test_it_must_be_calibrated_first(digits, batches):
     p = prepare(digits.model, batches[0][:2], Recipe())
-    with pytest.raises(QkError, match="Call qk.calibrate"):
+    with pytest.raises(QkError, match=r"Call qk.calibrate"):
         reconstruct(p, batches, Recipe())
 
 
