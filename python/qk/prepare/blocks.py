@@ -1,8 +1,9 @@
 """Units of reconstruction: which modules are blocks (residual units, transformer layers), by repetition, not by name.
 
-A block is a module whose class the model uses at least twice, that holds at least two layers, is no plain container, runs
-once, takes and returns tensors. The outermost such module counts, unless it holds two blocks of one class itself: then it
-is a stage, and those are the blocks. Source of the rule's aim: Li et al., BRECQ (2021), section 3.2.
+A block is a module whose class the model uses at least twice, that holds at least two layers, is no plain container,
+runs once, takes a tensor and returns one. The outermost such module counts, unless it is a stage: it holds two blocks
+of one class, and one hands its output to the other. (The two attentions of a decoder layer do not: a sum and a norm are
+between.) That a residual unit is the right size: Li et al., BRECQ (2021).
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from collections.abc import Sequence
 from torch import nn
 
 from qk.errors import fail
-from qk.prepare.observe import STAGE, Observation
+from qk.prepare.observe import Observation
 from qk.prepare.prepared import Layer, Unit
+from qk.prepare.source import STAGE
 from qk.spec import Plan
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -40,10 +42,10 @@ def quantized_units(units: list[Unit], plan: Plan) -> list[Unit]:
 
 
 def layers_inside(seen: Observation, layers: dict[str, Layer]) -> dict[str, list[str]]:
-    """Module that runs once -> the layers all of whose calls are inside its call."""
+    """Module that runs once -> the layers all of whose calls are its own or inside its call."""
     held: dict[str, list[str]] = defaultdict(list)
     for layer in layers:
-        around = set.intersection(*(set(call.inside) for call in seen.calls[layer]))
+        around = set.intersection(*({*call.inside, layer} for call in seen.calls[layer]))
         for name in around:
             if len(seen.calls[name]) == 1:
                 held[name].append(layer)
@@ -62,15 +64,15 @@ def found_blocks(model: nn.Module, seen: Observation, held: dict[str, list[str]]
         and seen.calls[name][0].single
     ]
 
-    def around(name: str) -> tuple[str, ...]:
-        return seen.calls[name][0].inside
+    call = {name: seen.calls[name][0] for name in candidates}
 
-    inner: dict[str, Counter] = defaultdict(Counter)  # candidate -> classes of the candidates inside it
-    for name in candidates:
-        for outer in around(name):
-            inner[outer][kind[name]] += 1
-    blocks = [name for name in candidates if max(inner[name].values(), default=0) < 2]
-    return [name for name in blocks if not set(around(name)) & set(blocks)]
+    def is_stage(outer: str) -> bool:
+        inner = [name for name in candidates if outer in call[name].inside]
+        given = {(kind[name], value) for name in inner for value in call[name].outputs}
+        return any((kind[name], call[name].inputs[0]) in given for name in inner)
+
+    blocks = [name for name in candidates if not is_stage(name)]
+    return [name for name in blocks if not set(call[name].inside) & set(blocks)]
 
 
 def _checked(model: nn.Module, seen: Observation, held: dict[str, list[str]], names: Sequence[str]) -> list[str]:
