@@ -166,6 +166,18 @@ def test_the_model_is_left_as_it_was(digits, batches):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in p.model.modules())
 
 
+def test_progress_is_a_bar_lines_or_nothing(digits, batches, capsys):
+    recipe = Recipe(iterations=2)
+    p = quantized_digits(digits, batches, recipe)
+    for kind, words in (("bar", "loss"), ("auto", "loss"), ("off", "")):
+        reconstruct(p, batches, recipe, progress=kind)
+        shown = capsys.readouterr().err
+        assert words in shown
+        assert bool(shown) == bool(words)
+    with pytest.raises(QkError, match=r"progress must be one of auto, bar"):
+        reconstruct(p, batches, recipe, progress="loud")
+
+
 def test_plain_lines_name_unit_and_losses(digits, batches, capsys):
     recipe = Recipe(iterations=2)
     reconstruct(quantized_digits(digits, batches, recipe), batches, recipe, progress="lines")

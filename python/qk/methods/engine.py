@@ -130,10 +130,10 @@ def fisher(p: Prepared, module: nn.Module, batch: Any, index: int, output: Tenso
     seen: list[Tensor] = []
 
     def after(_, args, found):
-        leaf = first_tensor(found).detach().requires_grad_()
-        if not seen:
-            seen.append(leaf)
-        return _replaced(found, leaf.clone())  # a copy: what follows may work in place
+        if seen:  # a later call of the same module is part of what follows
+            return found
+        seen.append(first_tensor(found).detach().requires_grad_())
+        return _replaced(found, seen[0].clone())  # a copy: what follows may work in place
 
     handle = module.register_forward_hook(after)
     try:
