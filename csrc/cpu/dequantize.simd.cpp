@@ -1,6 +1,6 @@
 #include "ops/dequantize.h"
 
-#include "cpu/rows.h"
+#include "cpu/chunks.h"
 
 namespace qk::cpu::QK_ISA {
 namespace {
@@ -12,7 +12,7 @@ void to_floats(const uint8_t* __restrict codes, float* __restrict out, int64_t n
 }  // namespace
 
 void dequantize(const DequantizeArgs& a) {
-  for_pieces(a.rows, a.cols, [&](int64_t row, int64_t at, int64_t n) {
+  each_chunk(a.rows, a.cols, [&](int64_t row, int64_t at, int64_t n, int64_t) {
     to_floats(a.codes + at, a.out + at, n, a.step[row], static_cast<float>(a.zero[row]));
   });
 }

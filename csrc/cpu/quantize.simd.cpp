@@ -1,13 +1,13 @@
 #include "ops/quantize.h"
 
+#include "cpu/chunks.h"
 #include "cpu/codes.h"
-#include "cpu/rows.h"
 #include "cpu/transpose.h"
 
 namespace qk::cpu::QK_ISA {
 
 void quantize(const QuantizeArgs& a) {
-  for_pieces(a.rows, a.cols, [&](int64_t row, int64_t at, int64_t n) {
+  each_chunk(a.rows, a.cols, [&](int64_t row, int64_t at, int64_t n, int64_t) {
     to_codes(a.x + at, a.codes + at, n, Coder(a.step[row], a.zero[row], a.bits));
   });
 }

@@ -9,7 +9,7 @@ template <void (*kernel)(const DequantizeArgs&)>
 Tensor dequantize(const Tensor& codes, const Tensor& step, const Tensor& zero) {
   check_device("dequantize", codes, {{"step", &step}, {"zero", &zero}});
   check_dtype("dequantize", "codes", codes, ScalarType::Byte);
-  const auto [rows, cols] = check_rows("dequantize", codes, step, zero);
+  const auto [rows, cols] = check_rows("dequantize", codes, step, zero, "codes");
   const Tensor us = dense(codes), steps = dense(step), zeros = dense(zero);
   check_step_values("dequantize", "step", steps);
   check_zero_values("dequantize", "zero", zeros, 8);
