@@ -25,9 +25,9 @@ STABLE_TORCH_LIBRARY(qk, m) {
   m.def("rounding_penalty(Tensor v, float beta) -> Tensor");
   m.def("rounding_penalty_backward(Tensor grad, Tensor v, float beta) -> Tensor");
 
-  // output, target, weight [...] float32 -> []: scale * sum of weight * (output - target)^2; no weight means 1.
-  m.def("fisher_loss(Tensor output, Tensor target, Tensor? weight, float scale) -> Tensor");
-  m.def("fisher_loss_backward(Tensor grad, Tensor output, Tensor target, Tensor? weight, float scale) -> Tensor");
+  // output, target, weight [...] float32 -> loss []: scale * sum of weight * (output - target)^2, no weight means 1; and
+  // its gradient for output [...], in the same pass.
+  m.def("fisher_loss(Tensor output, Tensor target, Tensor? weight, float scale) -> (Tensor, Tensor)");
 
   // x [rows, cols] float32, step [rows, candidates] float32, zero [rows, candidates] int32 -> [rows, candidates]:
   // sum over cols of |fake_quantized(x) - x|^power for each candidate, in one pass over x.

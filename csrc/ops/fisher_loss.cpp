@@ -25,38 +25,22 @@ void check_loss(const char* op, const Tensor& output, const Tensor& target, cons
 }  // namespace
 
 template <void (*kernel)(const FisherLossArgs&)>
-Tensor fisher_loss(const Tensor& output, const Tensor& target, const std::optional<Tensor>& weight, double scale) {
+std::tuple<Tensor, Tensor> fisher_loss(const Tensor& output, const Tensor& target, const std::optional<Tensor>& weight,
+                                       double scale) {
   check_loss("fisher_loss", output, target, weight, scale);
   const Tensor outputs = dense(output), targets = dense(target);
   const std::optional<Tensor> weights = weight ? std::optional<Tensor>(dense(*weight)) : std::nullopt;
   Tensor out = torch::stable::new_empty(outputs, {});
+  Tensor slope = result_like(outputs);
   Tensor partial = torch::stable::new_empty(outputs, {sum_chunks(outputs.numel())});
   QK_DEVICE_GUARD(output);
   kernel({outputs.const_data_ptr<float>(), targets.const_data_ptr<float>(),
           weights ? weights->const_data_ptr<float>() : nullptr, out.mutable_data_ptr<float>(),
-          partial.mutable_data_ptr<float>(), outputs.numel(), static_cast<float>(scale)});
-  return out;
-}
-
-template <void (*kernel)(const FisherLossBackwardArgs&)>
-Tensor fisher_loss_backward(const Tensor& grad, const Tensor& output, const Tensor& target,
-                            const std::optional<Tensor>& weight, double scale) {
-  check_loss("fisher_loss_backward", output, target, weight, scale);
-  check_device("fisher_loss_backward", output, {{"grad", &grad}});
-  check_scalar("fisher_loss_backward", "grad", grad);
-  const Tensor grads = dense(grad), outputs = dense(output), targets = dense(target);
-  const std::optional<Tensor> weights = weight ? std::optional<Tensor>(dense(*weight)) : std::nullopt;
-  Tensor grad_output = result_like(outputs);
-  QK_DEVICE_GUARD(output);
-  kernel({grads.const_data_ptr<float>(), outputs.const_data_ptr<float>(), targets.const_data_ptr<float>(),
-          weights ? weights->const_data_ptr<float>() : nullptr, grad_output.mutable_data_ptr<float>(), outputs.numel(),
+          slope.mutable_data_ptr<float>(), partial.mutable_data_ptr<float>(), outputs.numel(),
           static_cast<float>(scale)});
-  return grad_output;
+  return {out, slope};
 }
 
-QK_REGISTER(m) {
-  m.impl("fisher_loss", TORCH_BOX(&fisher_loss<QK_DEVICE::fisher_loss>));
-  m.impl("fisher_loss_backward", TORCH_BOX(&fisher_loss_backward<QK_DEVICE::fisher_loss_backward>));
-}
+QK_REGISTER(m) { m.impl("fisher_loss", TORCH_BOX(&fisher_loss<QK_DEVICE::fisher_loss>)); }
 
 }  // namespace qk

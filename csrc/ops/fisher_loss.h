@@ -11,17 +11,8 @@ struct FisherLossArgs {
   const float* target;  // [n]
   const float* weight;  // [n], or null: 1 everywhere
   float* out;           // []
+  float* slope;         // [n]
   float* partial;       // [sum_chunks(n)]
-  int64_t n;
-  float scale;
-};
-
-struct FisherLossBackwardArgs {
-  const float* grad;    // []
-  const float* output;  // [n]
-  const float* target;  // [n]
-  const float* weight;  // [n], or null: 1 everywhere
-  float* grad_output;   // [n]
   int64_t n;
   float scale;
 };
@@ -29,4 +20,3 @@ struct FisherLossBackwardArgs {
 }  // namespace qk
 
 QK_KERNEL(fisher_loss, qk::FisherLossArgs)
-QK_KERNEL(fisher_loss_backward, qk::FisherLossBackwardArgs)

@@ -38,7 +38,6 @@ CALLS = {
     "rounding_penalty": (floats, numbers),
     "rounding_penalty_backward": (floats, floats, numbers),
     "fisher_loss": (floats, floats, st.none() | floats, numbers),
-    "fisher_loss_backward": (floats, floats, floats, st.none() | floats, numbers),
     "range_error": (floats, floats, zeros, bits, numbers),
 }
 

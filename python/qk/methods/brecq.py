@@ -98,9 +98,9 @@ class Learner:
 
     def step(self, sample: Sample, iteration: int) -> Tensor:
         """One iteration; returns the loss before it, without the penalty."""
-        fit = unit_loss(self.module, sample, self.layers)
+        output, loss, slope = unit_loss(self.module, sample, self.layers)
         self.optimizer.zero_grad()
-        fit.backward()
+        output.backward(slope)
         self._penalize(iteration)
         self.optimizer.step()
         with torch.no_grad():
@@ -109,7 +109,7 @@ class Learner:
         if self.steps:  # cosine to 0
             done = (iteration + 1) / self.recipe.iterations
             self.optimizer.param_groups[1]["lr"] = 0.5 * self.recipe.act_lr * (1 + math.cos(math.pi * done))
-        return fit.detach()
+        return loss
 
     @torch.no_grad()
     def _penalize(self, iteration: int) -> None:

@@ -175,9 +175,10 @@ def loss_scale(output: Tensor, layers: list[QuantLayer]) -> float:
     return channels / max(1, output.numel())
 
 
-def unit_loss(module: nn.Module, sample: Sample, layers: list[QuantLayer]) -> Tensor:
+def unit_loss(module: nn.Module, sample: Sample, layers: list[QuantLayer]) -> tuple[Tensor, Tensor, Tensor]:
+    """The unit's output, its loss, and the gradient of the loss for the output: `output.backward(slope)` goes on."""
     output = first_tensor(module(*sample.args, **sample.kwargs))
-    return ops.fisher_loss(output, sample.target, sample.weight, loss_scale(output, layers))
+    return output, *ops.fisher_loss_and_slope(output, sample.target, sample.weight, loss_scale(output, layers))
 
 
 @torch.no_grad()
@@ -185,5 +186,5 @@ def loss_on_all(module: nn.Module, cache: Cache, rows: int, layers: list[QuantLa
     """The mean of the unit's loss over the cache, inputs from the quantized prefix."""
     total = 0.0
     for sample in cache.chunks(rows):
-        total += unit_loss(module, sample, layers).item() * sample.rows
+        total += unit_loss(module, sample, layers)[1].item() * sample.rows
     return total / cache.rows

@@ -3,7 +3,7 @@
 import qk._native  # noqa: F401  registers torch.ops.qk
 from qk.ops.conv2d import conv2d
 from qk.ops.dequantize import dequantize
-from qk.ops.fisher_loss import fisher_loss
+from qk.ops.fisher_loss import fisher_loss, fisher_loss_and_slope
 from qk.ops.gemm import gemm
 from qk.ops.lsq import lsq
 from qk.ops.pack import pack
@@ -20,6 +20,7 @@ __all__ = [
     "conv2d",
     "dequantize",
     "fisher_loss",
+    "fisher_loss_and_slope",
     "gemm",
     "lsq",
     "pack",

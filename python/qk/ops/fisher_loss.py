@@ -18,40 +18,40 @@ def fisher_loss(output: Tensor, target: Tensor, weight: Tensor | None = None, sc
     Returns one value, []. The same bits for every number of threads and instruction set. Raises RuntimeError for
     another dtype, device or shape.
     """
-    return torch.ops.qk.fisher_loss(output, target, weight, scale)
+    return torch.ops.qk.fisher_loss(output, target, weight, scale)[0]
 
 
-def reference(output: Tensor, target: Tensor, weight: Tensor | None = None, scale: float = 1.0) -> Tensor:
-    """The definition, in the dtype of output."""
-    squares = (output - target).square()
-    return scale * (squares if weight is None else weight * squares).sum()
+def fisher_loss_and_slope(
+    output: Tensor, target: Tensor, weight: Tensor | None = None, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """fisher_loss and its gradient for output, from one pass: `output.backward(slope)` needs no second one.
+
+    Arguments and errors as fisher_loss. Neither result has a gradient of its own.
+    """
+    return torch.ops.qk.fisher_loss(output.detach(), target, weight, scale)
 
 
-def reference_backward(
-    grad: Tensor, output: Tensor, target: Tensor, weight: Tensor | None = None, scale: float = 1.0
-) -> Tensor:
-    """The definition of the gradient of output."""
+def reference(
+    output: Tensor, target: Tensor, weight: Tensor | None = None, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """The definition, in the dtype of output: the loss and its gradient for output."""
     slope = output - target
-    return 2 * scale * grad * (slope if weight is None else weight * slope)
+    weighed = slope if weight is None else weight * slope
+    return scale * (weighed * slope).sum(), 2 * scale * weighed
 
 
 @torch.library.register_fake("qk::fisher_loss")
 def _(output, target, weight, scale):
-    return output.new_empty(())
-
-
-@torch.library.register_fake("qk::fisher_loss_backward")
-def _(grad, output, target, weight, scale):
-    return torch.empty_like(output, memory_format=torch.contiguous_format)
+    return output.new_empty(()), torch.empty_like(output, memory_format=torch.contiguous_format)
 
 
 def _save(ctx, inputs, output):
-    output, target, weight, ctx.scale = inputs
-    ctx.save_for_backward(output, target, weight)
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx, grad):
-    return torch.ops.qk.fisher_loss_backward(grad, *ctx.saved_tensors, ctx.scale), None, None, None
+def _backward(ctx, grad, _):
+    return grad * ctx.saved_tensors[0], None, None, None
 
 
 torch.library.register_autograd("qk::fisher_loss", _backward, setup_context=_save)
