@@ -5,15 +5,13 @@
 namespace qk::cuda {
 namespace {
 
-// A job is a chunk of a row.
 template <int team>
-__global__ void lsq_kernel(LsqArgs a, int64_t chunks) {
-  each_job<team>(a.rows * chunks, [&](int64_t job) {
-    const int64_t row = job / chunks, col = job % chunks * lsq_chunk;
+__global__ void lsq_kernel(LsqArgs a) {
+  each_chunk<team>(a.rows, a.cols, [&](int64_t row, int64_t at, int64_t count, int64_t) {
     const Row r = row_of(a.step[row], a.zero[row], a.bits);
-    const float* x = a.x + row * a.cols + col;
-    float* out = a.out + row * a.cols + col;
-    each_value<team, 4>(least(lsq_chunk, a.cols - col), values_before<4>(x, out), [&](int64_t i, auto width) {
+    const float* x = a.x + at;
+    float* out = a.out + at;
+    each_value<team, 4>(count, values_before<4>(x, out), [&](int64_t i, auto width) {
       auto v = load<width>(x + i);
       for (float& value : v.v) value = rintf(clamp_units(value * r.inverse, r.low, r.high)) * r.step;
       store(out + i, v);
@@ -23,13 +21,12 @@ __global__ void lsq_kernel(LsqArgs a, int64_t chunks) {
 
 // d out / d step is round(t) - t inside, the limit outside; d out / d x is 1 inside, 0 outside (LSQ, section 2.1).
 template <int team, bool by_code>
-__global__ void lsq_backward_kernel(LsqBackwardArgs a, int64_t chunks) {
-  each_job<team>(a.rows * chunks, [&](int64_t job) {
-    const int64_t row = job / chunks, col = job % chunks * lsq_chunk, at = row * a.cols + col;
+__global__ void lsq_backward_kernel(LsqBackwardArgs a) {
+  each_chunk<team>(a.rows, a.cols, [&](int64_t row, int64_t at, int64_t count, int64_t job) {
     const Row r = row_of(a.step[row], a.zero[row], a.bits);
     const float *grad = a.grad + at, *x = a.x + at;
     float *grad_x = a.grad_x + at, sum = 0;
-    each_value<team, 4>(least(lsq_chunk, a.cols - col), values_before<4>(grad, x, grad_x), [&](int64_t i, auto width) {
+    each_value<team, 4>(count, values_before<4>(grad, x, grad_x), [&](int64_t i, auto width) {
       const auto xs = load<width>(x + i);
       auto grads = load<width>(grad + i);
       for (int j = 0; j < width; ++j) {
@@ -45,27 +42,18 @@ __global__ void lsq_backward_kernel(LsqBackwardArgs a, int64_t chunks) {
   });
 }
 
-struct Scaled {
-  float scale;
-  __device__ float operator()(double sum) const { return static_cast<float>(sum) * scale; }
-};
-
 }  // namespace
 
 void lsq(const LsqArgs& a) {
-  const int64_t chunks = lsq_chunks(a.cols);
-  with_team(a.rows * chunks, a.cols,
-            [&](int64_t blocks, auto team) { launch("lsq", lsq_kernel<team>, blocks, a, chunks); });
+  with_chunks(a.rows, a.cols, [&](int64_t blocks, auto team) { launch("lsq", lsq_kernel<team>, blocks, a); });
 }
 
 void lsq_backward(const LsqBackwardArgs& a) {
-  const int64_t chunks = lsq_chunks(a.cols);
-  with_team(a.rows * chunks, a.cols, [&](int64_t blocks, auto team) {
+  with_chunks(a.rows, a.cols, [&](int64_t blocks, auto team) {
     launch("lsq_backward", a.inside_by_code ? lsq_backward_kernel<team, true> : lsq_backward_kernel<team, false>,
-           blocks, a, chunks);
+           blocks, a);
   });
-  launch("lsq_backward", add_partials<Scaled>, ceil_div(a.rows, block_threads / 32), a.partial, a.rows, chunks,
-         a.grad_step, Scaled{a.grad_scale});
+  finish_sums("lsq_backward", a.partial, a.rows, a.cols, a.grad_scale, a.grad_step);
 }
 
 }  // namespace qk::cuda

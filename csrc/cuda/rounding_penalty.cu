@@ -1,0 +1,58 @@
+#include "ops/rounding_penalty.h"
+
+#include "cuda/rounding.cuh"
+#include "cuda/rows.cuh"
+
+namespace qk::cuda {
+namespace {
+
+template <int team>
+__global__ void rounding_penalty_kernel(RoundingPenaltyArgs a) {
+  each_chunk<team>(1, a.n, [&](int64_t, int64_t at, int64_t count, int64_t job) {
+    const float* v = a.v + at;
+    float sum = 0;
+    each_value<team, 4>(count, values_before<4>(v), [&](int64_t i, auto width) {
+      const auto vs = load<width>(v + i);
+#pragma unroll  // powf is long enough that the compiler would rather loop over an array in memory
+      for (float value : vs.v) sum += 1.0f - powf(fabsf(2.0f * rounding_of(value).part - 1.0f), a.beta);
+    });
+    sum = team_sum<team>(sum);
+    if (threadIdx.x % team == 0) a.partial[job] = sum;
+  });
+}
+
+template <int team>
+__global__ void rounding_penalty_backward_kernel(RoundingPenaltyBackwardArgs a) {
+  const float scale = -2.0f * a.beta * *a.grad;
+  each_chunk<team>(1, a.n, [&](int64_t, int64_t at, int64_t count, int64_t) {
+    const float* v = a.v + at;
+    float* grad_v = a.grad_v + at;
+    each_value<team, 4>(count, values_before<4>(v, grad_v), [&](int64_t i, auto width) {
+      auto vs = load<width>(v + i);
+#pragma unroll
+      for (float& value : vs.v) {
+        const Rounding h = rounding_of(value);
+        const float apart = 2.0f * h.part - 1.0f;  // d |a|^beta / d a = beta |a|^(beta - 1) sign(a); 0 at a = 0
+        value =
+            apart == 0 || h.slope == 0 ? 0.0f : scale * h.slope * copysignf(powf(fabsf(apart), a.beta - 1.0f), apart);
+      }
+      store(grad_v + i, vs);
+    });
+  });
+}
+
+}  // namespace
+
+void rounding_penalty(const RoundingPenaltyArgs& a) {
+  with_chunks(1, a.n,
+              [&](int64_t blocks, auto team) { launch("rounding_penalty", rounding_penalty_kernel<team>, blocks, a); });
+  finish_sums("rounding_penalty", a.partial, 1, a.n, 1.0f, a.out);
+}
+
+void rounding_penalty_backward(const RoundingPenaltyBackwardArgs& a) {
+  with_chunks(1, a.n, [&](int64_t blocks, auto team) {
+    launch("rounding_penalty_backward", rounding_penalty_backward_kernel<team>, blocks, a);
+  });
+}
+
+}  // namespace qk::cuda
