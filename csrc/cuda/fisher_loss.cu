@@ -1,6 +1,6 @@
 #include "ops/fisher_loss.h"
 
-#include "cuda/rows.cuh"
+#include "cuda/sums.cuh"
 
 namespace qk::cuda {
 namespace {

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "core/bits.h"
+#include "core/layout.h"
 #include "cuda/stream.h"
 
 namespace qk::cuda {
@@ -14,7 +14,6 @@ namespace qk::cuda {
 constexpr int block_threads = 256;
 constexpr int64_t most_blocks = 1 << 16;  // more work than this is walked in strides of the grid
 
-QK_HD constexpr int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 QK_HD constexpr int64_t least(int64_t a, int64_t b) { return b < a ? b : a; }
 
 // Nothing to do launches nothing: a grid of 0 blocks is an error.

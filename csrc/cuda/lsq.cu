@@ -1,6 +1,6 @@
 #include "ops/lsq.h"
 
-#include "cuda/rows.cuh"
+#include "cuda/sums.cuh"
 
 namespace qk::cuda {
 namespace {

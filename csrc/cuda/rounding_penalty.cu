@@ -1,7 +1,7 @@
 #include "ops/rounding_penalty.h"
 
 #include "cuda/rounding.cuh"
-#include "cuda/rows.cuh"
+#include "cuda/sums.cuh"
 
 namespace qk::cuda {
 namespace {

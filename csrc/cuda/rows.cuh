@@ -19,6 +19,11 @@ __device__ inline float clamp_units(float t, float low, float high) {
   return t == t ? fminf(fmaxf(t, low), high) : 0.0f;
 }
 
+// clamp(round(x / step) + zero, 0, top); NaN gives zero. A zero outside [0, top] gives some code, never a fault.
+__device__ inline uint8_t code_of(float x, Row r) {
+  return static_cast<uint8_t>(static_cast<int>(rintf(clamp_units(__fmul_rn(x, r.inverse), r.low, r.high)) - r.low));
+}
+
 // f(row, at, count, job) for each chunk of a row: values at .. at + count - 1 of the whole tensor, by one team.
 template <int team, class F>
 __device__ void each_chunk(int64_t rows, int64_t cols, const F& f) {
@@ -33,21 +38,6 @@ __device__ void each_chunk(int64_t rows, int64_t cols, const F& f) {
 template <class F>
 void with_chunks(int64_t rows, int64_t cols, const F& f) {
   with_team(rows * sum_chunks(cols), cols, f);
-}
-
-// result[row] = scale * sum of the row's partial sums, in double and in a fixed order.
-static __global__ void add_partials(const float* __restrict__ partial, int64_t rows, int64_t chunks, float scale,
-                                    float* result) {
-  each_job<32>(rows, [&](int64_t row) {
-    double sum = 0;
-    for (int64_t i = threadIdx.x % 32; i < chunks; i += 32) sum += partial[row * chunks + i];
-    sum = team_sum<32>(sum);
-    if (threadIdx.x % 32 == 0) result[row] = static_cast<float>(sum) * scale;
-  });
-}
-
-inline void finish_sums(const char* op, const float* partial, int64_t rows, int64_t cols, float scale, float* result) {
-  launch(op, add_partials, ceil_div(rows, block_threads / 32), partial, rows, sum_chunks(cols), scale, result);
 }
 
 }  // namespace qk::cuda
