@@ -15,7 +15,7 @@ __global__ void fisher_loss_kernel(FisherLossArgs a) {
                  weights = load<width>(weight + i);
       for (int j = 0; j < width; ++j) {
         const float apart = outputs.v[j] - targets.v[j];
-        sum += (weighted ? weights.v[j] * apart : apart) * apart;
+        sum += weighted ? weights.v[j] * (apart * apart) : apart * apart;
       }
     });
     sum = team_sum<team>(sum);
@@ -32,8 +32,10 @@ __global__ void fisher_loss_backward_kernel(FisherLossBackwardArgs a) {
     each_value<team, 4>(count, values_before<4>(output, target, weight, grad_output), [&](int64_t i, auto width) {
       const auto targets = load<width>(target + i), weights = load<width>(weight + i);
       auto outputs = load<width>(output + i);
-      for (int j = 0; j < width; ++j)
-        outputs.v[j] = (weighted ? weights.v[j] * scale : scale) * (outputs.v[j] - targets.v[j]);
+      for (int j = 0; j < width; ++j) {
+        const float apart = outputs.v[j] - targets.v[j];
+        outputs.v[j] = scale * (weighted ? weights.v[j] * apart : apart);
+      }
       store(grad_output + i, outputs);
     });
   });

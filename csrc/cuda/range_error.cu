@@ -1,5 +1,6 @@
 #include "ops/range_error.h"
 
+#include "core/math.h"
 #include "cuda/rows.cuh"
 
 namespace qk::cuda {
@@ -21,7 +22,7 @@ __global__ void range_error_kernel(RangeErrorArgs a, int64_t chunks) {
       for (int i = lane; i < count; i += 32) {
         const float x = values[i];
         const float apart = fabsf(rintf(clamp_units(x * r.inverse, r.low, r.high)) * r.step - x);
-        sum += a.power == 2.0f ? apart * apart : powf(apart, a.power);
+        sum += a.power == 1.0f ? apart : a.power == 2.0f ? apart * apart : power_of(apart, a.power);
       }
       const double total = team_sum<32>(static_cast<double>(sum));
       if (lane == 0) a.partial[job * a.candidates + candidate] = total;

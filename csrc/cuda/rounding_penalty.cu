@@ -1,6 +1,6 @@
 #include "ops/rounding_penalty.h"
 
-#include "cuda/rounding.cuh"
+#include "core/math.h"
 #include "cuda/sums.cuh"
 
 namespace qk::cuda {
@@ -13,17 +13,18 @@ __global__ void rounding_penalty_kernel(RoundingPenaltyArgs a) {
     float sum = 0;
     each_value<team, 4>(count, values_before<4>(v), [&](int64_t i, auto width) {
       const auto vs = load<width>(v + i);
-#pragma unroll  // powf is long enough that the compiler would rather loop over an array in memory
-      for (float value : vs.v) sum += 1.0f - powf(fabsf(2.0f * rounding_of(value).part - 1.0f), a.beta);
+#pragma unroll
+      for (float value : vs.v) sum += 1.0f - power_of(fabsf(soft_sign(value)), a.beta);
     });
     sum = team_sum<team>(sum);
     if (threadIdx.x % team == 0) a.partial[job] = sum;
   });
 }
 
+// d/dv (1 - |u|^beta) = -beta |u|^(beta - 1) sign(u) du/dv, du/dv = 2 dh/dv.
 template <int team>
 __global__ void rounding_penalty_backward_kernel(RoundingPenaltyBackwardArgs a) {
-  const float scale = -2.0f * a.beta * *a.grad;
+  const float scale = 2.0f * a.beta * *a.grad;
   each_chunk<team>(1, a.n, [&](int64_t, int64_t at, int64_t count, int64_t) {
     const float* v = a.v + at;
     float* grad_v = a.grad_v + at;
@@ -31,10 +32,8 @@ __global__ void rounding_penalty_backward_kernel(RoundingPenaltyBackwardArgs a) 
       auto vs = load<width>(v + i);
 #pragma unroll
       for (float& value : vs.v) {
-        const Rounding h = rounding_of(value);
-        const float apart = 2.0f * h.part - 1.0f;  // d |a|^beta / d a = beta |a|^(beta - 1) sign(a); 0 at a = 0
-        value =
-            apart == 0 || h.slope == 0 ? 0.0f : scale * h.slope * copysignf(powf(fabsf(apart), a.beta - 1.0f), apart);
+        const float u = soft_sign(value), slope = power_of(fabsf(u), a.beta - 1.0f) * soft_slope(u);
+        value = scale * (u < 0 ? slope : -slope);
       }
       store(grad_v + i, vs);
     });

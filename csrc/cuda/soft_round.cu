@@ -1,10 +1,15 @@
 #include "ops/soft_round.h"
 
-#include "cuda/rounding.cuh"
+#include "core/math.h"
 #include "cuda/rows.cuh"
 
 namespace qk::cuda {
 namespace {
+
+// floor(weight / step) + h(v), the code less the zero.
+__device__ float units(float weight, float u, Row r) {
+  return floorf(limit(weight * r.inverse, r.low - 2, r.high + 2)) + soft_fraction(u);
+}
 
 template <int team>
 __global__ void soft_round_kernel(SoftRoundArgs a) {
@@ -15,9 +20,9 @@ __global__ void soft_round_kernel(SoftRoundArgs a) {
     each_value<team, 4>(count, values_before<4>(weight, v, out), [&](int64_t i, auto width) {
       const auto vs = load<width>(v + i);
       auto weights = load<width>(weight + i);
+#pragma unroll
       for (int j = 0; j < width; ++j)
-        weights.v[j] =
-            clamp_units(floorf(weights.v[j] * r.inverse) + rounding_of(vs.v[j]).part, r.low, r.high) * r.step;
+        weights.v[j] = limit(units(weights.v[j], soft_sign(vs.v[j]), r), r.low, r.high) * r.step;
       store(out + i, weights);
     });
   });
@@ -32,10 +37,10 @@ __global__ void soft_round_backward_kernel(SoftRoundBackwardArgs a) {
     each_value<team, 4>(count, values_before<4>(grad, weight, v, grad_v), [&](int64_t i, auto width) {
       const auto weights = load<width>(weight + i), vs = load<width>(v + i);
       auto grads = load<width>(grad + i);
+#pragma unroll
       for (int j = 0; j < width; ++j) {
-        const Rounding h = rounding_of(vs.v[j]);
-        const float t = floorf(weights.v[j] * r.inverse) + h.part;
-        grads.v[j] = t >= r.low && t <= r.high ? grads.v[j] * r.step * h.slope : 0.0f;
+        const float u = soft_sign(vs.v[j]), t = units(weights.v[j], u, r);
+        grads.v[j] = t >= r.low && t <= r.high ? grads.v[j] * r.step * soft_slope(u) : 0.0f;
       }
       store(grad_v + i, grads);
     });

@@ -44,4 +44,10 @@ void check_launch(const char* op) {
   if (error != cudaSuccess) refuse(op, std::string("refused the kernel: ") + cudaGetErrorString(error), advice(error));
 }
 
+void check_aligned(const char* op, const char* argument, const void* address, int bytes) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes == 0) return;
+  throw std::runtime_error(std::string("qk::") + op + ": " + argument + " must start at a multiple of " +
+                           std::to_string(bytes) + " bytes, got a view that does not. Clone it first.");
+}
+
 }  // namespace qk::cuda
