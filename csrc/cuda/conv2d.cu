@@ -1,5 +1,6 @@
 #include "cuda/conv2d.cuh"
 
+#include "cuda/dot.cuh"
 #include "cuda/epilogue.cuh"
 
 namespace qk::cuda {
@@ -22,13 +23,6 @@ __device__ Token token_at(const Conv2dArgs& a, int64_t token, int64_t channel) {
   const int64_t image = token / (a.ow * a.oh), of_image = a.epilogue.per_row ? image : 0;
   return {image * a.h * a.w * (a.shape.c * a.shape.groups) + channel, token / a.ow % a.oh * a.stride_h - a.pad_h,
           token % a.ow * a.stride_w - a.pad_w, a.epilogue.x_step[of_image], a.epilogue.x_zero[of_image]};
-}
-
-// d + sum of four products; codes of a weight below 8 bits are never negative, so int8 holds them too.
-__device__ inline int32_t dot4(uint32_t unsigned_bytes, uint32_t signed_bytes, int32_t d) {
-  int32_t sum;
-  asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(sum) : "r"(unsigned_bytes), "r"(signed_bytes), "r"(d));
-  return sum;
 }
 
 // `word` values of K from k on for one token: they share a tap, since word divides c. Padding has the code zero.
@@ -61,7 +55,7 @@ __global__ void __launch_bounds__(block_threads, 3) convolve_kernel(Conv2dArgs a
     const int64_t n = outer * layout.n_per_outer + in_outer;  // output channel, if in_outer is one
     const int count = least(tokens, all_tokens - token0);
     __syncthreads();  // the last job's tokens have been used
-    if (threadIdx.x < count) token[threadIdx.x] = token_at(a, token0 + threadIdx.x, outer * a.shape.c);
+    if (static_cast<int>(threadIdx.x) < count) token[threadIdx.x] = token_at(a, token0 + threadIdx.x, outer * a.shape.c);
 
     float y[per_thread] = {};
     for (int64_t group = 0; group < layout.k_groups; ++group) {
@@ -92,7 +86,7 @@ __global__ void __launch_bounds__(block_threads, 3) convolve_kernel(Conv2dArgs a
 #pragma unroll
             for (int step = 0; step < piece / 4; ++step) {
               uint32_t w = weights[step / Bits<bits>::per_byte] >> (step % Bits<bits>::per_byte * bits);
-              if (bits < 8) w &= Bits<bits>::mask * 0x01010101u;
+              if (bits < 8) w &= Bits<bits>::mask * 0x01010101u;  // never negative, so int8 holds it too
               dot[t] = dot4(xs.v[step], w, dot[t]);
             }
           }

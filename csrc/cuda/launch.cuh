@@ -20,8 +20,15 @@ QK_HD constexpr int64_t least(int64_t a, int64_t b) { return b < a ? b : a; }
 template <class... Parameters, class... Given>
 void launch(const char* op, void (*kernel)(Parameters...), int64_t blocks, const Given&... args) {
   if (blocks <= 0) return;
-  kernel<<<static_cast<unsigned>(least(blocks, most_blocks)), block_threads, 0, current_stream(op)>>>(args...);
+  const unsigned grid = static_cast<unsigned>(least(blocks, most_blocks));
+#if defined(QK_EMULATED)
+  emulated::run(grid, block_threads, [&] { kernel(args...); });
+#else
+  // clang-format off
+  kernel<<<grid, block_threads, 0, current_stream(op)>>>(args...);
+  // clang-format on
   check_launch(op);
+#endif
 }
 
 // A team is the threads that share a job: a warp for short jobs, a block for long ones. f(job) runs for each job, for

@@ -14,7 +14,7 @@ __device__ inline uint8_t window(int value, int bits, int stride, bool round) {
   if (round && shift > 0) {
     const int rest = value & ((1 << shift) - 1), half = 1 << (shift - 1);
     cut += rest > half || (rest == half && (cut & 1));
-    cut = min(cut, (1 << bits) - 1);
+    cut = cut > top_code(bits) ? top_code(bits) : cut;
   }
   return static_cast<uint8_t>(cut << shift);
 }
