@@ -95,4 +95,18 @@ __device__ T team_sum(T sum) {
   return sum;
 }
 
+// combine(...) of the values of a team, in all of its threads. For operations whose order does not matter.
+template <int team, class T, class F>
+__device__ T team_all(T value, const F& combine) {
+  for (int apart = 16; apart; apart /= 2) value = combine(value, __shfl_xor_sync(0xffffffffu, value, apart));
+  if constexpr (team > 32) {
+    __shared__ T warps[team / 32];
+    __syncthreads();  // the last call's values have been read
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
+    __syncthreads();
+    for (int i = 0; i < team / 32; ++i) value = combine(value, warps[i]);
+  }
+  return value;
+}
+
 }  // namespace qk::cuda

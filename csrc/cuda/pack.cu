@@ -35,6 +35,10 @@ void pack(const PackArgs& a) {
   with_bits(a.bits, [&](auto bits) {
     launch("pack", pack_kernel<bits>, ceil_div(a.rows * (a.row_bytes / 4), block_threads), a);
   });
+#if defined(QK_EMULATED)  // there the face reads it, since the tensors are the CPU's
+  for (int64_t i = 0; i < a.rows; ++i) a.used[i] = 0;
+  for (int64_t i = 0; i < a.rows * a.cols; ++i) a.used[i / a.cols] |= a.codes[i];
+#endif
 }
 
 }  // namespace qk::cuda
