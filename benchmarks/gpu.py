@@ -88,7 +88,8 @@ def pytest(args: argparse.Namespace, choose: str, *before: str) -> dict[str, obj
     broken = status not in (0, 1, 5, 124)  # no tests chosen is 5; anything else ended without a verdict
     if broken:
         print(output[-2000:])
-    return {"status": status, "summary": summary.strip("= "), "failed": failed, "output": output[-4000:] * broken}
+    summary = "ended by the time budget" if status == 124 else summary.strip("= ")
+    return {"status": status, "summary": summary, "failed": failed, "output": output[-4000:] * broken}
 
 
 def check(args: argparse.Namespace) -> dict[str, object]:
