@@ -55,7 +55,8 @@ __global__ void __launch_bounds__(block_threads, 3) convolve_kernel(Conv2dArgs a
     const int64_t n = outer * layout.n_per_outer + in_outer;  // output channel, if in_outer is one
     const int count = least(tokens, all_tokens - token0);
     __syncthreads();  // the last job's tokens have been used
-    if (static_cast<int>(threadIdx.x) < count) token[threadIdx.x] = token_at(a, token0 + threadIdx.x, outer * a.shape.c);
+    if (static_cast<int>(threadIdx.x) < count)
+      token[threadIdx.x] = token_at(a, token0 + threadIdx.x, outer * a.shape.c);
 
     float y[per_thread] = {};
     for (int64_t group = 0; group < layout.k_groups; ++group) {
