@@ -81,3 +81,12 @@ def each_isa_and_threads():
     yield same
     qk.force_isa(isa)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def two_threads():
+    """Runs a test with two threads, whatever the machine has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
