@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,9 +13,42 @@ from qk import _native
 _ISAS = ("generic", "avx2", "avx512vnni")
 
 
-@pytest.fixture(params=[*_ISAS, "cuda"])
-def device(request):
-    """The device of a kernel's test: the CPU once for each instruction set that it has, then CUDA."""
+class _Emulated:
+    """The CUDA kernels, compiled for the host, in place of the CPU kernels (tests/cuda/emulated)."""
+
+    def __init__(self):
+        built = Path(__file__).parents[1].glob("build/**/libqk_emulated.so")
+        self.library = max(built, key=lambda path: path.stat().st_mtime, default=None)
+        if self.library:
+            torch.ops.load_library(str(self.library))
+
+    def __enter__(self):
+        self.overrides = torch.library.Library("qk", "IMPL")
+        for name in torch._C._dispatch_get_all_op_names():
+            if name.startswith("qk_emulated::"):
+                kernel = getattr(torch.ops.qk_emulated, name.removeprefix("qk_emulated::")).default
+                self.overrides.impl(name.removeprefix("qk_emulated::"), kernel, "CPU", allow_override=True)
+
+    def __exit__(self, *_):
+        self.overrides._destroy()
+
+
+@pytest.fixture(scope="session")
+def emulated():
+    return _Emulated()
+
+
+@pytest.fixture(params=[*_ISAS, "emulated", "cuda"])
+def device(request, emulated):
+    """The device of a kernel's test: the CPU once for each instruction set that it has, CUDA emulated, then CUDA."""
+    if request.param == "emulated":
+        if not emulated.library:
+            pytest.skip("emulated: the target qk_emulated was not built")
+        if "float64" in request.node.name:
+            pytest.skip("emulated: a fiber for each of a hundred thousand rows takes minutes")
+        with emulated:
+            yield torch.device("cpu")
+        return
     if request.param == "cuda":
         if _native.cuda_error or not torch.cuda.is_available():
             pytest.skip(f"cuda: {_native.cuda_error or 'no usable GPU'}")
@@ -46,3 +81,12 @@ def each_isa_and_threads():
     yield same
     qk.force_isa(isa)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def two_threads():
+    """Runs a test with two threads, whatever the machine has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,70 @@
+#include "ops/prepack.h"
+
+#include "cuda/launch.cuh"
+
+namespace qk::cuda {
+namespace {
+
+// The output channel of place i in a block, or -1.
+__device__ int64_t channel_of(const PackedLayout& layout, int64_t block, int64_t i) {
+  const int64_t in_outer = block % layout.blocks_per_outer * PackedLayout::block + i;
+  return in_outer < layout.n_per_outer ? block / layout.blocks_per_outer * layout.n_per_outer + in_outer : -1;
+}
+
+__device__ int code_at_rest(const PrepackArgs& a, int64_t n, int64_t k) {
+  const int bits = a.shape.bits, per_byte = 8 / bits;
+  return a.packed[n * a.row_bytes + k / per_byte] >> (k % per_byte * bits) & top_code(bits);
+}
+
+// A thread makes one byte of codes.
+__global__ void codes_kernel(PrepackArgs a) {
+  const PackedLayout& layout = a.layout;
+  const int per_byte = 8 / layout.stored_bits;
+  const int64_t all = layout.sums_at - layout.codes_at, step = int64_t{gridDim.x} * block_threads;
+  for (int64_t at = int64_t{blockIdx.x} * block_threads + threadIdx.x; at < all; at += step) {
+    const int64_t block = at / layout.block_bytes, in_block = at % layout.block_bytes;
+    const int64_t vector = in_block / PackedLayout::vector, place = in_block % PackedLayout::vector;
+    const int64_t n = channel_of(layout, block, place / PackedLayout::step);
+    int byte = 0;
+    for (int j = 0; j < per_byte && n >= 0; ++j) {
+      const int64_t k = (vector * per_byte + j) * PackedLayout::step + place % PackedLayout::step;
+      const int64_t group = k / layout.group_padded, in_group = k % layout.group_padded;
+      const int zero = a.zero[n * layout.k_groups + group];
+      const int code = in_group < layout.group_k ? code_at_rest(a, n, group * layout.group_k + in_group) : zero;
+      byte |= layout.stored_bits == 8 ? code - zero : code << (j * layout.stored_bits);
+    }
+    a.out[layout.codes_at + at] = static_cast<uint8_t>(byte);
+  }
+}
+
+// A thread makes the sum and the zero of one channel and group; the first ones also the header and the last bytes.
+__global__ void sums_kernel(PrepackArgs a, PackedHeader header) {
+  const PackedLayout& layout = a.layout;
+  const int64_t first = int64_t{blockIdx.x} * block_threads + threadIdx.x, step = int64_t{gridDim.x} * block_threads;
+  const int64_t all = layout.blocks() * layout.k_groups * PackedLayout::block;
+  const int64_t end = layout.zeros_at + (layout.stored_bits < 8 ? all : 0);
+  if (first == 0) *reinterpret_cast<PackedHeader*>(a.out) = header;
+  if (end + first < layout.bytes) a.out[end + first] = 0;  // fewer than 64
+  for (int64_t at = first; at < all; at += step) {
+    const int64_t group = at / PackedLayout::block % layout.k_groups;
+    const int64_t n = channel_of(layout, at / (PackedLayout::block * layout.k_groups), at % PackedLayout::block);
+    const int zero = n < 0 ? 0 : a.zero[n * layout.k_groups + group];
+    int sum = 0;
+    for (int64_t k = 0; k < layout.group_k && n >= 0; ++k) sum += code_at_rest(a, n, group * layout.group_k + k) - zero;
+    reinterpret_cast<int32_t*>(a.out + layout.sums_at)[at] = sum;
+    if (layout.stored_bits < 8) a.out[layout.zeros_at + at] = static_cast<uint8_t>(zero);
+  }
+}
+
+}  // namespace
+
+void prepack(const PrepackArgs& a) {
+  const PackedLayout& layout = a.layout;
+  const WeightShape& s = a.shape;
+  const PackedHeader header{packed_magic, s.bits, s.n, s.kh, s.kw, s.c, s.groups, s.k_groups, 0};
+  launch("prepack", codes_kernel, ceil_div(layout.sums_at - layout.codes_at, block_threads), a);
+  launch("prepack", sums_kernel, ceil_div(layout.blocks() * layout.k_groups * PackedLayout::block, block_threads), a,
+         header);
+}
+
+}  // namespace qk::cuda

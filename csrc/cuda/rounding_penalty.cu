@@ -1,0 +1,57 @@
+#include "ops/rounding_penalty.h"
+
+#include "core/math.h"
+#include "cuda/sums.cuh"
+
+namespace qk::cuda {
+namespace {
+
+template <int team>
+__global__ void rounding_penalty_kernel(RoundingPenaltyArgs a) {
+  each_chunk<team>(1, a.n, [&](int64_t, int64_t at, int64_t count, int64_t job) {
+    const float* v = a.v + at;
+    float sum = 0;
+    each_value<team, 4>(count, values_before<4>(v), [&](int64_t i, auto width) {
+      const auto vs = load<width>(v + i);
+#pragma unroll
+      for (float value : vs.v) sum += 1.0f - power_of(fabsf(soft_sign(value)), a.beta);
+    });
+    sum = team_sum<team>(sum);
+    if (threadIdx.x % team == 0) a.partial[job] = sum;
+  });
+}
+
+// d/dv (1 - |u|^beta) = -beta |u|^(beta - 1) sign(u) du/dv, du/dv = 2 dh/dv.
+template <int team>
+__global__ void rounding_penalty_backward_kernel(RoundingPenaltyBackwardArgs a) {
+  const float scale = 2.0f * a.beta * *a.grad;
+  each_chunk<team>(1, a.n, [&](int64_t, int64_t at, int64_t count, int64_t) {
+    const float* v = a.v + at;
+    float* grad_v = a.grad_v + at;
+    each_value<team, 4>(count, values_before<4>(v, grad_v), [&](int64_t i, auto width) {
+      auto vs = load<width>(v + i);
+#pragma unroll
+      for (float& value : vs.v) {
+        const float u = soft_sign(value), slope = power_of(fabsf(u), a.beta - 1.0f) * soft_slope(u);
+        value = scale * (u < 0 ? slope : -slope);
+      }
+      store(grad_v + i, vs);
+    });
+  });
+}
+
+}  // namespace
+
+void rounding_penalty(const RoundingPenaltyArgs& a) {
+  with_chunks(1, a.n,
+              [&](int64_t blocks, auto team) { launch("rounding_penalty", rounding_penalty_kernel<team>, blocks, a); });
+  finish_sums("rounding_penalty", a.partial, 1, a.n, 1.0f, a.out);
+}
+
+void rounding_penalty_backward(const RoundingPenaltyBackwardArgs& a) {
+  with_chunks(1, a.n, [&](int64_t blocks, auto team) {
+    launch("rounding_penalty_backward", rounding_penalty_backward_kernel<team>, blocks, a);
+  });
+}
+
+}  // namespace qk::cuda
