@@ -25,8 +25,8 @@ STABLE_TORCH_LIBRARY(qk, m) {
   m.def("rounding_penalty(Tensor v, float beta) -> Tensor");
   m.def("rounding_penalty_backward(Tensor grad, Tensor v, float beta) -> Tensor");
 
-  // output, target, weight [...] float32 -> loss []: scale * sum of weight * (output - target)^2, no weight means 1; and
-  // its gradient for output [...], in the same pass.
+  // output, target, weight [...] float32 -> loss []: scale * sum of weight * (output - target)^2, no weight means 1;
+  // and its gradient for output [...], in the same pass.
   m.def("fisher_loss(Tensor output, Tensor target, Tensor? weight, float scale) -> (Tensor, Tensor)");
 
   // x [rows, cols] float32, step [rows, candidates] float32, zero [rows, candidates] int32 -> [rows, candidates]:
@@ -42,8 +42,8 @@ STABLE_TORCH_LIBRARY(qk, m) {
   m.def("quantize_rows(Tensor x, int bits) -> (Tensor, Tensor, Tensor)");
   // codes [...] uint8, step and zero by rows -> [...] float32: step * (codes - zero).
   m.def("dequantize(Tensor codes, Tensor step, Tensor zero) -> Tensor");
-  // codes [rows, cols] uint8 -> [rows, row_bytes] uint8: value i of a byte at bit i * bits, rows padded to 16 bytes with
-  // zero bits. bits 2, 4 or 8. A code that does not fit is an error on the CPU and loses its high bits on CUDA.
+  // codes [rows, cols] uint8 -> [rows, row_bytes] uint8: value i of a byte at bit i * bits, rows padded to 16 bytes
+  // with zero bits. bits 2, 4 or 8. A code that does not fit is an error on the CPU and loses its high bits on CUDA.
   m.def("pack(Tensor codes, int bits) -> Tensor");
   m.def("unpack(Tensor packed, int bits, int cols) -> Tensor");
   // codes [..., cols] uint8, 8 bits with zero 0 -> the same shape: each value cut to its window of `bits` bits at the
@@ -60,17 +60,20 @@ STABLE_TORCH_LIBRARY(qk, m) {
 
   // x [..., K] uint8 codes below 2^x_bits, x_step float32 and x_zero int32 [1] or [rows of x], weight prepacked,
   // weight_step [N] or [N, groups along K] float32, bias [N] float32 -> [..., N] float32:
-  // activation(float(sum (x - x_zero) (weight - weight_zero)) * (x_step * weight_step) + bias); groups are added in order.
-  // With out_step and out_zero (one value each) the result is quantized to uint8 codes of out_bits.
-  // activation: none, relu, relu6.
+  // activation(float(sum (x - x_zero) (weight - weight_zero)) * (x_step * weight_step) + bias); groups are added in
+  // order. With out_step and out_zero (one value each) the result is quantized to uint8 codes of out_bits. activation:
+  // none, relu, relu6.
   m.def(
       "gemm(Tensor x, Tensor x_step, Tensor x_zero, Tensor weight, Tensor weight_step, Tensor? bias, int bits,"
-      " int x_bits=8, str activation=\"none\", Tensor? out_step=None, Tensor? out_zero=None, int out_bits=8) -> Tensor");
+      " int x_bits=8, str activation=\"none\", Tensor? out_step=None, Tensor? out_zero=None, int out_bits=8) -> "
+      "Tensor");
 
   // x [B, H, W, C] uint8 codes (NHWC), x_step and x_zero [1], weight prepacked from [N, kh, kw, C / groups],
-  // weight_step [N] or [N, groups along K], bias [N] -> [B, OH, OW, N] float32 or codes, as gemm. Padding has code x_zero.
+  // weight_step [N] or [N, groups along K], bias [N] -> [B, OH, OW, N] float32 or codes, as gemm. Padding has code
+  // x_zero.
   m.def(
       "conv2d(Tensor x, Tensor x_step, Tensor x_zero, Tensor weight, Tensor weight_step, Tensor? bias, int bits,"
       " int[2] kernel, int[2] stride=1, int[2] padding=0, int[2] dilation=1, int groups=1,"
-      " int x_bits=8, str activation=\"none\", Tensor? out_step=None, Tensor? out_zero=None, int out_bits=8) -> Tensor");
+      " int x_bits=8, str activation=\"none\", Tensor? out_step=None, Tensor? out_zero=None, int out_bits=8) -> "
+      "Tensor");
 }

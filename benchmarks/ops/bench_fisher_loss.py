@@ -34,7 +34,9 @@ def cases(args):
             def check(output=output, grad=grad, ours=ours, eager=eager):
                 loss, slope = ours()
                 torch.testing.assert_close(loss, eager(output), rtol=1e-4, atol=0)
-                torch.testing.assert_close(slope, torch.autograd.grad(eager(output), output, grad)[0], rtol=1e-5, atol=0)
+                torch.testing.assert_close(
+                    slope, torch.autograd.grad(eager(output), output, grad)[0], rtol=1e-5, atol=0
+                )
 
             peers = {"eager torch": eager} | ({"torch.compile": torch.compile(eager)} if args.compile else {})
             read = 3 if weighted else 2

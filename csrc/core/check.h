@@ -17,10 +17,10 @@ namespace qk {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-[[noreturn]] inline void fail(const char* op, const char* argument, const std::string& expected,
-                              const std::string& got, const char* advice = "") {
-  throw std::runtime_error(std::string("qk::") + op + ": " + argument + " must be " + expected +
-                           ", got " + got + "." + (*advice ? " " : "") + advice);
+[[noreturn]] inline void fail(const char* op, const char* argument, const std::string& expected, const std::string& got,
+                              const char* advice = "") {
+  throw std::runtime_error(std::string("qk::") + op + ": " + argument + " must be " + expected + ", got " + got + "." +
+                           (*advice ? " " : "") + advice);
 }
 
 // A string is built only for an error, so a check that holds costs one comparison.
@@ -41,14 +41,13 @@ inline std::string describe(const Tensor& t) {
   return text.str();
 }
 
-inline void check_tensor(bool holds, const char* op, const char* argument, const char* expected,
-                         const Tensor& got, const char* advice = "") {
+inline void check_tensor(bool holds, const char* op, const char* argument, const char* expected, const Tensor& got,
+                         const char* advice = "") {
   if (!holds) fail(op, argument, expected, describe(got), advice);
 }
 
 inline void check_dtype(const char* op, const char* argument, const Tensor& t, ScalarType dtype) {
-  if (t.scalar_type() != dtype)
-    fail(op, argument, torch::headeronly::toString(dtype), describe(t));
+  if (t.scalar_type() != dtype) fail(op, argument, torch::headeronly::toString(dtype), describe(t));
 }
 
 inline bool same_shape(const Tensor& a, const Tensor& b) {
@@ -118,8 +117,7 @@ inline void check_zero_values(const char* op, const char* argument, const Tensor
   const int32_t top = (1 << bits) - 1;
   for (int64_t i = 0; i < zero.numel(); ++i)
     if (z[i] < 0 || z[i] > top)
-      fail(op, argument, "a code from 0 to " + std::to_string(top),
-           std::to_string(z[i]) + " at " + std::to_string(i));
+      fail(op, argument, "a code from 0 to " + std::to_string(top), std::to_string(z[i]) + " at " + std::to_string(i));
 }
 
 }  // namespace qk

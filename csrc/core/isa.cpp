@@ -32,8 +32,8 @@ Isa parse(const std::string& name, const char* source) {
     if (isa_name(isa) == name) return isa;
     usable += (usable.empty() ? "" : ", ") + isa_name(isa);
   }
-  throw std::runtime_error(std::string("qk: ") + source + " must name an instruction set of this machine (" +
-                           usable + "), got " + name + ".");
+  throw std::runtime_error(std::string("qk: ") + source + " must name an instruction set of this machine (" + usable +
+                           "), got " + name + ".");
 }
 
 Isa choose() {

@@ -4,25 +4,35 @@
 #include "core/isa.h"
 
 #if defined(__x86_64__)
-#define QK_DECLARE_CPU(name, Args)                \
-  namespace generic { void name(const Args&); }   \
-  namespace avx2 { void name(const Args&); }      \
-  namespace avx512vnni { void name(const Args&); }
-#define QK_PICK(name, args)                                  \
-  switch (active_isa()) {                                    \
-    case Isa::generic: return generic::name(args);           \
-    case Isa::avx2: return avx2::name(args);                 \
-    case Isa::avx512vnni: return avx512vnni::name(args);     \
+#define QK_DECLARE_CPU(name, Args) \
+  namespace generic {              \
+  void name(const Args&);          \
+  }                                \
+  namespace avx2 {                 \
+  void name(const Args&);          \
+  }                                \
+  namespace avx512vnni {           \
+  void name(const Args&);          \
+  }
+#define QK_PICK(name, args)                              \
+  switch (active_isa()) {                                \
+    case Isa::generic: return generic::name(args);       \
+    case Isa::avx2: return avx2::name(args);             \
+    case Isa::avx512vnni: return avx512vnni::name(args); \
   }
 #else
 #define QK_DECLARE_CPU(name, Args) \
-  namespace generic { void name(const Args&); }
+  namespace generic {              \
+  void name(const Args&);          \
+  }
 #define QK_PICK(name, args) generic::name(args);
 #endif
 
-#define QK_KERNEL(name, Args)                                \
-  namespace qk::cpu {                                        \
-  QK_DECLARE_CPU(name, Args)                                 \
+#define QK_KERNEL(name, Args)                                       \
+  namespace qk::cpu {                                               \
+  QK_DECLARE_CPU(name, Args)                                        \
   static inline void name(const Args& args) { QK_PICK(name, args) } \
-  }                                                          \
-  namespace qk::cuda { void name(const Args&); }
+  }                                                                 \
+  namespace qk::cuda {                                              \
+  void name(const Args&);                                           \
+  }

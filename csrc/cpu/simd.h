@@ -1,6 +1,6 @@
 // What every *.simd.cpp shares. Such a file is compiled once per instruction set into the namespace QK_ISA, so all of
-// its helpers are static or anonymous: of an ordinary inline function the linker keeps one copy, perhaps the AVX-512 one.
-// Loops are written so that the compiler vectorizes them: no calls, no aliasing, selects instead of branches.
+// its helpers are static or anonymous: of an ordinary inline function the linker keeps one copy, perhaps the AVX-512
+// one. Loops are written so that the compiler vectorizes them: no calls, no aliasing, selects instead of branches.
 #pragma once
 #include <cstdint>
 

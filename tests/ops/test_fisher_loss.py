@@ -37,7 +37,9 @@ def test_gradient_is_the_definition_and_target_and_weight_have_none(weighted, de
         output, target, weight = (None if t is None else t.detach() for t in (output, target, weight))
         slope = reference(output, target, weight, 0.25)[1]
         torch.testing.assert_close(got[0], 3 * slope, rtol=4 * 2.0**-23, atol=0)  # products in another order
-        torch.testing.assert_close(fisher_loss_and_slope(output, target, weight, 0.25)[1], slope, rtol=4 * 2.0**-23, atol=0)
+        torch.testing.assert_close(
+            fisher_loss_and_slope(output, target, weight, 0.25)[1], slope, rtol=4 * 2.0**-23, atol=0
+        )
         assert got[1:] == (None,) * (len(leaves) - 1)
 
 
