@@ -63,6 +63,8 @@ class QuantLayer(nn.Module):
 
     def __init__(self, layer: nn.Conv2d | nn.Linear, spec: QuantSpec, quantizer: ActQuantizer) -> None:
         super().__init__()
+        # What models ask of a layer (in_features, stride, ...) stays answered; private names and the mode are not.
+        vars(self).update({k: v for k, v in vars(layer).items() if k[0] != "_" and k != "training"})
         self.weight, self.bias = layer.weight, layer.bias
         self.conv_args: dict | None = None
         if isinstance(layer, nn.Conv2d):
@@ -107,8 +109,8 @@ class QuantLayer(nn.Module):
         soft = ops.soft_round(weight, self.rounding, self.weight_step, self.weight_zero, self.spec.weights)
         return from_kernel_order(soft)
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
+    def forward(self, input: Tensor) -> Tensor:  # the name of the float layer's argument: some models use it
+        x, weight = input, self.weight
         if self.quantized:
             x, weight = self.input(x), self.quantized_weight()
         if self.conv_args is None:

@@ -1,0 +1,82 @@
+"""prepare: a float model becomes a copy with quantizers in place, by watching it run once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from qk.errors import fail
+from qk.prepare.apply import apply_plan
+from qk.prepare.blocks import find_units
+from qk.prepare.fold import fold_batchnorms
+from qk.prepare.insert import ActQuantizer, QuantLayer
+from qk.prepare.links import find_links
+from qk.prepare.observe import STAGE, check_example, check_model, copy_of, observe, run
+from qk.prepare.plan import plan_from
+from qk.prepare.prepared import Layer, Prepared, Unit
+from qk.prepare.support import sort_modules
+from qk.spec import Plan, Recipe, float_spec
+
+__all__ = ["ActQuantizer", "Layer", "Prepared", "QuantLayer", "Unit", "apply_plan", "prepare"]
+
+
+def prepare(
+    model: nn.Module, example: Any, recipe: Recipe | None = None, *, blocks: Sequence[str] | None = None
+) -> Prepared:
+    """A copy of `model` with BatchNorm folded and a quantizer in front of each layer that `recipe` quantizes.
+
+    model: float32, on cpu or cuda, in either mode; it is not changed. example: one small batch: a tensor, a tuple of
+    positional arguments or a dict of keyword arguments. The model runs on it twice, without gradients, and nothing is
+    traced. blocks: names of the modules to reconstruct together, instead of those found. The result computes in float
+    until it is calibrated and its layers are switched on.
+    Raises QkError for an example that is empty, not finite or not accepted by the model, a model that is wrapped, lazy or
+    on another device, a recipe or plan that fits no layer, and when there is nothing to quantize.
+    """
+    recipe = recipe or Recipe()
+    check_model(model)
+    check_example(example)
+    copied = copy_of(model)
+    seen = observe(copied, example)
+    layers, kept = sort_modules(copied, seen)
+    if not layers:
+        reasons = "; ".join(f"{name or 'the model'}: {reason}" for name, reason in list(kept.items())[:5])
+        raise fail(STAGE, "model", "one with a Conv2d or Linear that can be quantized", reasons or "none with weights")
+    folds, unfolded = fold_batchnorms(copied, seen, layers)
+    kept = {name: unfolded.get(name, reason) for name, reason in kept.items() if name not in folds}
+    links = find_links(seen, layers)
+    p = Prepared(
+        model=copied,
+        layers=layers,
+        units=[],
+        links=links,
+        folds=folds,
+        kept=kept,
+        plan=plan_from(recipe, layers, links, kept),
+        all_units=find_units(copied, seen, layers, blocks),
+        originals={name: copied.get_submodule(name) for name in layers},
+    )
+    apply_plan(p, p.plan)
+    _keep_what_is_passed_by(p, example)
+    return p
+
+
+def _keep_what_is_passed_by(p: Prepared, example: Any) -> None:
+    """Runs the result once: a layer that the model still reaches on another way than its name stays in float."""
+    ran: set[str] = set()
+    handles = [
+        layer.register_forward_pre_hook(lambda _layer, _args, name=name: ran.add(name))
+        for name, layer in p.quant_layers().items()
+    ]
+    try:
+        with torch.no_grad():
+            run(p.model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    passed_by = [name for name in p.quant_layers() if name not in ran]
+    if passed_by:
+        reason = float_spec("the model calls it through another reference, so that a replaced layer would be passed by")
+        apply_plan(p, Plan(p.plan.layers | dict.fromkeys(passed_by, reason)))

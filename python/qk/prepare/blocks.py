@@ -1,0 +1,91 @@
+"""Units of reconstruction: which modules are blocks (residual units, transformer layers), by repetition, not by name.
+
+A block is a module whose class the model uses at least twice, that holds at least two layers, is no plain container, runs
+once, takes and returns tensors. The outermost such module counts, unless it holds two blocks of one class itself: then it
+is a stage, and those are the blocks. Source of the rule's aim: Li et al., BRECQ (2021), section 3.2.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+from torch import nn
+
+from qk.errors import fail
+from qk.prepare.observe import STAGE, Observation
+from qk.prepare.prepared import Layer, Unit
+from qk.spec import Plan
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def find_units(
+    model: nn.Module, seen: Observation, layers: dict[str, Layer], names: Sequence[str] | None = None
+) -> list[Unit]:
+    """Units in running order that hold every layer once. names: the blocks, instead of those found."""
+    held = layers_inside(seen, layers)
+    blocks = found_blocks(model, seen, held) if names is None else _checked(model, seen, held, names)
+    block_of = {layer: block for block in blocks for layer in held[block]}
+    members: dict[str, list[str]] = defaultdict(list)
+    for layer in layers:
+        members[block_of.get(layer, layer)].append(layer)
+    return [Unit(name, tuple(inside)) for name, inside in members.items()]
+
+
+def quantized_units(units: list[Unit], plan: Plan) -> list[Unit]:
+    """The units without their float layers; without units that would be empty."""
+    kept = [Unit(u.name, tuple(n for n in u.layers if not plan[n].is_float)) for u in units]
+    return [u for u in kept if u.layers]
+
+
+def layers_inside(seen: Observation, layers: dict[str, Layer]) -> dict[str, list[str]]:
+    """Module that runs once -> the layers all of whose calls are inside its call."""
+    held: dict[str, list[str]] = defaultdict(list)
+    for layer in layers:
+        around = set.intersection(*(set(call.inside) for call in seen.calls[layer]))
+        for name in around:
+            if len(seen.calls[name]) == 1:
+                held[name].append(layer)
+    return held
+
+
+def found_blocks(model: nn.Module, seen: Observation, held: dict[str, list[str]]) -> list[str]:
+    kind = {name: type(module) for name, module in model.named_modules()}
+    instances = Counter(kind.values())
+    candidates = [
+        name
+        for name in seen.calls
+        if instances[kind[name]] >= 2
+        and len(held.get(name, ())) >= 2
+        and not issubclass(kind[name], CONTAINERS)
+        and seen.calls[name][0].single
+    ]
+
+    def around(name: str) -> tuple[str, ...]:
+        return seen.calls[name][0].inside
+
+    inner: dict[str, Counter] = defaultdict(Counter)  # candidate -> classes of the candidates inside it
+    for name in candidates:
+        for outer in around(name):
+            inner[outer][kind[name]] += 1
+    blocks = [name for name in candidates if max(inner[name].values(), default=0) < 2]
+    return [name for name in blocks if not set(around(name)) & set(blocks)]
+
+
+def _checked(model: nn.Module, seen: Observation, held: dict[str, list[str]], names: Sequence[str]) -> list[str]:
+    """The names as given, if each can be reconstructed on its own."""
+    known = {name for name, _ in model.named_modules()}
+    for name in names:
+        if name not in known:
+            raise fail(STAGE, "blocks", "names of modules", repr(name), "See dict(model.named_modules()).")
+        calls = seen.calls.get(name, [])
+        if len(calls) != 1 or not calls[0].single:
+            what = f"{name!r}, which ran {len(calls)} times" if len(calls) != 1 else f"{name!r}, which does not"
+            raise fail(STAGE, "blocks", "modules that run once, take a tensor and return one", what)
+        if not held.get(name):
+            raise fail(STAGE, "blocks", "modules that hold layers to quantize", repr(name))
+        nested = set(calls[0].inside) & set(names)
+        if nested:
+            raise fail(STAGE, "blocks", "apart from each other", f"{name!r} inside {min(nested)!r}")
+    return list(names)

@@ -1,0 +1,85 @@
+"""From a recipe to a plan, and what a plan must satisfy before a kernel can run it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+
+from qk.errors import QkError, fail
+from qk.prepare.links import agree
+from qk.prepare.observe import STAGE
+from qk.prepare.prepared import Layer
+from qk.spec import Plan, QuantSpec, Recipe, float_spec
+
+INT32_MAX = 2**31 - 1
+
+
+def plan_from(
+    recipe: Recipe, layers: Mapping[str, Layer], links: list[tuple[str, ...]], kept: Iterable[str] = ()
+) -> Plan:
+    """The recipe's widths for each layer; a layer whose sums could leave int32 stays in float.
+
+    Raises QkError for a pattern of skip or overrides that matches nothing, and for a group size that does not fit.
+    """
+    _check_patterns("skip", recipe.skip, [*layers, *kept])
+    _check_patterns("overrides", recipe.overrides, layers)
+    names = list(layers)
+    plan = agree(Plan({n: recipe.spec_for(n, n in (names[0], names[-1])) for n in names}), links)
+    long = {n: reason for n in names if (reason := too_long(layers[n], plan[n]))}
+    plan = Plan({n: float_spec(long[n]) if n in long else spec for n, spec in plan.layers.items()})
+    return checked(plan, layers, links, STAGE)
+
+
+def checked(plan: Plan, layers: Mapping[str, Layer], links: list[tuple[str, ...]], stage: str) -> Plan:
+    """The plan in running order with linked layers agreed. Raises QkError for what no kernel could run."""
+    unknown, missing = [n for n in plan.layers if n not in layers], [n for n in layers if n not in plan.layers]
+    if unknown or missing:
+        what = f"unknown {', '.join(unknown)}" if unknown else f"nothing for {', '.join(missing)}"
+        raise fail(stage, "plan", "one spec for each layer of the model", what, "Its layers are in Prepared.layers.")
+    plan = agree(Plan({n: plan[n] for n in layers}), links)
+    if all(spec.is_float for spec in plan.layers.values()):
+        reasons = sorted({spec.reason or "the plan says so" for spec in plan.layers.values()})
+        raise fail(stage, "plan", "one that quantizes a layer", f"float for all: {'; '.join(reasons)}")
+    uneven = [
+        f"{n} (K = {length(layers[n])})"
+        for n, spec in plan.layers.items()
+        if spec.group_size is not None and not spec.is_float and length(layers[n]) % spec.group_size
+    ]
+    if uneven:
+        raise fail(
+            stage,
+            "group_size",
+            "a divisor of K (kh * kw * C / groups, or the input features)",
+            f"{', '.join(uneven)} with group_size {', '.join(sorted({str(s.group_size) for s in plan.layers.values() if s.group_size}))}",
+            "Give these layers another one, or null, in overrides.",
+        )
+    long = [f"{n}: {reason}" for n in layers if (reason := too_long(layers[n], plan[n]))]
+    if long:
+        raise QkError(f"{stage}: plan must keep sums in int32. {'; '.join(long)}. Use fewer bits or leave it in float.")
+    return plan
+
+
+def length(layer: Layer) -> int:
+    """K: how many products one output sums."""
+    k = 1
+    for n in layer.weight_shape[1:]:
+        k *= n
+    return k
+
+
+def too_long(layer: Layer, spec: QuantSpec) -> str | None:
+    """Why the sum of one output (of one group of it) could leave int32 at the worst codes; None if it cannot."""
+    if spec.is_float:
+        return None
+    k = spec.group_size or length(layer)
+    worst_weight = 128 if spec.weights == 8 else 2**spec.storage_bits - 1
+    most = INT32_MAX // ((2**spec.activations - 1) * worst_weight)
+    return f"K = {k} could overflow int32 at {spec.describe()}; it holds up to {most}" if k > most else None
+
+
+def _check_patterns(field: str, patterns: Iterable[str], names: Iterable[str]) -> None:
+    names = list(names)
+    idle = [repr(p) for p in patterns if not any(fnmatchcase(n, p) for n in names)]
+    if idle:
+        some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        raise fail(STAGE, f"recipe.{field}", "patterns that match layers", ", ".join(idle), f"The layers: {some}.")
