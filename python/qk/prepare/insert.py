@@ -6,6 +6,8 @@ a group of K that shares a step is contiguous and codes need no shuffling when t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -53,7 +55,7 @@ class QuantLayer(nn.Module):
     """A Conv2d or Linear with a quantizer in front and quantized weights.
 
     quantized False: the float layer. True: input through `input`, weights from `codes`, or, while rounding is learned,
-    from `rounding` (AdaRound's V, kernel order). `weight` and `bias` stay as they were; `codes` uint8 in kernel order,
+    from `rounding`, which gives them in the layout of `weight`. `weight` and `bias` stay as they were; `codes` uint8 in kernel order,
     `weight_step` float32 and `weight_zero` int32 [N] or [N, groups along K] are what is deployed.
     """
 
@@ -73,7 +75,7 @@ class QuantLayer(nn.Module):
         self.spec = spec
         self.input = quantizer
         self.quantized = False
-        self.rounding: Tensor | None = None
+        self.rounding: Callable[[], Tensor] | None = None
         for name in ("codes", "weight_step", "weight_zero"):
             self.register_buffer(name, None)
 
@@ -101,13 +103,11 @@ class QuantLayer(nn.Module):
         )
 
     def quantized_weight(self) -> Tensor:
-        """The weight that the integer kernels see, in the layout of `weight`. Differentiable in `rounding`."""
+        """The weight that the integer kernels see, in the layout of `weight`."""
         assert self.codes is not None, "calibrate before quantizing"
         if self.rounding is None:
             return from_kernel_order(ops.dequantize(self.codes, self.weight_step, self.weight_zero))
-        weight = to_kernel_order(self.weight.detach())
-        soft = ops.soft_round(weight, self.rounding, self.weight_step, self.weight_zero, self.spec.weights)
-        return from_kernel_order(soft)
+        return self.rounding()
 
     def forward(self, input: Tensor) -> Tensor:  # the name of the float layer's argument: some models use it
         x, weight = input, self.weight

@@ -1,0 +1,62 @@
+"""Adaptive rounding: learn for each weight whether to round down or up.
+
+Source: Nagel et al., Up or Down? Adaptive Rounding for Post-Training Quantization (2020), section 3.3.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qk import ops
+from qk.ops._rows import units
+from qk.prepare.insert import QuantLayer, from_kernel_order, to_kernel_order
+
+LOW, HIGH = -0.1, 1.1  # the paper's gamma and zeta: they let the sigmoid reach 0 and 1
+DECIDED = 20.0  # a v far beyond saturation
+
+
+def start(weight: Tensor, step: Tensor) -> Tensor:
+    """The v at which learning starts: h(v) is the fraction of weight / step, so nothing has moved yet.
+
+    weight: [...] with one step for each row of [step.numel(), -1].
+    """
+    scaled = units(weight, step)  # as the operator computes it, so that both find the same floor
+    fraction = scaled - torch.floor(scaled)
+    return torch.logit((fraction - LOW) / (HIGH - LOW)).reshape(weight.shape)
+
+
+def beta(iteration: int, iterations: int, warmup: float, ends: tuple[float, float]) -> float:
+    """The penalty's exponent: the start through the warmup, then linearly to the end."""
+    first = warmup * iterations
+    done = max(0.0, (iteration - first) / (iterations - first))
+    return ends[0] + (ends[1] - ends[0]) * done
+
+
+class Rounding:
+    """The v of one layer while it is learned, and what follows from it.
+
+    With one step for each output channel everything stays in the layout of the layer's weight: a row is the same set of
+    weights in either order, and the convolution needs no copy. Groups along K need the kernels' order.
+    """
+
+    def __init__(self, layer: QuantLayer) -> None:
+        self.layer = layer
+        self.kernel_order = layer.groups_along_k > 1
+        weight = layer.weight.detach()
+        self.weight = to_kernel_order(weight) if self.kernel_order else weight.contiguous()
+        self.step, self.zero, self.bits = layer.weight_step, layer.weight_zero, layer.spec.weights
+        self.v = start(self.weight, self.step).requires_grad_()
+
+    def soft(self) -> Tensor:
+        """The weight with h(v) added to its floor, in the layout of layer.weight. Differentiable in v."""
+        soft = ops.soft_round(self.weight, self.v, self.step, self.zero, self.bits)
+        return from_kernel_order(soft).contiguous() if self.kernel_order else soft
+
+    @torch.no_grad()
+    def codes(self) -> Tensor:
+        """Up where h(v) >= 0.5, that is v >= 0; uint8 in the kernels' order."""
+        decided = torch.where(self.v >= 0, DECIDED, -DECIDED)
+        hard = ops.soft_round(self.weight, decided, self.step, self.zero, self.bits)
+        codes = ops.quantize(hard, self.step, self.zero, self.bits)
+        return codes if self.kernel_order else to_kernel_order(codes)

@@ -1,0 +1,160 @@
+"""BRECQ: learn the rounding of weights and the steps of activations, block by block, against the float model.
+
+Source: Li et al., BRECQ: Pushing the Limit of Post-Training Quantization by Block Reconstruction (2021); weights and
+steps are learned together, and inputs mixed, as in Wei et al., QDrop (2022). Differences are in docs/methods/brecq.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from qk.calibrate.batches import hold
+from qk.errors import fail
+from qk.methods.adaround import Rounding, beta
+from qk.methods.cache import Cache, Room
+from qk.methods.engine import STAGE, fill_cache, frozen, loss_on_all, outputs_of, unit_loss, units_of
+from qk.methods.progress import Progress
+from qk.prepare.insert import ActQuantizer, QuantLayer
+from qk.prepare.prepared import Prepared, Unit
+from qk.spec import Recipe
+
+RECORDS = 100  # points of a loss curve
+SMALLEST = 1e-3  # a learned step stays above this part of the one it started from, so it stays positive
+
+
+def reconstruct(
+    p: Prepared,
+    batches: Iterable,
+    recipe: Recipe | None = None,
+    *,
+    progress: str = "auto",
+    max_batches: int | None = None,
+    resume: bool = False,
+) -> None:
+    """Learns the codes of p's weights and the steps of its activations, in place, unit by unit in running order.
+
+    batches: as for calibrate; what is not a list is read once and held, as every unit needs the same ones again.
+    recipe: granularity, loss, iterations, batch_size, weight_lr, act_lr, penalty, warmup, beta, drop, memory_mb, seed.
+    progress: "auto", "bar", "lines" or "off".
+    p.history[unit] gets the loss curve; its last entry also holds "before" and "after", the unit's loss on all cached
+    data with nearest and with learned rounding, and "kept": "learned", or "nearest" where learning did not help.
+    Interrupted, the current unit goes back to nearest rounding and the finished ones stay; resume=True goes on from
+    there, with the same bits as an uninterrupted run. Same seed, data and number of threads: same bits.
+    Raises QkError for p that is not calibrated and for bad batches.
+    """
+    recipe = recipe or Recipe()
+    if not p.calibrated:
+        raise fail(STAGE, "p", "calibrated", "one that is not", "Call qk.calibrate(p, batches) first.")
+    units = units_of(p, recipe.granularity)
+    held = hold(batches, STAGE, max_batches, recipe.memory_mb)
+    finished: set[str] = set()
+    learned: set[ActQuantizer] = set()
+    with frozen(p.model), Progress(progress, STAGE, len(units), recipe.iterations) as shown:
+        outputs = outputs_of(p, held, Room(recipe.memory_mb)) if recipe.loss == "fisher" else None
+        for number, unit in enumerate(units):
+            shown.unit(unit.name)
+            if not (resume and unit.name in p.history):
+                generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + number)
+                cache = fill_cache(p, unit, finished, held, Room(recipe.memory_mb), outputs)
+                p.history[unit.name] = _Unit(p, unit, learned).reconstruct(cache, recipe, generator, shown)
+            last = p.history[unit.name][-1]
+            shown.end(last["before"], last["after"], last["kept"])
+            finished |= set(unit.layers)
+            learned |= {p.quant_layers()[name].input for name in unit.layers}
+
+
+class _Unit:
+    """One unit while it is learned. A step that several units share is learned with the first of them."""
+
+    def __init__(self, p: Prepared, unit: Unit, learned: set[ActQuantizer]) -> None:
+        layers = p.quant_layers()
+        self.p, self.names = p, set(unit.layers)
+        self.module: nn.Module = p.model.get_submodule(unit.name)
+        self.layers: list[QuantLayer] = [layers[name] for name in unit.layers]
+        self.quantizers = [q for q in dict.fromkeys(layer.input for layer in self.layers) if q not in learned]
+        self.channels_last = self.layers[-1].kind == "linear"
+
+    def reconstruct(self, cache: Cache, recipe: Recipe, generator: torch.Generator, shown: Progress) -> list[dict]:
+        """The history. Whatever goes wrong, the unit is left with nearest rounding."""
+        nearest = [layer.codes for layer in self.layers], [q.step.detach().clone() for q in self.quantizers]
+        with self.p.quantized(self.names):
+            before = self._loss(cache, recipe)
+            try:
+                history = self._learn(cache, recipe, generator, shown)
+                after = self._loss(cache, recipe)
+            except BaseException:
+                self._commit(*nearest)
+                raise
+        kept = "learned" if after <= before else "nearest"  # also when learning gave NaN
+        if kept == "nearest":
+            self._commit(*nearest)
+        return [
+            *history,
+            {"iteration": recipe.iterations, "loss": after, "before": before, "after": after, "kept": kept},
+        ]
+
+    def _learn(self, cache: Cache, recipe: Recipe, generator: torch.Generator, shown: Progress) -> list[dict]:
+        roundings = [Rounding(layer) for layer in self.layers]
+        steps = [q.step for q in self.quantizers] if recipe.act_lr > 0 else []
+        floors = [step.detach() * SMALLEST for step in steps]
+        groups = [{"params": [rounding.v for rounding in roundings], "lr": recipe.weight_lr}]
+        groups += [{"params": steps, "lr": recipe.act_lr}] if steps else []
+        optimizer = torch.optim.Adam(groups, fused=True)
+        history = []
+        self._set(roundings, steps)
+        try:
+            for i in range(recipe.iterations):
+                sample = cache.sample(recipe.batch_size, recipe.drop, generator)
+                fit = unit_loss(self.module, sample, self.channels_last)
+                optimizer.zero_grad()
+                fit.backward()
+                self._penalize(roundings, i, recipe)
+                optimizer.step()
+                with torch.no_grad():
+                    for step, floor in zip(steps, floors, strict=True):
+                        step.clamp_(min=floor)
+                if steps:  # cosine to 0
+                    groups[1]["lr"] = 0.5 * recipe.act_lr * (1 + math.cos(math.pi * (i + 1) / recipe.iterations))
+                if i % max(1, recipe.iterations // RECORDS) == 0:
+                    history.append({"iteration": i, "loss": fit.item()})
+                    shown.at(i, history[-1]["loss"])
+        finally:
+            self._set([], [])
+        self._commit([rounding.codes() for rounding in roundings], [q.step for q in self.quantizers])
+        return history
+
+    @staticmethod
+    @torch.no_grad()
+    def _penalize(roundings: list[Rounding], iteration: int, recipe: Recipe) -> None:
+        """Adds the penalty's gradient. Its value is not needed, so only the backward kernel runs."""
+        if iteration < recipe.warmup * recipe.iterations or recipe.penalty == 0:
+            return
+        exponent = beta(iteration, recipe.iterations, recipe.warmup, recipe.beta)
+        for rounding in roundings:
+            weight = rounding.v.new_tensor(recipe.penalty)
+            rounding.v.grad.add_(torch.ops.qk.rounding_penalty_backward(weight, rounding.v, exponent))
+
+    def _set(self, roundings: list[Rounding], steps: list[Tensor]) -> None:
+        """What the forward pass uses and what gathers a gradient; empty: codes, and nothing."""
+        for layer in self.layers:
+            layer.rounding = None
+        for rounding in roundings:
+            rounding.layer.rounding = rounding.soft
+        for quantizer in self.quantizers:
+            quantizer.step.requires_grad_(False)
+        for step in steps:
+            step.requires_grad_(True)
+
+    @torch.no_grad()
+    def _commit(self, codes: list[Tensor], steps: list[Tensor]) -> None:
+        for layer, one in zip(self.layers, codes, strict=True):
+            layer.codes = one
+        for quantizer, step in zip(self.quantizers, steps, strict=True):
+            quantizer.step.copy_(step)
+
+    def _loss(self, cache: Cache, recipe: Recipe) -> float:
+        return loss_on_all(self.module, cache, recipe.batch_size, self.channels_last)

@@ -1,0 +1,181 @@
+"""What every method of reconstruction shares: the data of a unit, Fisher weights, the loss, frozen parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from qk import ops
+from qk.calibrate.batches import Stop, call, device_of
+from qk.errors import fail
+from qk.methods.cache import Cache, Call, Room, Sample
+from qk.prepare.prepared import Prepared, Unit
+
+STAGE = "qk.reconstruct"
+
+
+def units_of(p: Prepared, granularity: str) -> list[Unit]:
+    """p.units, or each layer by itself."""
+    if granularity == "block":
+        return [unit for unit in p.units if unit.layers]
+    return [Unit(name, (name,)) for name in p.quant_layers()]
+
+
+def first_tensor(output: Any) -> Tensor:
+    """What is matched of a unit's output, and compared of a model's: `logits`, or the first floating tensor."""
+    named = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
+    if isinstance(named, Tensor):
+        return named
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            return leaf
+    raise fail(STAGE, "a unit's or the model's output", "or hold a floating tensor", type(output).__name__)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter gathers a gradient, and the model is in eval mode, for a while."""
+    was_training = model.training
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+# --- the data of a unit ----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def fill_cache(
+    p: Prepared, unit: Unit, prefix: set[str], batches: list, room: Room, outputs: list[Tensor] | None
+) -> Cache:
+    """Inputs from the prefix quantized and from the float model, outputs of the float model; with `outputs`, the float
+    model's own for each batch, also Fisher weights."""
+    module = p.model.get_submodule(unit.name)
+    cache = Cache(room, device_of(p.model))
+    for index, batch in enumerate(batches):
+        with p.quantized(set()):
+            plain, target = _watch(p, module, unit, batch, index)
+        with p.quantized(prefix):
+            quantized = _watch(p, module, unit, batch, index, inputs_only=True)[0] if prefix else plain
+        weight = None
+        if outputs is not None:
+            with p.quantized(prefix | set(unit.layers)):
+                weight = fisher(p, module, batch, index, outputs[index])
+        cache.add(quantized, plain, target, weight, more=len(batches) - index - 1)
+    cache.normalize()
+    return cache
+
+
+def _watch(
+    p: Prepared, module: nn.Module, unit: Unit, batch: Any, index: int, inputs_only: bool = False
+) -> tuple[Call, Tensor]:
+    """The arguments and output of the unit's first call; the model runs no further."""
+    seen: list = []
+
+    def before(_, args, kwargs):
+        seen.append(Call.of(args, kwargs))
+        if inputs_only:
+            raise Stop
+
+    def after(_, args, output):
+        seen.append(first_tensor(output).clone())
+        raise Stop
+
+    handles = [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
+    try:
+        call(p, batch, index, STAGE)
+    except Stop:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not seen:
+        raise fail(STAGE, f"batch {index}", f"one that runs {unit.name}", "one that does not")
+    return seen[0], seen[-1]
+
+
+@torch.no_grad()
+def outputs_of(p: Prepared, batches: list, room: Room) -> list[Tensor]:
+    """The float model's output for each batch."""
+    with p.quantized(set()):
+        return [room.hold(first_tensor(call(p, batch, i, STAGE))) for i, batch in enumerate(batches)]
+
+
+def fisher(p: Prepared, module: nn.Module, batch: Any, index: int, output: Tensor) -> Tensor:
+    """The squared gradient of the task's loss with respect to the unit's output, each sample by itself.
+
+    The model runs with the layers quantized that are so now. Source: Li et al., BRECQ (2021), section 3.2 (the diagonal
+    Fisher information in place of the pre-activation Hessian).
+    """
+    seen: list[Tensor] = []
+
+    def after(_, args, found):
+        leaf = first_tensor(found).detach().requires_grad_()
+        if not seen:
+            seen.append(leaf)
+        return _replaced(found, leaf.clone())  # a copy: what follows may work in place
+
+    handle = module.register_forward_hook(after)
+    try:
+        with torch.enable_grad():
+            found = first_tensor(call(p, batch, index, STAGE))
+            loss = task_loss(found, output.to(found.device))
+            (gradient,) = torch.autograd.grad(loss, seen[:1], allow_unused=True)
+    finally:
+        handle.remove()
+    return torch.zeros_like(seen[0]) if gradient is None else gradient.square()
+
+
+def task_loss(found: Tensor, expected: Tensor) -> Tensor:
+    """How far the model's output is from the float model's, summed over samples.
+
+    [batch, classes] are logits: KL(softmax(expected) || softmax(found)). Anything else has no classes that could be
+    told from its shape: half the squared error.
+    """
+    if found.dim() == 2 and found.shape[1] > 1:
+        return F.kl_div(found.log_softmax(1), expected.log_softmax(1), reduction="sum", log_target=True)
+    return 0.5 * (found - expected).square().sum()
+
+
+def _replaced(output: Any, tensor: Tensor) -> Any:
+    """output with its first floating tensor replaced."""
+    leaves, spec = tree_flatten(output)
+    wanted = first_tensor(output)
+    return tree_unflatten([tensor if leaf is wanted else leaf for leaf in leaves], spec)
+
+
+# --- the loss of a unit ----------------------------------------------------------------------------------------------
+
+
+def loss_scale(output: Tensor, channels_last: bool) -> float:
+    """1 / (batch * positions): the loss is summed over channels and averaged over the rest, as in BRECQ, so that the
+    penalty's weight keeps its meaning. channels_last: a unit that ends in a Linear has its channels at the end."""
+    channels = output.shape[-1 if channels_last or output.dim() < 3 else 1] if output.dim() > 1 else 1
+    return channels / max(1, output.numel())
+
+
+def unit_loss(module: nn.Module, sample: Sample, channels_last: bool) -> Tensor:
+    output = first_tensor(module(*sample.args, **sample.kwargs))
+    return ops.fisher_loss(output, sample.target, sample.weight, loss_scale(output, channels_last))
+
+
+@torch.no_grad()
+def loss_on_all(module: nn.Module, cache: Cache, rows: int, channels_last: bool) -> float:
+    """The mean of the unit's loss over the cache, inputs from the quantized prefix."""
+    total = 0.0
+    for sample in cache.chunks(rows):
+        total += float(unit_loss(module, sample, channels_last)) * sample.rows
+    return total / cache.rows
