@@ -40,35 +40,32 @@ float gradients(const float* __restrict grad, const float* __restrict x, float* 
 }
 
 // Jobs are chunks of a row; short rows share a call.
-int64_t grain(int64_t cols) { return most<int64_t>(1, grain_values / most<int64_t>(1, least(lsq_chunk, cols))); }
+int64_t grain(int64_t cols) { return most<int64_t>(1, grain_values / most<int64_t>(1, least(sum_chunk, cols))); }
 
 }  // namespace
 
 void lsq(const LsqArgs& a) {
-  const int64_t chunks = lsq_chunks(a.cols);
-  parallel_for(a.rows * chunks, grain(a.cols),
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t job = begin; job < end; ++job) {
-                   const int64_t row = job / chunks, col = job % chunks * lsq_chunk;
-                   const int64_t at = row * a.cols + col;
-                   fake_quantize(a.x + at, a.out + at, least(lsq_chunk, a.cols - col),
-                                 Row(a.step[row], a.zero[row], a.bits));
-                 }
-               });
+  const int64_t chunks = sum_chunks(a.cols);
+  parallel_for(a.rows * chunks, grain(a.cols), [&](int64_t begin, int64_t end) {
+    for (int64_t job = begin; job < end; ++job) {
+      const int64_t row = job / chunks, col = job % chunks * sum_chunk;
+      const int64_t at = row * a.cols + col;
+      fake_quantize(a.x + at, a.out + at, least(sum_chunk, a.cols - col), Row(a.step[row], a.zero[row], a.bits));
+    }
+  });
 }
 
 void lsq_backward(const LsqBackwardArgs& a) {
-  const int64_t chunks = lsq_chunks(a.cols);
-  parallel_for(a.rows * chunks, grain(a.cols),
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t job = begin; job < end; ++job) {
-                   const int64_t row = job / chunks, col = job % chunks * lsq_chunk;
-                   const int64_t at = row * a.cols + col, n = least(lsq_chunk, a.cols - col);
-                   const Row r(a.step[row], a.zero[row], a.bits);
-                   a.partial[job] = a.inside_by_code ? gradients<true>(a.grad + at, a.x + at, a.grad_x + at, n, r)
-                                                     : gradients<false>(a.grad + at, a.x + at, a.grad_x + at, n, r);
-                 }
-               });
+  const int64_t chunks = sum_chunks(a.cols);
+  parallel_for(a.rows * chunks, grain(a.cols), [&](int64_t begin, int64_t end) {
+    for (int64_t job = begin; job < end; ++job) {
+      const int64_t row = job / chunks, col = job % chunks * sum_chunk;
+      const int64_t at = row * a.cols + col, n = least(sum_chunk, a.cols - col);
+      const Row r(a.step[row], a.zero[row], a.bits);
+      a.partial[job] = a.inside_by_code ? gradients<true>(a.grad + at, a.x + at, a.grad_x + at, n, r)
+                                        : gradients<false>(a.grad + at, a.x + at, a.grad_x + at, n, r);
+    }
+  });
   for (int64_t row = 0; row < a.rows; ++row) {
     double sum = 0;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += a.partial[row * chunks + chunk];

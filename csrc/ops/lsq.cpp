@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor> lsq_backward(const Tensor& grad, const Tensor& x, con
   const Tensor grads = dense(grad), xs = dense(x), steps = dense(step), zeros = dense(zero);
   Tensor grad_x = torch::stable::new_empty(xs, xs.sizes());
   Tensor grad_step = torch::stable::new_empty(steps, steps.sizes());
-  Tensor partial = torch::stable::new_empty(xs, {rows * lsq_chunks(cols)});
+  Tensor partial = torch::stable::new_empty(xs, {rows * sum_chunks(cols)});
   QK_DEVICE_GUARD(x);
   kernel({grads.const_data_ptr<float>(), xs.const_data_ptr<float>(), steps.const_data_ptr<float>(),
           zeros.const_data_ptr<int32_t>(), grad_x.mutable_data_ptr<float>(), grad_step.mutable_data_ptr<float>(),

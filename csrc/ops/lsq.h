@@ -1,6 +1,7 @@
 #pragma once
 #include <cstdint>
 
+#include "core/chunks.h"
 #include "core/kernel.h"
 
 namespace qk {
@@ -21,15 +22,12 @@ struct LsqBackwardArgs {
   const int32_t* zero;  // [rows]
   float* grad_x;        // [rows, cols]
   float* grad_step;     // [rows]
-  float* partial;       // [rows, lsq_chunks(cols)] sums, added up in order so that threads never change a bit
+  float* partial;       // [rows, sum_chunks(cols)] sums, added up in order so that threads never change a bit
   int64_t rows, cols;
   int bits;
   float grad_scale;
   bool inside_by_code;  // boundary "torch": inside is decided on the rounded code, not on x / step
 };
-
-constexpr int64_t lsq_chunk = 8192;  // values of one partial sum: 64 KB of x and grad, so two chunks fit in L2
-constexpr int64_t lsq_chunks(int64_t cols) { return (cols + lsq_chunk - 1) / lsq_chunk; }
 
 }  // namespace qk
 

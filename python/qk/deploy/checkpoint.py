@@ -1,0 +1,304 @@
+"""Save and load an integer model: safetensors for numbers, qk.json for everything else. Never pickle.
+
+qk.json is what makes a checkpoint: it is put in place last, by a rename, and names the file with the tensors by its
+content. A save that dies half-way leaves the checkpoint of before.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import tempfile
+from hashlib import sha256
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_tensors
+from safetensors.torch import save as tensor_bytes
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from qk.deploy.convert import Info
+from qk.deploy.manifest import ASK_AGAIN, FILE, FORMAT, STAGE, LayerConfig, Manifest, TensorFile, read_manifest
+from qk.deploy.modules import TENSORS, IntegerLayer, QConv2d, QLinear
+from qk.errors import QkError, fail
+from qk.prepare.insert import _padding
+
+KINDS = {"linear": (nn.Linear, QLinear), "conv2d": (nn.Conv2d, QConv2d)}
+
+
+def save(model: nn.Module, folder: str | Path) -> Path:
+    """Writes the integer model (of qk.convert or qk.load) into `folder`, which is made when it is not there.
+
+    Returns the folder. A checkpoint that is there already is replaced as a whole or not at all.
+    Raises QkError for a model that is not an integer one, or holds state that is no tensor, and for a path that cannot
+    be written.
+    """
+    folder = Path(folder)
+    info = getattr(model, "qk_info", None)
+    layers = integer_layers(model)
+    if not isinstance(info, Info) or not layers:
+        raise fail("qk.save", "model", "the result of qk.convert or qk.load", type(model).__name__)
+    tensors, tied = unshared(model)
+    content = tensor_bytes(tensors)
+    file = TensorFile(bytes=len(content), sha256=sha256(content).hexdigest())
+    manifest = Manifest(
+        format=FORMAT,
+        qk=_version(),
+        torch=torch.__version__,
+        tensors=file,
+        plan=info.plan,
+        layers={name: _config(layer) for name, layer in layers.items()},
+        folds=info.folds,
+        kept=info.kept,
+        links=[list(link) for link in info.links],
+        modules=_classes(model),
+        tied=tied,
+        history=info.history,
+        fingerprint=info.fingerprint,
+    )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _replace(folder / file.name, content)
+        _replace(folder / FILE, manifest.to_text().encode())
+        for old in folder.iterdir():  # of earlier saves, whole or not
+            if old.name != file.name and re.fullmatch(r"model-[0-9a-f]{16}\.safetensors|\.qk-\w+", old.name):
+                old.unlink(missing_ok=True)
+    except OSError as error:
+        raise fail("qk.save", str(folder), "a folder that can be written", error.strerror or error) from error
+    return folder
+
+
+def load(folder: str | Path, model: nn.Module) -> nn.Module:
+    """The integer model in `folder`. model: the float model of the same architecture; its weights do not matter.
+
+    Returns a new model in eval mode, on the device of `model`, which is not changed. Outputs equal those of the saved
+    one bit for bit. Everything is checked before anything is built: QkError says which file, field, layer or tensor
+    does not fit, for a checkpoint that is cut short, edited, newer than this qk, or of another model.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    path = folder / manifest.tensors.name
+    tensors = _read_tensors(path, manifest.tensors)
+    _check_modules(folder, manifest, model)
+    result = _build(path, manifest, tensors, model)
+    _fill(path, manifest, tensors, result)
+    result.eval()
+    result.qk_info = Info(
+        plan=manifest.plan,
+        links=[tuple(link) for link in manifest.links],
+        folds=manifest.folds,
+        kept=manifest.kept,
+        history=manifest.history,
+        fingerprint=manifest.fingerprint,
+    )
+    return result
+
+
+def integer_layers(model: nn.Module) -> dict[str, IntegerLayer]:
+    """Name -> integer layer; of a layer with several names the first."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, IntegerLayer)}
+
+
+def checkpoint_bytes(folder: str | Path) -> int:
+    """Size on disk of a checkpoint."""
+    folder = Path(folder)
+    return read_manifest(folder).tensors.bytes + (folder / FILE).stat().st_size
+
+
+def float_bytes(model: nn.Module) -> int:
+    """Size of a float model as one safetensors file: each tensor once, and the header."""
+    return len(tensor_bytes(unshared(model)[0]))
+
+
+# --- writing --------------------------------------------------------------------------------------------------------------
+
+
+def unshared(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state on the CPU with each tensor once, and name -> stored name of the others: safetensors shares nothing."""
+    stored: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    first: dict[Any, str] = {}
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            advice = f"Save the extra state of {name.rpartition('.')[0]} on your own."
+            raise fail("qk.save", f"state {name}", "a tensor", type(tensor).__name__, advice)
+        if tensor.is_meta or tensor.layout != torch.strided:
+            raise fail("qk.save", f"state {name}", "a dense tensor with values", f"{tensor.layout} on {tensor.device}")
+        place = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() and place in first:
+            tied[name] = first[place]
+        else:
+            first[place] = name
+            stored[name] = tensor.detach().to("cpu", copy=True).contiguous()
+    return stored, tied
+
+
+def _config(layer: IntegerLayer) -> LayerConfig:
+    shape, bias = list(layer.shape), layer.bias is not None
+    if isinstance(layer, QLinear):
+        return LayerConfig(kind="linear", weight_shape=shape, bias=bias)
+    conv = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
+    return LayerConfig(kind="conv2d", weight_shape=shape, bias=bias, **conv)
+
+
+def _classes(model: nn.Module) -> dict[str, str]:
+    return {name: type(module).__name__ for name, module in model.named_modules(remove_duplicate=False)}
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Puts content at path: all of it or, if this dies, nothing."""
+    handle, temporary = tempfile.mkstemp(prefix=".qk-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)  # so that the rename outlives a power cut
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _version() -> str:
+    try:
+        return metadata.version("qk-torch")
+    except metadata.PackageNotFoundError:  # run from the sources
+        return "source"
+
+
+# --- reading --------------------------------------------------------------------------------------------------------------
+
+
+def _read_tensors(path: Path, expected: TensorFile) -> dict[str, Tensor]:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise fail(STAGE, str(path), f"there, as {FILE} names it", "no such file", "Copy the whole folder.") from None
+    except OSError as error:
+        raise fail(STAGE, str(path), "readable", error.strerror) from error
+    if len(content) != expected.bytes:
+        raise fail(STAGE, str(path), f"{expected.bytes} bytes long", f"{len(content)} bytes", ASK_AGAIN)
+    digest = sha256(content).hexdigest()
+    if digest != expected.sha256:
+        raise fail(STAGE, f"{path}: sha256", expected.sha256, digest, ASK_AGAIN)
+    try:
+        return parse_tensors(content)
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise fail(STAGE, str(path), "a safetensors file", str(error)[:200], ASK_AGAIN) from error
+
+
+def _check_modules(folder: Path, manifest: Manifest, model: nn.Module) -> None:
+    """Raises QkError unless `model` is what the checkpoint was made of: the same modules, layers of the same shapes."""
+    if not isinstance(model, nn.Module):
+        raise fail(STAGE, "model", "the float nn.Module that was quantized", type(model).__name__)
+    if integer_layers(model):
+        raise fail(STAGE, "model", "the float model", "one with integer layers", "Build it anew.")
+    there = dict(model.named_modules(remove_duplicate=False))
+    where, kind_of_model = f"{folder / FILE}: modules", type(model).__name__
+    advice = "Is the checkpoint of another model?"
+    for names, verb in ((manifest.modules.keys() - there, "lacks"), (there.keys() - manifest.modules, "has too")):
+        if names:
+            got = ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            raise fail(STAGE, where, f"those of the model ({kind_of_model})", f"{got}, which the model {verb}", advice)
+    first: dict[int, str] = {}
+    for name, kind in manifest.modules.items():
+        module = there[name]
+        original = first.setdefault(id(module), name)
+        if name != original and manifest.modules[original] == kind:  # one module under two names
+            continue
+        if name in manifest.layers:
+            _check_layer(folder, name, manifest.layers[name], module, folded=name in manifest.folds.values())
+        elif name in manifest.folds:
+            if not isinstance(module, _BatchNorm):
+                raise fail(STAGE, f"{where}.{name}", "a folded BatchNorm", type(module).__name__, advice)
+        elif type(module).__name__ != kind:
+            raise fail(STAGE, f"{where}.{name}", kind, type(module).__name__, advice)
+
+
+def _check_layer(folder: Path, name: str, config: LayerConfig, module: nn.Module, folded: bool) -> None:
+    where = f"model: layer {name or 'itself'}"
+    advice = f"{folder / FILE} is the checkpoint of another model, or it was edited."
+    if not isinstance(module, KINDS[config.kind][0]):
+        raise fail(STAGE, where, f"a {config.kind}", type(module).__name__, advice)
+    expected: dict[str, Any] = {"weight shape": tuple(config.weight_shape), **config.conv_args()}
+    n, *rest = module.weight.shape
+    got: dict[str, Any] = {"weight shape": (n, *rest[1:], rest[0]) if len(rest) == 3 else (n, *rest)}
+    if not folded:  # a fold gives the layer a bias
+        expected["bias"], got["bias"] = config.bias, module.bias is not None
+    if isinstance(module, nn.Conv2d):
+        got |= {
+            "stride": module.stride,
+            "padding": _padding(module),
+            "dilation": module.dilation,
+            "groups": module.groups,
+        }
+    for field, value in expected.items():
+        if got[field] != value:
+            raise fail(STAGE, f"{where}: {field}", value, got[field], advice)
+
+
+def _build(path: Path, manifest: Manifest, tensors: dict[str, Tensor], model: nn.Module) -> nn.Module:
+    """A copy of the float model with integer layers and without folded norms; floats are not filled in yet."""
+    there = dict(model.named_modules(remove_duplicate=False))
+    new: dict[int, nn.Module] = {id(there[name]): nn.Identity() for name in manifest.folds}
+    for name, config in manifest.layers.items():
+        if id(there[name]) in new:  # a layer of several names
+            continue
+        own = {key: tensors.get(manifest.tied.get(full, full)) for key in TENSORS for full in [_join(name, key)]}
+        if config.bias == (own["bias"] is None):
+            expected = "there" if config.bias else "absent"
+            raise fail(STAGE, f"{path}: {_join(name, 'bias')}", expected, "the opposite", ASK_AGAIN)
+        try:
+            layer = KINDS[config.kind][1](own, manifest.plan[name], tuple(config.weight_shape), **config.conv_args())
+            new[id(there[name])] = layer.to(there[name].weight.device)
+            layer.prepack()
+        except (QkError, RuntimeError) as error:
+            raise QkError(f"{STAGE}: {path}: layer {name}: {error}") from error
+    # deepcopy takes what its memo holds for an object: the float weights of integer layers are never copied.
+    result = copy.deepcopy(model, dict(new))
+    for target in set(manifest.folds.values()) - manifest.layers.keys():  # a float layer takes up its norm's shift
+        layer = result.get_submodule(target)
+        if getattr(layer, "bias", None) is None:
+            layer.bias = nn.Parameter(layer.weight.new_empty(layer.weight.shape[0]), layer.weight.requires_grad)
+    return result
+
+
+def _fill(path: Path, manifest: Manifest, tensors: dict[str, Tensor], result: nn.Module) -> None:
+    """Loads the state into `result`, of which every name, type and shape must be in the file, and nothing else."""
+    state = result.state_dict()
+    given = tensors | {name: tensors[stored] for name, stored in manifest.tied.items() if stored in tensors}
+    advice = "Is the checkpoint of another model?"
+    for name in sorted(state.keys() ^ given.keys()):
+        expected, got = ("there", "nothing") if name in state else ("a tensor of the model", "one without a place")
+        raise fail(STAGE, f"{path}: tensor {name}", expected, got, advice)
+    for name, tensor in state.items():
+        if tensor.is_meta:
+            raise fail(STAGE, f"model: {name}", "on a device", "meta, without memory", "Build the model without meta.")
+        want, have = (tensor.dtype, list(tensor.shape)), (given[name].dtype, list(given[name].shape))
+        if want != have:
+            raise fail(STAGE, f"{path}: tensor {name}", f"{want[0]} {want[1]}", f"{have[0]} {have[1]}", advice)
+    result.load_state_dict(given)
+    # Tensors that the model ties but the checkpoint does not cannot both get their values.
+    for name, tensor in result.state_dict().items():
+        if not torch.equal(_raw(tensor.cpu()), _raw(given[name])):
+            raise fail(STAGE, f"model: {name}", "free to hold its own values", "tied to another tensor", advice)
+
+
+def _raw(tensor: Tensor) -> Tensor:
+    """The bytes, so that NaN equals itself."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name

@@ -1,0 +1,104 @@
+"""convert: from the prepared, calibrated model to one with integer layers."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from hashlib import sha256
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qk import ops
+from qk.deploy.modules import IntegerLayer, QConv2d, QLinear
+from qk.errors import fail
+from qk.prepare.insert import QuantLayer, from_kernel_order
+from qk.prepare.prepared import Prepared
+from qk.spec import Plan
+
+
+@dataclass(frozen=True)
+class Info:
+    """What is known about an integer model: it is `qk_info` of the model and lies in its checkpoint.
+
+    plan, links, folds, kept: as in Prepared. history: unit name -> first and last loss and iterations of
+    reconstruction. fingerprint: of the float weights, BatchNorm folded, that were quantized.
+    """
+
+    plan: Plan
+    links: list[tuple[str, ...]] = field(default_factory=list)
+    folds: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+    history: dict[str, dict[str, Any]] = field(default_factory=dict)
+    fingerprint: str = ""
+
+
+def convert(p: Prepared) -> nn.Module:
+    """A copy of the prepared model with integer layers in the places of its quantized ones; p stays as it is.
+
+    The result is in eval mode and has `qk_info` (Info). Layers that the plan leaves in float stay float.
+    Raises QkError when p is not calibrated, a layer's rounding is still being learned, or nothing is quantized.
+    """
+    layers = p.quant_layers()
+    if not layers:
+        raise fail("qk.convert", "p", "a model with a quantized layer", f"{len(p.kept)} layers, all float")
+    if not p.calibrated:
+        raise fail("qk.convert", "p", "calibrated", "no ranges", "Call qk.calibrate(p, batches) first.")
+    integer = {id(layer): to_integer(name, layer) for name, layer in layers.items()}
+    # deepcopy takes what its memo holds for an object, so every place that holds a layer gets the same integer one.
+    model = copy.deepcopy(p.model, dict(integer))
+    model.eval()
+    model.qk_info = Info(
+        plan=p.plan,
+        links=[tuple(link) for link in p.links],
+        folds=dict(p.folds),
+        kept=dict(p.kept),
+        history={unit: _summary(steps) for unit, steps in p.history.items() if steps},
+        fingerprint=fingerprint(p.model.state_dict(), {f"{n}." if n else "": layer for n, layer in layers.items()}),
+    )
+    return model
+
+
+def to_integer(name: str, layer: QuantLayer) -> IntegerLayer:
+    """The integer layer that computes what `layer` simulates. Raises QkError when it would not."""
+    where = f"layer {name or type(layer).__name__}"
+    if layer.codes is None or not layer.input.calibrated:
+        raise fail("qk.convert", where, "calibrated", "no range", "Call qk.calibrate(p, batches) first.")
+    if layer.rounding is not None:
+        raise fail("qk.convert", where, "done with learning", "an unfinished rounding", "Let qk.reconstruct finish.")
+    n, k = layer.codes.shape[0], layer.codes[0].numel()
+    tensors = {
+        "packed": ops.pack(layer.codes.reshape(n, k), layer.spec.storage_bits),
+        "weight_step": layer.weight_step.detach().clone(),
+        "weight_zero": layer.weight_zero.clone(),
+        "bias": None if layer.bias is None else layer.bias.detach().to(torch.float32, copy=True),
+        "input_step": layer.input.step.detach().clone(),
+        "input_zero": layer.input.zero.clone(),
+    }
+    kind = QLinear if layer.conv_args is None else QConv2d
+    module = kind(tensors, layer.spec, tuple(layer.codes.shape), **(layer.conv_args or {}))
+    codes = ops.unpack(module.packed, module.bits, k).reshape(module.shape)
+    deployed = from_kernel_order(ops.dequantize(codes, module.weight_step, module.weight_zero))
+    if not torch.equal(deployed, layer.quantized_weight()):
+        moved = int((deployed != layer.quantized_weight()).sum())
+        raise fail("qk.convert", where, "equal to its simulated weight", f"{moved} values that differ")
+    module.prepack()
+    return module
+
+
+def fingerprint(state: dict[str, Tensor], layers: dict[str, QuantLayer]) -> str:
+    """sha256 over names, types, shapes and contents of the float tensors. layers: prefix -> QuantLayer."""
+    digest = sha256()
+    own = {prefix + name for prefix in layers for name in ("weight", "bias")}
+    for name, tensor in sorted(state.items()):
+        if name in own or not any(name.startswith(prefix) for prefix in layers):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _summary(steps: list[dict]) -> dict[str, Any]:
+    losses = [step["loss"] if isfinite(step["loss"]) else None for step in steps]
+    return {"iterations": steps[-1]["iteration"], "first_loss": losses[0], "last_loss": losses[-1]}

@@ -1,0 +1,153 @@
+"""qk.json: what a checkpoint says about itself, and every check that needs neither its tensors nor a model."""
+
+from __future__ import annotations
+
+import json
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from qk.errors import fail
+from qk.spec import Plan
+
+FORMAT = 1
+FILE = "qk.json"
+STAGE = "qk.load"
+
+_strict = ConfigDict(extra="forbid", strict=True)
+Pair = tuple[int, int]
+Sha256 = Field(pattern=r"^[0-9a-f]{64}$")
+ASK_AGAIN = "The file was cut short or changed: copy it anew, or save the model again with qk.save."
+
+
+@dataclass(frozen=True, config=_strict)
+class LayerConfig:
+    """weight_shape: in kernel order, [N, K] or [N, kh, kw, C / groups]. The last four are a convolution's."""
+
+    kind: Literal["linear", "conv2d"]
+    weight_shape: list[int]
+    bias: bool
+    stride: Pair | None = None
+    padding: Pair | None = None
+    dilation: Pair | None = None
+    groups: int | None = None
+
+    def __post_init__(self) -> None:
+        conv = self.kind == "conv2d"
+        if len(self.weight_shape) != (4 if conv else 2) or min(self.weight_shape) < 1:
+            raise ValueError(f"weight_shape must be {4 if conv else 2} positive sizes for {self.kind}")
+        given = [self.stride, self.padding, self.dilation, self.groups]
+        if any((value is not None) != conv for value in given):
+            raise ValueError("stride, padding, dilation and groups must be there for conv2d and only there")
+        if conv and (min(*self.stride, *self.dilation, self.groups) < 1 or min(self.padding) < 0):
+            raise ValueError("stride, dilation and groups must be positive and padding not negative")
+
+    def conv_args(self) -> dict[str, Any]:
+        names = ("stride", "padding", "dilation", "groups")
+        return {} if self.kind == "linear" else {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, config=_strict)
+class TensorFile:
+    """The tensors' file: its name comes from its content, so a new one never overwrites the one in use."""
+
+    bytes: int
+    sha256: str = Sha256
+
+    @property
+    def name(self) -> str:
+        return f"model-{self.sha256[:16]}.safetensors"
+
+
+@dataclass(frozen=True, config=_strict)
+class Manifest:
+    """Fields of qk.json (docs/format.md); `checksum`, over all others, is added when it is written.
+
+    layers: the integer ones. modules: name -> class of every module, integer ones included. tied: name of a tensor ->
+    name under which it is stored. fingerprint: of the float model (qk_info).
+    """
+
+    format: int
+    qk: str
+    torch: str
+    tensors: TensorFile
+    plan: Plan
+    layers: dict[str, LayerConfig]
+    folds: dict[str, str]
+    kept: dict[str, str]
+    links: list[list[str]]
+    modules: dict[str, str]
+    tied: dict[str, str]
+    history: dict[str, dict[str, Any]]
+    fingerprint: str
+
+    def __post_init__(self) -> None:
+        for name, layer in self.layers.items():
+            if name not in self.plan.layers or self.plan[name].is_float:
+                raise ValueError(f"layers names {name}, for which the plan has no widths")
+            if self.modules.get(name) != {"linear": "QLinear", "conv2d": "QConv2d"}[layer.kind]:
+                raise ValueError(f"layers and modules do not agree on {name}")
+        if not self.layers:
+            raise ValueError("layers must name an integer layer")
+        for norm, layer in self.folds.items():
+            if self.modules.get(norm) != "Identity" or layer not in self.modules:
+                raise ValueError(f"folds names {norm} -> {layer}, which modules does not have")
+
+    def to_text(self) -> str:
+        fields = TypeAdapter(Manifest).dump_python(self, mode="json")
+        return json.dumps(fields | {"checksum": checksum(fields)}, indent=1) + "\n"
+
+
+def checksum(fields: dict[str, Any]) -> str:
+    """sha256 of all fields but `checksum`, as JSON with sorted keys and without spaces."""
+    rest = {name: value for name, value in fields.items() if name != "checksum"}
+    return sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises QkError for a path without checkpoint, text that is not JSON, a newer format, a field or value that is
+    unknown, missing or impossible, or an edited file."""
+    path = folder / FILE
+    if not folder.is_dir():
+        got = "a file" if folder.exists() else "no such path"
+        raise fail(STAGE, str(folder), "a folder made by qk.save", got)
+    try:
+        fields = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        held = ", ".join(sorted(entry.name for entry in folder.iterdir())[:5]) or "an empty folder"
+        raise fail(STAGE, str(path), "there", held, "Give the folder that qk.save wrote.") from None
+    except OSError as error:
+        raise fail(STAGE, str(path), "readable", error.strerror) from error
+    except (ValueError, RecursionError) as error:
+        raise fail(STAGE, str(path), "JSON", str(error)[:200], ASK_AGAIN) from error
+    if not isinstance(fields, dict):
+        raise fail(STAGE, str(path), "a JSON object", type(fields).__name__, ASK_AGAIN)
+    version = fields.get("format")
+    if type(version) is not int or version < 1:
+        raise fail(STAGE, f"{path}: format", f"a number from 1 to {FORMAT}", repr(version), ASK_AGAIN)
+    if version > FORMAT:
+        raise fail(STAGE, f"{path}: format", f"at most {FORMAT}", version, "A newer qk wrote it: upgrade qk.")
+    stored = fields.pop("checksum", None)
+    manifest = _parsed(path, fields)
+    if stored != checksum(fields):
+        raise fail(STAGE, f"{path}: checksum", checksum(fields), repr(stored), ASK_AGAIN)
+    return manifest
+
+
+def _parsed(path: Path, fields: dict[str, Any]) -> Manifest:
+    try:
+        # As JSON, where a list stands for a tuple; `strict` then refuses "4" for 4.
+        return TypeAdapter(Manifest).validate_json(json.dumps(fields))
+    except ValidationError as error:
+        first, *others = error.errors()
+        field = ".".join(map(str, first["loc"])) or "the fields"
+        more = f" ({len(others)} more fields are wrong.)" if others else ""
+        got = repr(first["input"])[:80]
+        raise fail(
+            STAGE, f"{path}: {field}", first["msg"][0].lower() + first["msg"][1:], got, ASK_AGAIN + more
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise fail(STAGE, str(path), "a checkpoint's fields", str(error)[:200], ASK_AGAIN) from error

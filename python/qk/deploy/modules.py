@@ -1,0 +1,261 @@
+"""Integer layers: quantize the input, run the integer kernel, return float.
+
+A weight lies packed at rest (docs/format.md); the kernel's own layout is made from it and never stored.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qk import ops
+from qk.errors import fail
+from qk.ops.conv2d import reference as conv2d_definition
+from qk.ops.gemm import reference as gemm_definition
+from qk.ops.pack import row_bytes
+from qk.ops.quantize import reference as quantize_definition
+from qk.ops.unpack import reference as unpack_definition
+from qk.spec import QuantSpec
+
+
+class _Mode(threading.local):
+    definition = False
+
+
+_mode = _Mode()
+
+
+@contextmanager
+def definition() -> Iterator[None]:
+    """Within it, integer layers of this thread compute by the operators' definitions in torch: the same bits, slowly."""
+    before, _mode.definition = _mode.definition, True
+    try:
+        yield
+    finally:
+        _mode.definition = before
+
+
+class IntegerLayer(nn.Module):
+    """What QLinear and QConv2d share.
+
+    packed: uint8 [N, bytes of a row], codes of the weight along K. weight_step float32, weight_zero int32: [N] or
+    [N, groups along K]. bias: float32 [N] or None. input_step float32, input_zero int32: [1]. shape: of the weight in
+    kernel order, [N, K] or [N, kh, kw, C / groups]. spec: the widths.
+
+    Inputs are float32. float16 and bfloat16 are widened to float32 and the result is cast back. `half()` and the like
+    move the layer but leave its numbers in float32. After changing `packed` or `weight_zero` in place, call `prepack`;
+    `load_state_dict`, `to`, copies and pickles do it themselves.
+    """
+
+    packed: Tensor
+    weight_step: Tensor
+    weight_zero: Tensor
+    bias: Tensor | None
+    input_step: Tensor
+    input_zero: Tensor
+    prepacked: Tensor | None
+    groups = 1
+
+    def __init__(self, tensors: dict[str, Tensor | None], spec: QuantSpec, shape: tuple[int, ...]) -> None:
+        """tensors: the six above by name. Raises QkError for a dtype, shape or value that does not fit."""
+        super().__init__()
+        if spec.is_float:
+            raise fail(type(self).__name__, "spec", "widths", f"a float layer ({spec.reason})")
+        self.spec, self.shape = spec, tuple(shape)
+        self.bits, self.input_bits = spec.storage_bits, spec.activations
+        self.out_features, self.k = shape[0], prod(shape[1:])
+        _check_tensors(type(self).__name__, tensors, spec, self.out_features, self.k)
+        for name in TENSORS:
+            self.register_buffer(name, tensors.get(name))
+        self.register_buffer("prepacked", None, persistent=False)
+
+    def prepack(self) -> Tensor:
+        """Makes the kernel's layout from `packed`."""
+        self.prepacked = ops.prepack(self.packed, self.weight_zero, self.bits, self.shape, self.groups)
+        return self.prepacked
+
+    def weight_codes(self) -> Tensor:
+        """uint8 in kernel order."""
+        return unpack_definition(self.packed, self.bits, self.k).reshape(self.shape)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> IntegerLayer:
+        device = self.packed.device
+        before = {name: tensor for name in TENSORS if (tensor := self._buffers[name]) is not None}
+        made, self.prepacked = self.prepacked, None
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            if self._buffers[name].dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(self._buffers[name].device)
+        if self.packed.device == device:
+            self.prepacked = made
+        elif device.type != "meta":  # what comes from meta has no values before load_state_dict
+            self.prepack()
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.prepack()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_buffers": self._buffers | {"prepacked": None}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.prepack()
+
+    def _through_float32(self, x: Tensor) -> Tensor:
+        if x.dtype not in (torch.float16, torch.bfloat16):
+            got = str(x.dtype).removeprefix("torch.")
+            raise fail(type(self).__name__, "x", "float32, float16 or bfloat16", got, "Convert it with x.float().")
+        return self(x.float()).to(x.dtype)
+
+
+class QLinear(IntegerLayer):
+    """Linear on packed integer weights. x [..., K] -> [..., N]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.float32:
+            return self._through_float32(x)
+        if x.dim() == 0 or x.shape[-1] != self.k:
+            raise fail("QLinear", "x", f"[..., {self.k}]", list(x.shape))
+        if _mode.definition:
+            return self._by_definition(x)
+        weight = self.prepacked if self.prepacked is not None else self.prepack()
+        step, zero = self.input_step, self.input_zero
+        codes = ops.quantize(x, step, zero, self.input_bits)
+        return ops.gemm(codes, step, zero, weight, self.weight_step, self.bias, self.bits, self.input_bits)
+
+    def _by_definition(self, x: Tensor) -> Tensor:
+        codes = quantize_definition(x, self.input_step, self.input_zero, self.input_bits)
+        return gemm_definition(
+            codes,
+            self.input_step,
+            self.input_zero,
+            self.weight_codes(),
+            self.weight_step,
+            self.weight_zero,
+            self.bias,
+            x_bits=self.input_bits,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.k}, {self.out_features}, bias={self.bias is not None}, {_widths(self.spec)}"
+
+
+class QConv2d(IntegerLayer):
+    """Conv2d on packed integer weights. x [B, C, H, W] or [C, H, W] in any memory format -> channels_last."""
+
+    def __init__(
+        self,
+        tensors: dict[str, Tensor | None],
+        spec: QuantSpec,
+        shape: tuple[int, ...],
+        stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int] = (0, 0),
+        dilation: tuple[int, int] = (1, 1),
+        groups: int = 1,
+    ) -> None:
+        super().__init__(tensors, spec, shape)
+        self.stride, self.padding, self.dilation, self.groups = tuple(stride), tuple(padding), tuple(dilation), groups
+        self.kernel_size, self.in_channels = self.shape[1:3], self.shape[3] * groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.float32:
+            return self._through_float32(x)
+        if x.dim() == 3:
+            return self(x.unsqueeze(0)).squeeze(0)
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise fail("QConv2d", "x", f"[B, {self.in_channels}, H, W] or [{self.in_channels}, H, W]", list(x.shape))
+        x = x.permute(0, 2, 3, 1)  # contiguous already when x is channels_last
+        if _mode.definition:
+            return self._by_definition(x)
+        weight = self.prepacked if self.prepacked is not None else self.prepack()
+        step, zero = self.input_step, self.input_zero
+        y = ops.conv2d(
+            ops.quantize(x, step, zero, self.input_bits),
+            step,
+            zero,
+            weight,
+            self.weight_step,
+            self.bias,
+            self.bits,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.input_bits,
+        )
+        return y.permute(0, 3, 1, 2)
+
+    def _by_definition(self, x: Tensor) -> Tensor:
+        y = conv2d_definition(
+            quantize_definition(x, self.input_step, self.input_zero, self.input_bits),
+            self.input_step,
+            self.input_zero,
+            self.weight_codes(),
+            self.weight_step,
+            self.weight_zero,
+            self.bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            x_bits=self.input_bits,
+        )
+        return y.permute(0, 3, 1, 2)
+
+    def extra_repr(self) -> str:
+        config = {"kernel_size": self.kernel_size, "stride": self.stride}
+        defaults = {"padding": (0, 0), "dilation": (1, 1), "groups": 1}
+        config |= {name: getattr(self, name) for name, usual in defaults.items() if getattr(self, name) != usual}
+        config["bias"] = self.bias is not None
+        words = ", ".join(f"{name}={value}" for name, value in config.items())
+        return f"{self.in_channels}, {self.out_features}, {words}, {_widths(self.spec)}"
+
+
+def row_bytes(k: int, bits: int) -> int:
+    """Bytes of a packed row of k codes: padded to 16 (docs/format.md)."""
+    return -(-k * bits // 128) * 16
+
+
+TENSORS = ("packed", "weight_step", "weight_zero", "bias", "input_step", "input_zero")
+
+
+def _widths(spec: QuantSpec) -> str:
+    return spec.describe() + ("" if spec.group_size is None else f", group_size={spec.group_size}")
+
+
+def _check_tensors(stage: str, tensors: dict[str, Tensor | None], spec: QuantSpec, n: int, k: int) -> None:
+    if spec.group_size is not None and k % spec.group_size:
+        raise fail(stage, "group_size", f"a divisor of K = {k}", spec.group_size)
+    steps = (n,) if spec.group_size in (None, k) else (n, k // spec.group_size)
+    expected = {
+        "packed": (torch.uint8, (n, row_bytes(k, spec.storage_bits))),
+        "weight_step": (torch.float32, steps),
+        "weight_zero": (torch.int32, steps),
+        "bias": (torch.float32, (n,)),
+        "input_step": (torch.float32, (1,)),
+        "input_zero": (torch.int32, (1,)),
+    }
+    for name, (dtype, shape) in expected.items():
+        tensor = tensors.get(name)
+        if tensor is None and name == "bias":
+            continue
+        got = None if tensor is None else (tensor.dtype, tuple(tensor.shape))
+        if got != (dtype, shape):
+            raise fail(stage, name, f"{dtype} {list(shape)}", "nothing" if got is None else f"{got[0]} {list(got[1])}")
+    for name, bits in (("weight", spec.weights), ("input", spec.activations)):
+        step, zero = tensors[f"{name}_step"], tensors[f"{name}_zero"]
+        if step.is_meta:
+            continue
+        if not bool(((step > 0) & step.isfinite()).all()):
+            raise fail(stage, f"{name}_step", "positive and finite", f"{step.min().item()} to {step.max().item()}")
+        if zero.numel() and not 0 <= int(zero.min()) <= int(zero.max()) < 2**bits:
+            raise fail(stage, f"{name}_zero", f"within 0 and {2**bits - 1}", f"{zero.min()} to {zero.max()}")
