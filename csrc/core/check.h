@@ -58,6 +58,11 @@ inline bool same_shape(const Tensor& a, const Tensor& b) {
   return true;
 }
 
+// The gradient of a sum.
+inline void check_scalar(const char* op, const char* argument, const Tensor& t) {
+  if (t.scalar_type() != ScalarType::Float || t.numel() != 1) fail(op, argument, "one float32 value", describe(t));
+}
+
 inline void check_same_shape(const char* op, const char* argument, const Tensor& t, const char* other_name,
                              const Tensor& other) {
   if (!same_shape(t, other))
@@ -84,13 +89,14 @@ struct Rows {
   int64_t rows, cols;
 };
 
-inline Rows check_rows(const char* op, const Tensor& x, const Tensor& step, const Tensor& zero) {
+inline Rows check_rows(const char* op, const Tensor& x, const Tensor& step, const Tensor& zero,
+                       const char* name = "x") {
   check_dtype(op, "step", step, ScalarType::Float);
   check_dtype(op, "zero", zero, ScalarType::Int);
   const int64_t rows = step.numel();
   if (rows < 1 || (x.numel() % rows) != 0)
-    fail(op, "step", "one value, or one for each row of x seen as [step.numel(), -1]",
-         describe(step) + " for x " + describe(x));
+    fail(op, "step", std::string("one value, or one for each row of ") + name + " seen as [step.numel(), -1]",
+         describe(step) + " for " + name + " " + describe(x));
   if (zero.numel() != rows) fail(op, "zero", "one value for each step, " + describe(step), describe(zero));
   return {rows, x.numel() / rows};
 }

@@ -1,0 +1,61 @@
+#include "ops/fisher_loss.h"
+
+#include <optional>
+
+#include "core/check.h"
+#include "core/register.h"
+
+namespace qk {
+namespace {
+
+void check_loss(const char* op, const Tensor& output, const Tensor& target, const std::optional<Tensor>& weight,
+                double scale) {
+  check_device(op, output, {{"target", &target}});
+  check_dtype(op, "output", output, ScalarType::Float);
+  check_dtype(op, "target", target, ScalarType::Float);
+  check_same_shape(op, "target", target, "output", output);
+  check(std::isfinite(scale), op, "scale", "finite", scale);
+  if (!weight) return;
+  check_device(op, output, {{"weight", &*weight}});
+  check_dtype(op, "weight", *weight, ScalarType::Float);
+  check_same_shape(op, "weight", *weight, "output", output);
+}
+
+}  // namespace
+
+template <void (*kernel)(const FisherLossArgs&)>
+Tensor fisher_loss(const Tensor& output, const Tensor& target, const std::optional<Tensor>& weight, double scale) {
+  check_loss("fisher_loss", output, target, weight, scale);
+  const Tensor outputs = dense(output), targets = dense(target);
+  const std::optional<Tensor> weights = weight ? std::optional<Tensor>(dense(*weight)) : std::nullopt;
+  Tensor out = torch::stable::new_empty(outputs, {});
+  Tensor partial = torch::stable::new_empty(outputs, {sum_chunks(outputs.numel())});
+  QK_DEVICE_GUARD(output);
+  kernel({outputs.const_data_ptr<float>(), targets.const_data_ptr<float>(),
+          weights ? weights->const_data_ptr<float>() : nullptr, out.mutable_data_ptr<float>(),
+          partial.mutable_data_ptr<float>(), outputs.numel(), static_cast<float>(scale)});
+  return out;
+}
+
+template <void (*kernel)(const FisherLossBackwardArgs&)>
+Tensor fisher_loss_backward(const Tensor& grad, const Tensor& output, const Tensor& target,
+                            const std::optional<Tensor>& weight, double scale) {
+  check_loss("fisher_loss_backward", output, target, weight, scale);
+  check_device("fisher_loss_backward", output, {{"grad", &grad}});
+  check_scalar("fisher_loss_backward", "grad", grad);
+  const Tensor grads = dense(grad), outputs = dense(output), targets = dense(target);
+  const std::optional<Tensor> weights = weight ? std::optional<Tensor>(dense(*weight)) : std::nullopt;
+  Tensor grad_output = torch::stable::new_empty(outputs, outputs.sizes());
+  QK_DEVICE_GUARD(output);
+  kernel({grads.const_data_ptr<float>(), outputs.const_data_ptr<float>(), targets.const_data_ptr<float>(),
+          weights ? weights->const_data_ptr<float>() : nullptr, grad_output.mutable_data_ptr<float>(), outputs.numel(),
+          static_cast<float>(scale)});
+  return grad_output;
+}
+
+QK_REGISTER(m) {
+  m.impl("fisher_loss", TORCH_BOX(&fisher_loss<QK_DEVICE::fisher_loss>));
+  m.impl("fisher_loss_backward", TORCH_BOX(&fisher_loss_backward<QK_DEVICE::fisher_loss_backward>));
+}
+
+}  // namespace qk
