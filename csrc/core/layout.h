@@ -1,0 +1,112 @@
+// Packing maths: where the codes of a weight lie at rest and in the kernels' own layout. Arithmetic only, so that host,
+// device and tests agree. Nothing here touches memory.
+#pragma once
+#include <cstdint>
+
+#include "core/bits.h"
+
+namespace qk {
+
+QK_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+QK_HD constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// --- at rest: [rows, row_bytes], value i of a byte at bit i * bits, rows padded to 16 bytes ----------------------------
+
+constexpr int64_t row_align = 16;
+QK_HD constexpr int64_t packed_row_bytes(int64_t cols, int64_t bits) {
+  return round_up(ceil_div(cols, 8 / bits), row_align);
+}
+
+// --- a weight: [n, kh, kw, c], c input channels of each of `groups`; a Linear is [n, 1, 1, K] ---------------------------
+
+struct WeightShape {
+  int64_t n, kh, kw, c;
+  int64_t groups;    // of the convolution
+  int64_t k_groups;  // of K, with a step and a zero each
+  int bits;          // 2, 4 or 8
+
+  QK_HD constexpr int64_t taps() const { return kh * kw; }
+  QK_HD constexpr int64_t k() const { return kh * kw * c; }
+  QK_HD constexpr int64_t group_k() const { return k() / k_groups; }
+  // One input channel makes one output channel.
+  QK_HD constexpr bool depthwise() const { return groups > 1 && c == 1 && n == groups && k_groups == 1; }
+};
+
+// The largest |code - zero| of a weight. 8-bit weights have zero 128.
+QK_HD constexpr int64_t worst_weight(int bits) { return bits == 8 ? 128 : top_code(bits); }
+
+// The longest K whose sum of (u_x - z_x) (u_w - z_w) stays in int32 whatever the codes are.
+QK_HD constexpr int64_t longest_k(int64_t x_bits, int bits) {
+  return INT32_MAX / (top_code(x_bits) * worst_weight(bits));
+}
+
+// --- prepacked ---------------------------------------------------------------------------------------------------------
+
+// First 64 bytes of a prepacked weight: what it was made from, so that another use is refused.
+struct PackedHeader {
+  int32_t magic, bits;
+  int64_t n, kh, kw, c, groups, k_groups, reserved;
+};
+static_assert(sizeof(PackedHeader) == 64, "the codes behind it start on a cache line");
+constexpr int32_t packed_magic = 0x31304b51;  // "QK01": change it with the layout
+
+// Blocks of 16 output channels; a convolution's groups start a new block. Inside a block K goes in steps of 4:
+// 16 channels x 4 codes. A vector of 64 bytes holds 8 / bits steps, step j of channel i at byte 4 i + k % 4, bit j * bits.
+// 8-bit codes are stored as u - 128 (int8). Each group of K fills whole vectors; what is added to fill them has the code
+// zero[n, group] and so the value 0. A depthwise weight is seen as [n, taps] and stored in 8 bits as u - zero (int8).
+//   header | codes [blocks][k_groups][vectors][64] | sums int32 [blocks][k_groups][16] | zeros uint8 [blocks][k_groups][16]
+// sums: of u - zero over the group. zeros: only below 8 bits.
+struct PackedLayout {
+  static constexpr int64_t block = 16, step = 4, vector = 64;
+  int stored_bits;
+  int64_t outer;             // groups of the convolution that have blocks of their own
+  int64_t n_per_outer;       // output channels of each
+  int64_t blocks_per_outer;  // of 16 channels
+  int64_t k;                 // length of the sum
+  int64_t group_k, group_padded, k_padded, k_groups;
+  int64_t block_bytes;  // codes of one block
+  int64_t codes_at, sums_at, zeros_at, bytes;
+
+  QK_HD constexpr int64_t blocks() const { return outer * blocks_per_outer; }
+  // Byte of the vector that holds padded position k of channel i of a block.
+  QK_HD constexpr int64_t code_at(int64_t block_index, int64_t k_pos, int64_t i) const {
+    const int64_t per = 8 / stored_bits;
+    return codes_at + block_index * block_bytes + k_pos / (step * per) * vector + i * step + k_pos % step;
+  }
+  QK_HD constexpr int shift_of(int64_t k_pos) const {
+    return static_cast<int>(k_pos / step % (8 / stored_bits)) * stored_bits;
+  }
+  // Position of k in the padded K.
+  QK_HD constexpr int64_t padded(int64_t k_pos) const { return k_pos / group_k * group_padded + k_pos % group_k; }
+};
+
+namespace cpu {
+
+QK_HD constexpr PackedLayout packed_layout(const WeightShape& w) {
+  PackedLayout p{};
+  const bool depthwise = w.depthwise();
+  p.stored_bits = depthwise ? 8 : w.bits;
+  p.outer = depthwise ? 1 : w.groups;
+  p.n_per_outer = w.n / p.outer;
+  p.blocks_per_outer = ceil_div(p.n_per_outer, PackedLayout::block);
+  p.k = w.k();
+  p.group_k = w.group_k();
+  p.k_groups = w.k_groups;
+  p.group_padded = round_up(p.group_k, PackedLayout::step * (8 / p.stored_bits));
+  p.k_padded = p.group_padded * p.k_groups;
+  p.block_bytes = p.k_padded * PackedLayout::block * p.stored_bits / 8;
+  p.codes_at = sizeof(PackedHeader);
+  p.sums_at = p.codes_at + p.blocks() * p.block_bytes;
+  p.zeros_at = p.sums_at + p.blocks() * p.k_groups * PackedLayout::block * 4;
+  p.bytes = round_up(p.zeros_at + (p.stored_bits < 8 ? p.blocks() * p.k_groups * PackedLayout::block : 0), 64);
+  return p;
+}
+
+}  // namespace cpu
+
+// The CUDA kernels read the same layout until they have their own.
+namespace cuda {
+using cpu::packed_layout;
+}
+
+}  // namespace qk
