@@ -28,9 +28,7 @@ class _Group(TyperGroup):
             raise typer.Exit(1) from None
 
 
-app = typer.Typer(
-    cls=_Group, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__, rich_markup_mode=None
-)
+app = typer.Typer(cls=_Group, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__, rich_markup_mode=None)
 
 Model = Annotated[str, typer.Option(help="torchvision:NAME, timm:NAME, hf:PATH or python:MODULE:FUNCTION.")]
 Weights = Annotated[Path | None, typer.Option(help="safetensors, or a torch file that holds tensors alone.")]
@@ -46,7 +44,7 @@ def _options(debug: Annotated[bool, typer.Option(help="Show the traceback of an 
 
 @app.command()
 def demo(
-    cache: Annotated[Path | None, typer.Option(help="Folder for the trained network; ~/.cache/qk if not given.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder for the trained network (~/.cache/qk).")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the checkpoints and the report.")] = Path("qk-demo"),
     seed: Annotated[int, typer.Option(help="Of the network and of the learning.")] = 0,
     iterations: Annotated[int | None, typer.Option(min=1, help="Of learning, for each unit.")] = None,
@@ -90,7 +88,13 @@ def quantize(
         evaluate = lambda m: sources.accuracy(m, loaded.evaluation)  # noqa: E731
     say(f"quantizing {model} on {data}")
     result = qk.quantize(
-        floating, loaded.calibration, wanted, evaluate=evaluate, out=out, title=f"{model} on {data}", progress=not as_json
+        floating,
+        loaded.calibration,
+        wanted,
+        evaluate=evaluate,
+        out=out,
+        title=f"{model} on {data}",
+        progress=not as_json,
     )
     path = result.report.save(report or out / "report.html")
     if as_json:
@@ -155,7 +159,7 @@ def inspect(
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """What is installed, what was built, what this machine can run, and whether the kernels compute what they should."""
+    """What is installed and built, what this machine can run, and whether the kernels meet their definitions."""
     from qk import doctor as checks
 
     facts, shown, healthy = checks.examine()

@@ -29,7 +29,10 @@ def examine() -> tuple[dict[str, Any], list[Table], bool]:
     rows = [
         ["qk built by", build["compiler"]],
         ["qk built against torch", build["torch"]],
-        ["CUDA kernels built with", build["cuda"] and f"nvcc {build['cuda']} for {build['cuda_archs']}" or "not built"],
+        [
+            "CUDA kernels built with",
+            f"nvcc {build['cuda']} for {build['cuda_archs']}" if build["cuda"] else "not built",
+        ],
         ["CUDA", facts["cuda"]],
         ["instruction sets", ", ".join(f"{i} (used)" if i == _native.active_isa() else i for i in checks)],
         *([name, value] for name, value in facts["machine"].items() if name not in ("compiler", "instruction set")),
@@ -42,7 +45,7 @@ def examine() -> tuple[dict[str, Any], list[Table], bool]:
 
 
 def _cuda() -> str:
-    """"usable on NAME", or why it is not."""
+    """ "usable on NAME", or why it is not."""
     if _native.cuda_error is not None:
         return f"not usable: {_native.cuda_error}"
     if not torch.cuda.is_available():

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qk import sources
+from qk import sources, tables
+from qk.deploy import checkpoint_bytes
+from qk.deploy.manifest import read_manifest
 from qk.errors import fail
+from qk.ops.pack import row_bytes
 from qk.prepare import Prepared, prepare
 from qk.spec import Recipe
 from qk.tables import Table
@@ -66,3 +70,44 @@ def _shape(text: str | None) -> list[int]:
     if not numbers or min(numbers) < 1:
         raise fail("inspect", "--shape", "positive numbers with commas, as 1,3,224,224", repr(text))
     return numbers
+
+
+def of_checkpoint(folder: Path) -> tuple[dict[str, Any], list[Table]]:
+    """What qk.json says; it is validated, the tensors are not read."""
+    manifest = read_manifest(folder)
+    layers = []
+    for name, spec in manifest.plan.layers.items():
+        config = manifest.layers.get(name)
+        shape = config.weight_shape if config else None
+        packed = None if shape is None else shape[0] * row_bytes(prod(shape[1:]), spec.storage_bits)
+        layers.append({"name": name, "kind": config and config.kind, "width": spec.describe(), "weight": shape})
+        layers[-1] |= {"bytes": packed, "reason": spec.reason}
+    facts = {
+        "format": manifest.format,
+        "written by": {"qk": manifest.qk, "torch": manifest.torch},
+        "bytes": checkpoint_bytes(folder),
+        "layers": layers,
+        "links": manifest.links,
+        "folds": manifest.folds,
+        "kept": manifest.kept,
+        "history": manifest.history,
+    }
+    about = [["format", manifest.format], ["written by qk", manifest.qk], ["with torch", manifest.torch]]
+    about.append(["on disk", tables.size(facts["bytes"])])
+    rows = [
+        [x["name"], x["kind"], x["width"], "x".join(map(str, x["weight"] or [])), tables.size(x["bytes"])]
+        for x in layers
+    ]
+    learned = [
+        [unit, h.get("iterations"), f"{h['first_loss']:.4g}", f"{h['last_loss']:.4g}"]
+        for unit, h in manifest.history.items()
+        if h.get("first_loss") is not None and h.get("last_loss") is not None
+    ]
+    shown = [
+        Table("", ["checkpoint", str(folder)], about),
+        Table("", ["layer", "kind", "width", "weight (kernel order)", "packed"], rows),
+        Table("", ["layers that read one tensor"], [[", ".join(link)] for link in manifest.links]),
+        Table("", ["left in float", "why"], [list(pair) for pair in manifest.kept.items()]),
+        Table("", ["learned unit", "iterations", "first loss", "last loss"], learned),
+    ]
+    return facts, [table for table in shown if table.rows]

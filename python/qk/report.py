@@ -1,4 +1,4 @@
-"""What a run did, in figures: every layer with its width, error, size and time, or the reason why it stayed in float."""
+"""What a run did, in figures: each layer with its width, error, size and time, or the reason why it is in float."""
 
 from __future__ import annotations
 
@@ -75,8 +75,13 @@ class Report:
     def summary(self) -> Table:
         """The whole model, before and after."""
         rows: list[list[Any]] = []
-        for name, share in self.accuracy.items():
-            rows.append([f"accuracy, {name} (%)", *self._sides(name, tables.percent(share))])
+        if self.accuracy:
+            share = {name: self.accuracy.get(name) for name in ("float", "simulated", "integer")}
+            change = None
+            if share["float"] is not None and share["integer"] is not None:
+                change = f"{100 * (share['integer'] - share['float']):+.2f} points"
+            rows.append(["accuracy (%)", tables.percent(share["float"]), tables.percent(share["integer"]), change])
+            rows.append(["accuracy, simulated in float (%)", None, tables.percent(share["simulated"]), None])
         if self.size_bytes:
             before, after = self.size_bytes.get("float"), self.size_bytes.get("integer")
             change = f"{before / after:.2f}x smaller" if before and after else None
@@ -84,12 +89,10 @@ class Report:
         for timing in self.latency:
             for which in ("p50", "p99"):
                 before, after = getattr(timing, f"float_{which}"), getattr(timing, f"integer_{which}")
-                change = f"{before / after:.2f}x" if after else None
-                rows.append([f"latency {which}, batch {timing.batch} (ms)", tables.ms(before), tables.ms(after), change])
-        return Table("", ["whole model", "float", "quantized", "float / quantized"], rows)
-
-    def _sides(self, name: str, value: str | None) -> list[str | None]:
-        return [value, None, None] if name == "float" else [None, value, None]
+                change = f"{before / after:.2f}x faster" if before >= after else f"{after / before:.2f}x slower"
+                name = f"latency {which}, batch {timing.batch} (ms)"
+                rows.append([name, tables.ms(before), tables.ms(after), change])
+        return Table("", ["whole model", "float", "quantized", "change"], rows)
 
     def layer_table(self) -> Table:
         headers = ["layer", "kind", "width", "SQNR (dB)", "weight", "quantized", "float (ms)", "quantized (ms)"]

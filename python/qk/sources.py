@@ -156,7 +156,7 @@ def import_torchvision() -> Any:
 _kept: list[Any] = []  # a torch.library.Library undoes its definitions when it goes
 
 
-# --- images in folders --------------------------------------------------------------------------------------------------
+# --- images in folders ----------------------------------------------------------------------------------------------
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's and timm's models expect
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 
@@ -224,7 +224,7 @@ def _images(folder: Path) -> list[tuple[Path, int]]:
     return found
 
 
-# --- parts --------------------------------------------------------------------------------------------------------------
+# --- parts ----------------------------------------------------------------------------------------------------------
 def _digits(batch_size: int) -> Data:
     from qk.demo import digits
 
@@ -234,7 +234,7 @@ def _digits(batch_size: int) -> Data:
 
 
 def _arguments(text: str) -> tuple[str, dict[str, Any]]:
-    """"name?a=1&b=x" -> name and {"a": 1, "b": "x"}."""
+    """ "name?a=1&b=x" -> name and {"a": 1, "b": "x"}."""
     name, _, options = text.partition("?")
     pairs = [option.partition("=") for option in options.split("&") if option]
     return name, {key: yaml.safe_load(value) for key, _, value in pairs}
@@ -245,7 +245,7 @@ def _package(name: str, source: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         package = "pillow" if name.startswith("PIL") else name
-        raise QkError(f"{source}: the package {package} must be installed, got: {error}. pip install {package}") from error
+        raise QkError(f"{source}: {package} must be installed, got: {error}. pip install {package}") from error
 
 
 def _call(name: str, source: str) -> Any:
@@ -278,4 +278,5 @@ def _transformer(path: str, source: str) -> nn.Module:
 
 def _unreadable(path: Path, error: Exception) -> QkError:
     advice = "Files with other objects in them are not opened: save model.state_dict()."
-    return fail("weights", str(path), "a safetensors file or a torch file of tensors", str(error).splitlines()[0], advice)
+    kind = "a safetensors file or a torch file of tensors"
+    return fail("weights", str(path), kind, str(error).splitlines()[0], advice)

@@ -9,7 +9,7 @@ import torch
 
 
 def alternate(calls: list[Callable[[], object]], seconds: float = 0.5, rounds: int = 15) -> list[list[float]]:
-    """Milliseconds of every call, in order; at least `rounds` of each and about `seconds` in all, after three to warm up.
+    """Milliseconds of every call, in order; at least `rounds` of each, about `seconds` in all, after a warm-up.
 
     A call is repeated within one timing until that takes 0.2 ms, the clock's noise being some microseconds.
     """

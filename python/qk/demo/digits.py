@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -52,7 +53,7 @@ def load() -> Digits:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise QkError("digits: scikit-learn must be installed, it holds the images. pip install qk-torch[demo]") from error
+        raise QkError("digits: scikit-learn must be installed, as it holds them. pip install qk-torch[demo]") from error
     images, labels = load_digits(return_X_y=True)
     x = torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
     y = torch.tensor(labels, dtype=torch.int64)
@@ -85,14 +86,14 @@ class Block(nn.Module):
 
 
 class DigitsNet(nn.Module):
-    """[n, 1, 8, 8] -> [n, 10]: a stem, one residual unit per width (each after the first halves the image), a Linear."""
+    """[n, 1, 8, 8] -> [n, 10]: a stem, a residual unit per width (each but the first halves the image), a Linear."""
 
     def __init__(self, widths: tuple[int, ...] = Training.widths) -> None:
         super().__init__()
         first = widths[0]
         self.stem = nn.Sequential(nn.Conv2d(1, first, 3, padding=1, bias=False), nn.BatchNorm2d(first), nn.ReLU())
         units = [Block(first, first, 1)]
-        units += [Block(a, b, 2) for a, b in zip(widths, widths[1:], strict=False)]
+        units += [Block(a, b, 2) for a, b in pairwise(widths)]
         self.layers = nn.Sequential(*units)
         self.fc = nn.Linear(widths[-1], CLASSES)
 
