@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Callable
 from html import escape
+from math import inf, isfinite
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def _bars(axes: Any, layers: list[LayerReport], unit: str, *series: Series) -> N
     height = 0.8 / len(series)
     for i, (label, color, value) in enumerate(series):
         places = [row + (i - (len(series) - 1) / 2) * height for row in range(len(layers))]
-        axes.barh(places, [value(x) or 0 for x in layers], height, label=label, color=color)
+        axes.barh(places, [_finite(value(x)) for x in layers], height, label=label, color=color)
     axes.set_yticks(range(len(layers)), [_short(x.name) for x in layers])
     axes.set_ylim(len(layers) - 0.4, -0.6)
     axes.set_xlabel(unit)
@@ -112,7 +113,8 @@ def _bars(axes: Any, layers: list[LayerReport], unit: str, *series: Series) -> N
 
 def _curves(axes: Any, losses: dict[str, list[dict[str, float]]]) -> None:
     for i, (unit, points) in enumerate(losses.items()):
-        x, y = [p["iteration"] for p in points], [p["loss"] for p in points]
+        drawn = [p for p in points if p["loss"] is not None and 0 < p["loss"] < inf]  # the axis is logarithmic
+        x, y = [p["iteration"] for p in drawn], [p["loss"] for p in drawn]
         axes.plot(x, y, label=_short(unit), color=LINES[i % len(LINES)], linewidth=1.2)
     axes.set_yscale("log")
     axes.set_xlabel("iteration")
@@ -120,6 +122,10 @@ def _curves(axes: Any, losses: dict[str, list[dict[str, float]]]) -> None:
     axes.grid(color=BEFORE, alpha=0.3, linewidth=0.5)
     if len(losses) <= 12:
         axes.legend(frameon=False, fontsize=7)
+
+
+def _finite(value: float | None) -> float:
+    return value if value is not None and isfinite(value) else 0.0
 
 
 def _kb(n: int | None) -> float | None:

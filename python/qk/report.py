@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from html import escape
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ class Report:
         headers = ["layer", "kind", "width", "SQNR (dB)", "weight", "quantized", "float (ms)", "quantized (ms)"]
         rows = []
         for layer in self.layers:
-            error = None if layer.sqnr_db is None else f"{layer.sqnr_db:.1f}"
+            error = None if layer.sqnr_db is None else "no error" if layer.sqnr_db == inf else f"{layer.sqnr_db:.1f}"
             sizes = [tables.size(layer.float_bytes), tables.size(layer.integer_bytes)]
             times = [tables.ms(layer.float_ms), tables.ms(layer.integer_ms)]
             rows.append([layer.name, layer.kind, layer.width, error, *sizes, *times])
@@ -116,7 +117,8 @@ class Report:
         return [t for t in (self.summary(), self.layer_table(), self.kept_table()) if t.rows]
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """For JSON: what is not finite (the error ratio of a layer without error) is None."""
+        return _plain(asdict(self))
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Report:
@@ -149,6 +151,14 @@ class Report:
         if str(path).endswith(".json"):
             return replace_file(path, json.dumps(self.to_dict(), indent=1).encode())
         return replace_file(path, page(self.title, self.section()).encode())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(v) for name, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def _text(value: Any) -> str:
