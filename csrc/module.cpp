@@ -3,8 +3,28 @@
 #include <pybind11/stl.h>
 
 #include "core/isa.h"
+#include "core/layout.h"
 
 namespace py = pybind11;
+
+// A prepacked weight: where its parts begin. shape [N, K] or [N, kh, kw, C / groups].
+static py::dict packed_layout(const std::vector<int64_t>& shape, int bits, int64_t groups, int64_t k_groups,
+                              bool cuda) {
+  const bool conv = shape.size() == 4;
+  if ((!conv && shape.size() != 2) || !qk::is_storage_width(bits) || groups < 1 || k_groups < 1)
+    throw std::invalid_argument("packed_layout: not a weight");
+  const qk::WeightShape w{shape[0], conv ? shape[1] : 1, conv ? shape[2] : 1, shape.back(), groups, k_groups, bits};
+  const qk::PackedLayout p = cuda ? qk::cuda::packed_layout(w) : qk::cpu::packed_layout(w);
+  py::dict parts;
+  parts["stored_bits"] = p.stored_bits;
+  parts["blocks"] = p.blocks();
+  parts["k_padded"] = p.k_padded;
+  parts["codes_at"] = p.codes_at;
+  parts["sums_at"] = p.sums_at;
+  parts["zeros_at"] = p.zeros_at;
+  parts["bytes"] = p.bytes;
+  return parts;
+}
 
 PYBIND11_MODULE(_core, m) {
   m.def("active_isa", [] { return qk::isa_name(qk::active_isa()); });
@@ -18,4 +38,6 @@ PYBIND11_MODULE(_core, m) {
     facts["cuda_archs"] = QK_CUDA_ARCHS;
     return facts;
   });
+  m.def("packed_layout", &packed_layout, py::arg("shape"), py::arg("bits"), py::arg("groups") = 1,
+        py::arg("k_groups") = 1, py::arg("cuda") = false);
 }

@@ -10,14 +10,16 @@ namespace qk {
 QK_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 QK_HD constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// --- at rest: [rows, row_bytes], value i of a byte at bit i * bits, rows padded to 16 bytes ----------------------------
+// --- at rest: [rows, row_bytes], value i of a byte at bit i * bits, rows padded to 16 bytes
+// ----------------------------
 
 constexpr int64_t row_align = 16;
 QK_HD constexpr int64_t packed_row_bytes(int64_t cols, int64_t bits) {
   return round_up(ceil_div(cols, 8 / bits), row_align);
 }
 
-// --- a weight: [n, kh, kw, c], c input channels of each of `groups`; a Linear is [n, 1, 1, K] ---------------------------
+// --- a weight: [n, kh, kw, c], c input channels of each of `groups`; a Linear is [n, 1, 1, K]
+// ---------------------------
 
 struct WeightShape {
   int64_t n, kh, kw, c;
@@ -40,7 +42,8 @@ QK_HD constexpr int64_t longest_k(int64_t x_bits, int bits) {
   return INT32_MAX / (top_code(x_bits) * worst_weight(bits));
 }
 
-// --- prepacked ---------------------------------------------------------------------------------------------------------
+// --- prepacked
+// ---------------------------------------------------------------------------------------------------------
 
 // First 64 bytes of a prepacked weight: what it was made from, so that another use is refused.
 struct PackedHeader {
@@ -51,10 +54,12 @@ static_assert(sizeof(PackedHeader) == 64, "the codes behind it start on a cache 
 constexpr int32_t packed_magic = 0x31304b51;  // "QK01": change it with the layout
 
 // Blocks of 16 output channels; a convolution's groups start a new block. Inside a block K goes in steps of 4:
-// 16 channels x 4 codes. A vector of 64 bytes holds 8 / bits steps, step j of channel i at byte 4 i + k % 4, bit j * bits.
-// 8-bit codes are stored as u - 128 (int8). Each group of K fills whole vectors; what is added to fill them has the code
-// zero[n, group] and so the value 0. A depthwise weight is seen as [n, taps] and stored in 8 bits as u - zero (int8).
-//   header | codes [blocks][k_groups][vectors][64] | sums int32 [blocks][k_groups][16] | zeros uint8 [blocks][k_groups][16]
+// 16 channels x 4 codes. A vector of 64 bytes holds 8 / bits steps, step j of channel i at byte 4 i + k % 4, bit j *
+// bits. 8-bit codes are stored as u - 128 (int8). Each group of K fills whole vectors; what is added to fill them has
+// the code zero[n, group] and so the value 0. A depthwise weight is seen as [n, taps] and stored in 8 bits as u - zero
+// (int8).
+//   header | codes [blocks][k_groups][vectors][64] | sums int32 [blocks][k_groups][16] | zeros uint8
+//   [blocks][k_groups][16]
 // sums: of u - zero over the group. zeros: only below 8 bits.
 struct PackedLayout {
   static constexpr int64_t block = 16, step = 4, vector = 64;

@@ -22,6 +22,11 @@ QK_HD static inline int32_t as_bits(float value) {
   return bits;
 }
 
+// holds ? value : +0, without the branch into which a compiler would move the work of value.
+QK_HD static inline float keep_if(bool holds, float value) {
+  return as_float(as_bits(value) & -static_cast<int32_t>(holds));
+}
+
 // NaN stays NaN: a diverged optimization must show.
 QK_HD static inline float limit(float t, float low, float high) {
   t = t < low ? low : t;
@@ -93,7 +98,7 @@ QK_HD static inline float soft_fraction(float u) { return 0.5f * u + 0.5f; }
 // dh/dv = 1.2 sigmoid (1 - sigmoid) = 0.3 (1 - (u / 1.2)^2), 0 where h is clamped.
 QK_HD static inline float soft_slope(float u) {
   const float slope = 0.3f - 0.208333333f * (u * u);
-  return (u > -1.0f) & (u < 1.0f) ? slope : 0.0f;
+  return keep_if((u > -1.0f) & (u < 1.0f), slope);
 }
 
 }  // namespace qk

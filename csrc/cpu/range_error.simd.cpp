@@ -14,8 +14,7 @@ template <Power kind>
 float error(const float* __restrict x, int64_t n, float step, int32_t zero, int bits, float power) {
   const float inverse = 1.0f / step, low = -zero, high = top_code(bits) - zero;
   return sum_of(n, [=](int64_t i) {
-    const float d = round_even(clamp_units(x[i] * inverse, low, high)) * step - x[i];
-    const float a = d < 0.0f ? -d : d;
+    const float a = __builtin_fabsf(round_even(clamp_units(x[i] * inverse, low, high)) * step - x[i]);
     return kind == Power::one ? a : kind == Power::two ? a * a : power_of(a, power);
   });
 }

@@ -6,18 +6,15 @@
 namespace qk::cpu::QK_ISA {
 namespace {
 
-float magnitude(float u) { return u < 0.0f ? -u : u; }
-
 float penalty(const float* __restrict v, int64_t n, float beta) {
-  return sum_of(n, [=](int64_t i) { return 1.0f - power_of(magnitude(soft_sign(v[i])), beta); });
+  return sum_of(n, [=](int64_t i) { return 1.0f - power_of(__builtin_fabsf(soft_sign(v[i])), beta); });
 }
 
 // d/dv (1 - |u|^beta) = -beta |u|^(beta - 1) sign(u) du/dv, du/dv = 2 dh/dv.
 void gradients(const float* __restrict v, float* __restrict grad_v, int64_t n, float beta, float scale) {
   for (int64_t i = 0; i < n; ++i) {
     const float u = soft_sign(v[i]);
-    const float slope = power_of(magnitude(u), beta - 1.0f) * soft_slope(u);
-    grad_v[i] = scale * (u < 0.0f ? slope : -slope);
+    grad_v[i] = scale * __builtin_copysignf(power_of(__builtin_fabsf(u), beta - 1.0f) * soft_slope(u), u);
   }
 }
 
@@ -30,7 +27,7 @@ void rounding_penalty(const RoundingPenaltyArgs& a) {
 }
 
 void rounding_penalty_backward(const RoundingPenaltyBackwardArgs& a) {
-  const float scale = 2.0f * a.beta * *a.grad;
+  const float scale = -2.0f * a.beta * *a.grad;
   each_chunk(1, a.n,
              [&](int64_t, int64_t at, int64_t n, int64_t) { gradients(a.v + at, a.grad_v + at, n, a.beta, scale); });
 }

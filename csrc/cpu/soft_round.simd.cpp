@@ -27,7 +27,7 @@ void gradients(const float* __restrict grad, const float* __restrict weight, con
                float* __restrict grad_v, int64_t n, Row r) {
   for (int64_t i = 0; i < n; ++i) {
     const float u = soft_sign(v[i]), t = r.units(weight[i], u);
-    grad_v[i] = (t >= r.low) & (t <= r.high) ? grad[i] * r.step * soft_slope(u) : 0.0f;
+    grad_v[i] = keep_if((t >= r.low) & (t <= r.high), grad[i] * r.step * soft_slope(u));
   }
 }
 

@@ -1,0 +1,162 @@
+// Sixteen sums of products, one for each output channel of a block: the only header with intrinsics of the integer
+// operators. A vector of weights is 64 bytes, channel i at bytes 4 i .. 4 i + 3 (core/layout.h).
+#pragma once
+#include <cstring>
+
+#include "cpu/simd.h"
+#if !defined(QK_ISA_GENERIC)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"  // gcc 12: its own AVX-512 header
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
+
+#define QK_INLINE inline __attribute__((always_inline))
+#define QK_INLINE_LAMBDA __attribute__((always_inline))
+
+namespace qk::cpu::QK_ISA {
+namespace {
+
+QK_INLINE uint32_t load4(const uint8_t* p) {
+  uint32_t v;
+  std::memcpy(&v, p, 4);
+  return v;
+}
+
+#if defined(QK_ISA_AVX512VNNI)
+
+using Bytes = __m512i;
+using Lanes = __m512i;
+using Four = __m512i;  // four codes of x, seen by every channel
+
+// 14 x 2 sums, 2 weights and 1 x of the 32 registers; with weights unpacked on the way, 4 more are needed.
+constexpr int tile_rows = 14, tile_rows_unpacking = 8, tile_blocks = 2;
+
+QK_INLINE Bytes load64(const uint8_t* p) { return _mm512_loadu_si512(p); }
+QK_INLINE void store64(uint8_t* p, Bytes v) { _mm512_storeu_si512(p, v); }
+// The zeros of 16 channels, each four times.
+QK_INLINE Bytes spread16(const uint8_t* p) {
+  const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm512_mullo_epi32(wide, _mm512_set1_epi32(0x01010101));
+}
+template <int B>
+QK_INLINE Bytes unpack(Bytes v, int part, Bytes zero) {
+  const __m512i codes = _mm512_and_si512(_mm512_srli_epi16(v, part * B), _mm512_set1_epi8((1 << B) - 1));
+  return _mm512_sub_epi8(codes, zero);
+}
+QK_INLINE Lanes none() { return _mm512_setzero_si512(); }
+QK_INLINE Lanes sum(Lanes a, Lanes b) { return _mm512_add_epi32(a, b); }
+QK_INLINE Four broadcast4(const uint8_t* p) { return _mm512_set1_epi32(static_cast<int>(load4(p))); }
+template <bool small>
+QK_INLINE Lanes dot4(Lanes acc, Four x, Bytes w) {
+  return _mm512_dpbusd_epi32(acc, x, w);
+}
+QK_INLINE void store(int32_t* p, Lanes v) { _mm512_storeu_si512(p, v); }
+
+#elif defined(QK_ISA_AVX2)
+
+struct Bytes {
+  __m256i a, b;
+};
+struct Lanes {
+  __m256i a, b;
+};
+using Four = __m256i;
+
+constexpr int tile_rows = 4, tile_rows_unpacking = 4, tile_blocks = 1;
+
+QK_INLINE __m256i load32(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+QK_INLINE Bytes load64(const uint8_t* p) { return {load32(p), load32(p + 32)}; }
+QK_INLINE void store64(uint8_t* p, Bytes v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v.a);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32), v.b);
+}
+QK_INLINE Bytes spread16(const uint8_t* p) {
+  const __m256i four = _mm256_set1_epi32(0x01010101);
+  const auto half = [&](const uint8_t* q) {
+    return _mm256_mullo_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(q))), four);
+  };
+  return {half(p), half(p + 8)};
+}
+template <int B>
+QK_INLINE Bytes unpack(Bytes v, int part, Bytes zero) {
+  const __m256i mask = _mm256_set1_epi8((1 << B) - 1);
+  return {_mm256_sub_epi8(_mm256_and_si256(_mm256_srli_epi16(v.a, part * B), mask), zero.a),
+          _mm256_sub_epi8(_mm256_and_si256(_mm256_srli_epi16(v.b, part * B), mask), zero.b)};
+}
+QK_INLINE Lanes none() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+QK_INLINE Lanes sum(Lanes a, Lanes b) { return {_mm256_add_epi32(a.a, b.a), _mm256_add_epi32(a.b, b.b)}; }
+QK_INLINE Four broadcast4(const uint8_t* p) { return _mm256_set1_epi32(static_cast<int>(load4(p))); }
+// small: |weight| <= 64, so two products fit into 16 bits (2 * 255 * 64 < 2^15) and maddubs is exact. Otherwise it
+// would saturate: even and odd bytes are widened first.
+template <bool small>
+QK_INLINE __m256i dot4(__m256i acc, __m256i x, __m256i w) {
+  if constexpr (small) {
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(x, w), _mm256_set1_epi16(1)));
+  } else {
+    const __m256i even = _mm256_madd_epi16(_mm256_and_si256(x, _mm256_set1_epi16(0x00ff)),
+                                           _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8));
+    const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(x, 8), _mm256_srai_epi16(w, 8));
+    return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
+  }
+}
+template <bool small>
+QK_INLINE Lanes dot4(Lanes acc, Four x, Bytes w) {
+  return {dot4<small>(acc.a, x, w.a), dot4<small>(acc.b, x, w.b)};
+}
+QK_INLINE void store(int32_t* p, Lanes v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v.a);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), v.b);
+}
+
+#else
+
+struct Bytes {
+  int8_t v[64];
+};
+struct Lanes {
+  int32_t v[16];
+};
+struct Four {
+  int32_t v[4];
+};
+
+constexpr int tile_rows = 4, tile_rows_unpacking = 4, tile_blocks = 1;
+
+QK_INLINE Bytes load64(const uint8_t* p) {
+  Bytes v;
+  std::memcpy(&v, p, 64);
+  return v;
+}
+QK_INLINE void store64(uint8_t* p, const Bytes& v) { std::memcpy(p, &v, 64); }
+QK_INLINE Bytes spread16(const uint8_t* p) {
+  Bytes v;
+  for (int i = 0; i < 64; ++i) v.v[i] = static_cast<int8_t>(p[i / 4]);
+  return v;
+}
+template <int B>
+QK_INLINE Bytes unpack(const Bytes& v, int part, const Bytes& zero) {
+  Bytes out;
+  for (int i = 0; i < 64; ++i)
+    out.v[i] = static_cast<int8_t>(((static_cast<uint8_t>(v.v[i]) >> (part * B)) & ((1 << B) - 1)) - zero.v[i]);
+  return out;
+}
+QK_INLINE Lanes none() { return {}; }
+QK_INLINE Lanes sum(Lanes a, const Lanes& b) {
+  for (int i = 0; i < 16; ++i) a.v[i] += b.v[i];
+  return a;
+}
+QK_INLINE Four broadcast4(const uint8_t* p) { return {{p[0], p[1], p[2], p[3]}}; }
+template <bool small>
+QK_INLINE Lanes dot4(Lanes acc, const Four& x, const Bytes& w) {
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < 4; ++j) acc.v[i] += x.v[j] * w.v[4 * i + j];
+  return acc;
+}
+QK_INLINE void store(int32_t* p, const Lanes& v) { std::memcpy(p, &v, 64); }
+
+#endif
+
+}  // namespace
+}  // namespace qk::cpu::QK_ISA

@@ -1,0 +1,174 @@
+// The integer matrix product behind gemm and conv2d. Rows of x (pixels of a convolution) are packed block by block into
+// panels that stay in L2; columns of tiles of the weight stream past them.
+#pragma once
+#include "core/scratch.h"
+#include "cpu/finish.h"
+#include "cpu/tile.h"
+
+namespace qk::cpu::QK_ISA {
+namespace {
+
+constexpr int64_t panel_budget = 256 * 1024;           // of L2 (1 MB and more), beside one column of unpacked weights
+constexpr int64_t work_per_thread = int64_t{1} << 20;  // products; below this a second thread costs more than it saves
+
+// How the work is cut: units of one block of rows x one column of tiles, in the order outer, row block, column.
+struct Cut {
+  int64_t block_rows, row_blocks, columns, units, workers;
+};
+
+constexpr Cut cut(int64_t rows, const PackedLayout& p, int64_t threads) {
+  Cut c{};
+  c.columns = ceil_div(p.blocks_per_outer, tile_blocks);
+  const int64_t panels = most<int64_t>(1, panel_budget / panel_bytes(p.k_padded));
+  c.block_rows = least(panels * tile_rows, round_up(rows, tile_rows));
+  // Few columns: threads share the rows.
+  if (p.outer * c.columns < 4 * threads)
+    c.block_rows = least(c.block_rows, round_up(ceil_div(rows, 2 * threads), tile_rows));
+  c.row_blocks = ceil_div(rows, c.block_rows);
+  c.units = p.outer * c.row_blocks * c.columns;
+  const double work = static_cast<double>(rows) * p.outer * p.blocks_per_outer * PackedLayout::block * p.k_padded;
+  const int64_t useful = work > 1e15 ? threads : static_cast<int64_t>(work) / work_per_thread;
+  c.workers = most<int64_t>(1, least(least(threads, c.units), useful));
+  return c;
+}
+
+struct Product {
+  const uint8_t* weight;  // prepacked
+  PackedLayout layout;
+  Epilogue epilogue;
+  int64_t rows, n;
+  void* out;  // [rows, n]
+};
+
+// One worker's memory.
+struct Room {
+  uint8_t* panels;    // a block of rows
+  uint8_t* unpacked;  // a column of tiles as int8
+  float* steps;       // [k_groups][tile_blocks * 16]
+};
+
+template <int B, bool small>
+class Worker {
+ public:
+  Worker(const Product& p, const Cut& c, const Room& room)
+      : p_(p),
+        l_(p.layout),
+        c_(c),
+        room_(room),
+        finish_(p.epilogue),
+        codes_(p.weight + l_.codes_at),
+        sums_(reinterpret_cast<const int32_t*>(p.weight + l_.sums_at)),
+        zeros_(p.weight + l_.zeros_at) {}
+
+  // Column `column` of group `outer` against rows [first, first + count), which lie in the panels.
+  void column(int64_t outer, int64_t column, int64_t first, int64_t count) {
+    const int64_t in_outer = column * tile_blocks;
+    const int64_t blocks = least<int64_t>(tile_blocks, l_.blocks_per_outer - in_outer);
+    const int64_t at = outer * l_.blocks_per_outer + in_outer;
+    const int64_t n_first = outer * l_.n_per_outer + in_outer * block;
+    const int64_t n_valid = least(blocks * block, l_.n_per_outer - in_outer * block);
+    load_steps(n_first, n_valid);
+    TileArgs t{};
+    t.weight = codes_ + at * l_.block_bytes;
+    t.weight_pitch = l_.block_bytes;
+    t.zeros_pitch = l_.k_groups * block;
+    const bool in_registers = B < 8 && count <= tile_rows_unpacking;
+    if constexpr (B < 8) {
+      if (!in_registers) {
+        for (int64_t b = 0; b < blocks; ++b)
+          unpack_weights<B>(t.weight + b * l_.block_bytes, zeros_ + (at + b) * t.zeros_pitch, l_,
+                            room_.unpacked + b * l_.k_padded * block);
+        t.weight = room_.unpacked;
+        t.weight_pitch = l_.k_padded * block;
+      }
+    }
+    alignas(64) int32_t acc[tile_rows * tile_blocks * block];
+    alignas(64) float y[tile_rows * tile_blocks * block];
+    t.acc = acc;
+    for (int64_t row = 0; row < count; row += tile_rows) {
+      const int64_t rows = least<int64_t>(tile_rows, count - row);
+      const Tile run = in_registers ? tile_for<B, small>(rows, blocks) : tile_for<8, small>(rows, blocks);
+      t.panel = room_.panels + row / tile_rows * panel_bytes(l_.k_padded);
+      for (int64_t g = 0; g < l_.k_groups; ++g) {
+        t.k_begin = g * l_.group_padded;
+        t.k_end = t.k_begin + l_.group_padded;
+        t.zeros = zeros_ + (at * l_.k_groups + g) * block;
+        run(t);
+        const float* steps = room_.steps + g * tile_blocks * block;
+        for (int64_t r = 0; r < rows; ++r) {
+          const int64_t own = p_.epilogue.per_row ? first + row + r : 0;
+          const float x_step = p_.epilogue.x_step[own];
+          const int32_t x_zero = p_.epilogue.x_zero[own];
+          for (int64_t b = 0; b < blocks; ++b) {
+            const int64_t i = (r * blocks + b) * block;
+            const int32_t* sums = sums_ + ((at + b) * l_.k_groups + g) * block;
+            if (g == 0)
+              scale<true>(acc + i, sums, x_zero, x_step, steps + b * block, y + i);
+            else
+              scale<false>(acc + i, sums, x_zero, x_step, steps + b * block, y + i);
+          }
+        }
+      }
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t b = 0; b < blocks; ++b)
+          finish_.write(y + (r * blocks + b) * block, bias_ + b * block, p_.out,
+                        (first + row + r) * p_.n + n_first + b * block, n_valid - b * block);
+    }
+  }
+
+ private:
+  // Steps and bias of a column of tiles, 0 for channels that are not there.
+  void load_steps(int64_t n_first, int64_t n_valid) {
+    const Epilogue& e = p_.epilogue;
+    for (int i = 0; i < tile_blocks * block; ++i) bias_[i] = e.bias && i < n_valid ? e.bias[n_first + i] : 0.0f;
+    for (int64_t g = 0; g < l_.k_groups; ++g)
+      for (int i = 0; i < tile_blocks * block; ++i)
+        room_.steps[g * tile_blocks * block + i] = i < n_valid ? e.weight_step[(n_first + i) * l_.k_groups + g] : 0.0f;
+  }
+
+  const Product& p_;
+  const PackedLayout& l_;
+  const Cut& c_;
+  Room room_;
+  Finish finish_;
+  const uint8_t* codes_;
+  const int32_t* sums_;
+  const uint8_t* zeros_;
+  float bias_[tile_blocks * block];
+};
+
+// pack(panels, outer, first, count) writes rows [first, first + count) of group `outer` with RowWriter.
+template <int B, bool small, class Pack>
+void multiply_stored(const Product& p, const Pack& pack) {
+  const PackedLayout& l = p.layout;
+  const Cut c = cut(p.rows, l, thread_count());
+  const int64_t panels = round_up(c.block_rows / tile_rows * panel_bytes(l.k_padded), 4096);
+  const int64_t unpacked = B < 8 ? round_up(tile_blocks * l.k_padded * block, 4096) : 0;
+  const int64_t steps = l.k_groups * tile_blocks * block * 4;
+  parallel_for(c.workers, 1, [&](int64_t begin, int64_t end) {
+    uint8_t* memory = static_cast<uint8_t*>(thread_scratch(panels + unpacked + steps));
+    const Room room{memory, memory + panels, reinterpret_cast<float*>(memory + panels + unpacked)};
+    Worker<B, small> worker(p, c, room);
+    int64_t packed = -1;
+    for (int64_t unit = c.units * begin / c.workers; unit < c.units * end / c.workers; ++unit) {
+      const int64_t rows = unit / c.columns, outer = rows / c.row_blocks;
+      const int64_t first = rows % c.row_blocks * c.block_rows, count = least(c.block_rows, p.rows - first);
+      if (packed != rows) pack(room.panels, outer, first, count);
+      packed = rows;
+      worker.column(outer, unit % c.columns, first, count);
+    }
+  });
+}
+
+template <class Pack>
+void multiply(const Product& p, const Pack& pack) {
+  if (p.rows == 0) return;
+  switch (p.layout.stored_bits) {
+    case 2: return multiply_stored<2, true>(p, pack);
+    case 4: return multiply_stored<4, true>(p, pack);
+    default: return multiply_stored<8, false>(p, pack);
+  }
+}
+
+}  // namespace
+}  // namespace qk::cpu::QK_ISA

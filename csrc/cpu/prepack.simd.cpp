@@ -1,0 +1,108 @@
+#include "ops/prepack.h"
+
+#include <cstring>
+
+#include "cpu/simd.h"
+
+namespace qk::cpu::QK_ISA {
+namespace {
+
+// A vector holds four bytes of one channel's row at rest: 32 / B codes of K. They leave as 8 / B steps of four codes:
+// code 4 s + t goes to byte t, bit s * B.
+template <int B>
+uint32_t to_steps(uint32_t rest) {
+  constexpr int parts = 8 / B;
+  uint32_t out = 0;
+  for (int s = 0; s < parts; ++s)
+    for (int t = 0; t < 4; ++t) {
+      const uint32_t code = (rest >> ((4 * s + t) * B)) & Bits<B>::mask;
+      out |= code << (8 * t + s * B);
+    }
+  return out;
+}
+
+template <int B>
+int32_t code_sum(uint32_t codes) {
+  int32_t sum = 0;
+  for (int i = 0; i < 32 / B; ++i) sum += static_cast<int32_t>((codes >> (i * B)) & Bits<B>::mask);
+  return sum;
+}
+
+int code_at(const uint8_t* row, int64_t k, int bits) { return (row[k * bits / 8] >> (k * bits % 8)) & top_code(bits); }
+
+template <int B>
+void pack_block(const PrepackArgs& a, int64_t at) {
+  constexpr int64_t per_vector = 32 / B;
+  const PackedLayout& l = a.layout;
+  const int64_t outer = at / l.blocks_per_outer, first = at % l.blocks_per_outer * PackedLayout::block;
+  const int64_t valid = least(PackedLayout::block, l.n_per_outer - first), n0 = outer * l.n_per_outer + first;
+  uint8_t* codes = a.out + l.codes_at + at * l.block_bytes;
+  for (int64_t i = 0; i < PackedLayout::block; ++i) {
+    for (int64_t g = 0; g < l.k_groups; ++g) {
+      const uint32_t zero = i < valid ? static_cast<uint32_t>(a.zero[(n0 + i) * l.k_groups + g]) : 0;
+      uint8_t* out = codes + g * l.group_padded * PackedLayout::block * B / 8 + i * PackedLayout::step;
+      int32_t sum = 0;
+      for (int64_t k = 0; k < l.group_padded; k += per_vector, out += PackedLayout::vector) {
+        uint32_t steps = 0;
+        if (i < valid) {
+          const uint8_t* row = a.packed + (n0 + i) * a.row_bytes;
+          const int64_t from = g * l.group_k + k;
+          uint32_t rest = 0;
+          if (k + per_vector <= l.group_k && from * B % 8 == 0) {
+            std::memcpy(&rest, row + from * B / 8, 4);
+          } else {
+            for (int64_t j = 0; j < per_vector; ++j) {
+              const uint32_t code = k + j < l.group_k ? static_cast<uint32_t>(code_at(row, from + j, B)) : zero;
+              rest |= code << (j * B);
+            }
+          }
+          steps = B == 8 ? rest ^ 0x80808080u : to_steps<B>(rest);
+          sum += code_sum<B>(rest) - static_cast<int32_t>(per_vector * zero);
+        }
+        std::memcpy(out, &steps, 4);
+      }
+      const int64_t entry = (at * l.k_groups + g) * PackedLayout::block + i;
+      std::memcpy(a.out + l.sums_at + entry * 4, &sum, 4);
+      if (B < 8) a.out[l.zeros_at + entry] = static_cast<uint8_t>(zero);
+    }
+  }
+}
+
+// A depthwise weight of any width, stored in 8 bits.
+void pack_depthwise_block(const PrepackArgs& a, int64_t at) {
+  const PackedLayout& l = a.layout;
+  for (int64_t i = 0; i < PackedLayout::block; ++i) {
+    const int64_t n = at * PackedLayout::block + i;
+    int32_t sum = 0;
+    for (int64_t k = 0; k < l.k_padded; ++k) {
+      const bool there = n < a.shape.n && k < l.k;
+      const int value = there ? code_at(a.packed + n * a.row_bytes, k, a.shape.bits) - a.zero[n] : 0;
+      a.out[l.code_at(at, k, i)] = static_cast<uint8_t>(value);
+      sum += value;
+    }
+    std::memcpy(a.out + l.sums_at + (at * PackedLayout::block + i) * 4, &sum, 4);
+  }
+}
+
+}  // namespace
+
+void prepack(const PrepackArgs& a) {
+  const PackedLayout& l = a.layout;
+  const PackedHeader header{packed_magic, a.shape.bits,   a.shape.n,        a.shape.kh, a.shape.kw,
+                            a.shape.c,    a.shape.groups, a.shape.k_groups, 0};
+  std::memcpy(a.out, &header, sizeof header);
+  const int64_t used = l.zeros_at + (l.stored_bits < 8 ? l.blocks() * l.k_groups * PackedLayout::block : 0);
+  std::memset(a.out + used, 0, static_cast<size_t>(l.bytes - used));
+  const int64_t grain = most<int64_t>(1, grain_values / (PackedLayout::block * l.k_padded));
+  parallel_for(l.blocks(), grain, [&](int64_t begin, int64_t end) {
+    for (int64_t at = begin; at < end; ++at) {
+      if (a.shape.depthwise()) {
+        pack_depthwise_block(a, at);
+      } else {
+        with_bits(a.shape.bits, [&](auto bits) { pack_block<bits>(a, at); });
+      }
+    }
+  });
+}
+
+}  // namespace qk::cpu::QK_ISA

@@ -1,0 +1,41 @@
+"""What the definitions of gemm and conv2d share: from exact sums to results (docs/numerics.md)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qk.ops._rows import codes
+
+
+def finish(
+    sums: list[Tensor],
+    x_step: Tensor,
+    weight_step: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    out_step: Tensor | None,
+    out_zero: Tensor | None,
+    out_bits: int,
+) -> Tensor:
+    """activation(sum over groups of float(acc) * (x_step * weight_step) + bias), then, with out_step, codes.
+
+    sums: for each group of K, [..., N] int32. x_step: broadcasts against [..., 1]. weight_step: [N] or [N, groups].
+    """
+    steps = weight_step.reshape(weight_step.shape[0], -1)
+    y = sums[0].to(torch.float32) * (x_step * steps[:, 0])
+    for g in range(1, len(sums)):
+        y = y + sums[g].to(torch.float32) * (x_step * steps[:, g])
+    if bias is not None:
+        y = y + bias
+    if activation == "relu":
+        y = torch.relu(y)
+    elif activation == "relu6":
+        y = torch.clamp(y, 0.0, 6.0)
+    if out_step is None or out_zero is None:
+        return y
+    return codes(y, out_step.reshape(1), out_zero.reshape(1), out_bits).to(torch.uint8).reshape(y.shape)
+
+
+def result_dtype(out_step: Tensor | None) -> torch.dtype:
+    return torch.float32 if out_step is None else torch.uint8

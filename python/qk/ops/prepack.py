@@ -1,0 +1,34 @@
+"""A weight in the order in which the kernels read it: made once, when a model is loaded."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qk._core import packed_layout
+
+
+def prepack(packed: Tensor, zero: Tensor, bits: int, shape: tuple[int, ...], groups: int = 1) -> Tensor:
+    """The kernels' own layout of a packed weight, for `gemm` and `conv2d`.
+
+    packed: [N, row_bytes], uint8, from `pack` of codes [N, K]. zero: int32, [N] or [N, groups along K], a code each; 128
+    for 8-bit weights. bits: 2, 4 or 8. shape: (N, K) for gemm, (N, kh, kw, C / groups) for conv2d, K = kh * kw * C / groups.
+    groups: of the convolution.
+    Returns uint8 [bytes], good for every instruction set of the device it lies on; never store it, store `packed`.
+    Raises RuntimeError for another shape, dtype or width, groups that do not divide N, or a zero that is no code.
+    """
+    return torch.ops.qk.prepack(packed, zero, bits, shape, groups)
+
+
+def reference(codes: Tensor, zero: Tensor, bits: int, shape: tuple[int, ...], groups: int = 1) -> Tensor:
+    """The definition of what a prepacked weight stands for: code - zero, int32, of `shape`. codes: [N, K]."""
+    n = shape[0]
+    rows = codes.reshape(zero.numel(), -1).to(torch.int32) - zero.reshape(-1, 1)
+    return rows.reshape(n, *shape[1:])
+
+
+@torch.library.register_fake("qk::prepack")
+def _(packed, zero, bits, shape, groups=1):
+    k_groups = 1 if zero.dim() == 1 else zero.shape[1]
+    layout = packed_layout([int(s) for s in shape], bits, groups, int(k_groups), packed.device.type == "cuda")
+    return packed.new_empty(layout["bytes"])

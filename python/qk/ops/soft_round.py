@@ -1,0 +1,76 @@
+"""Weights whose rounding is learned: floor(weight / step) plus a learned fraction.
+
+Source: Nagel et al., Up or Down? Adaptive Rounding for Post-Training Quantization (2020), section 3.3.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qk.ops._rows import as_rows, units
+
+LOW, HIGH = -0.1, 1.1  # the paper's gamma and zeta: they let the sigmoid reach 0 and 1
+
+
+def soft_round(weight: Tensor, v: Tensor, step: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """step * (clamp(floor(weight / step) + h(v) + zero, 0, 2^bits - 1) - zero), with a gradient for v.
+
+    weight, v: [...], float32. step: float32, positive, and zero: int32, one value each (per tensor) or one for each row
+    of weight seen as [step.numel(), -1]. bits: 2 to 8. h is `fraction`.
+    Returns a tensor of weight's shape. NaN in weight or v stays NaN. Raises RuntimeError for another dtype, device,
+    shape, or a step that is not positive.
+    """
+    return torch.ops.qk.soft_round(weight, v, step, zero, bits)
+
+
+def fraction(v: Tensor) -> Tensor:
+    """h(V): the part in [0, 1] to add to floor(weight / step)."""
+    return torch.clamp(torch.sigmoid(v) * (HIGH - LOW) + LOW, 0, 1)
+
+
+def start(weight: Tensor, step: Tensor) -> Tensor:
+    """The v at which learning starts: h(v) is the fraction of weight / step, so nothing has moved yet."""
+    t = units(weight, step)
+    return torch.logit((t - torch.floor(t) - LOW) / (HIGH - LOW)).reshape(weight.shape)
+
+
+def reference(weight: Tensor, v: Tensor, step: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """The definition; autograd of it is the definition of the gradient."""
+    low = -zero.reshape(-1, 1).to(torch.float32)
+    code = torch.floor(units(weight, step)) + fraction(as_rows(v, step))
+    return (torch.clamp(code, low, low + (2**bits - 1)) * step.reshape(-1, 1)).reshape(weight.shape)
+
+
+def reference_backward(grad: Tensor, weight: Tensor, v: Tensor, step: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """The definition of the gradient of v."""
+    low = -zero.reshape(-1, 1).to(torch.float32)
+    sigmoid = torch.sigmoid(as_rows(v, step))
+    h = sigmoid * (HIGH - LOW) + LOW
+    slope = torch.where((h > 0) & (h < 1), (HIGH - LOW) * sigmoid * (1 - sigmoid), 0.0)
+    code = torch.floor(units(weight, step)) + torch.clamp(h, 0, 1)
+    inside = (code >= low) & (code <= low + (2**bits - 1))
+    grads = as_rows(grad, step) * step.reshape(-1, 1) * slope
+    return torch.where(inside, grads, 0.0).reshape(v.shape)
+
+
+@torch.library.register_fake("qk::soft_round")
+def _(weight, v, step, zero, bits):
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("qk::soft_round_backward")
+def _(grad, weight, v, step, zero, bits):
+    return torch.empty_like(v, memory_format=torch.contiguous_format)
+
+
+def _save(ctx, inputs, output):
+    weight, v, step, zero, ctx.bits = inputs
+    ctx.save_for_backward(weight, v, step, zero)
+
+
+def _backward(ctx, grad):
+    return None, torch.ops.qk.soft_round_backward(grad, *ctx.saved_tensors, ctx.bits), None, None, None
+
+
+torch.library.register_autograd("qk::soft_round", _backward, setup_context=_save)
