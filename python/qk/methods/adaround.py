@@ -9,21 +9,10 @@ import torch
 from torch import Tensor
 
 from qk import ops
-from qk.ops._rows import units
+from qk.ops.soft_round import start
 from qk.prepare.insert import QuantLayer, from_kernel_order, to_kernel_order
 
-LOW, HIGH = -0.1, 1.1  # the paper's gamma and zeta: they let the sigmoid reach 0 and 1
 DECIDED = 20.0  # a v far beyond saturation
-
-
-def start(weight: Tensor, step: Tensor) -> Tensor:
-    """The v at which learning starts: h(v) is the fraction of weight / step, so nothing has moved yet.
-
-    weight: [...] with one step for each row of [step.numel(), -1].
-    """
-    scaled = units(weight, step)  # as the operator computes it, so that both find the same floor
-    fraction = scaled - torch.floor(scaled)
-    return torch.logit((fraction - LOW) / (HIGH - LOW)).reshape(weight.shape)
 
 
 def beta(iteration: int, iterations: int, warmup: float, ends: tuple[float, float]) -> float:

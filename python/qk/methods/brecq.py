@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qk.calibrate.batches import hold
 from qk.errors import fail
 from qk.methods.adaround import Rounding, beta
-from qk.methods.cache import Cache, Room
+from qk.methods.cache import Cache, Room, Sample
 from qk.methods.engine import STAGE, fill_cache, frozen, loss_on_all, outputs_of, unit_loss, units_of
 from qk.methods.progress import Progress
 from qk.prepare.insert import ActQuantizer, QuantLayer
@@ -67,6 +67,61 @@ def reconstruct(
             learned |= {p.quant_layers()[name].input for name in unit.layers}
 
 
+class Learner:
+    """The inner loop: v of every layer and the steps of `quantizers`, together, by Adam. Inside `with` the layers take
+    their weights from v."""
+
+    def __init__(
+        self, module: nn.Module, layers: list[QuantLayer], quantizers: list[ActQuantizer], recipe: Recipe
+    ) -> None:
+        self.module, self.layers, self.recipe = module, layers, recipe
+        self.roundings = [Rounding(layer) for layer in layers]
+        self.steps = [q.step for q in quantizers] if recipe.act_lr > 0 else []
+        self.floors = [step.detach() * SMALLEST for step in self.steps]
+        groups: list[dict] = [{"params": [rounding.v for rounding in self.roundings], "lr": recipe.weight_lr}]
+        groups += [{"params": self.steps, "lr": recipe.act_lr}] if self.steps else []
+        self.optimizer = torch.optim.Adam(groups, fused=True)
+
+    def __enter__(self) -> Learner:
+        for rounding in self.roundings:
+            rounding.layer.rounding = rounding.soft
+        for step in self.steps:
+            step.requires_grad_(True)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for layer in self.layers:
+            layer.rounding = None
+        for step in self.steps:
+            step.requires_grad_(False)
+            step.grad = None
+
+    def step(self, sample: Sample, iteration: int) -> Tensor:
+        """One iteration; returns the loss before it, without the penalty."""
+        fit = unit_loss(self.module, sample, self.layers)
+        self.optimizer.zero_grad()
+        fit.backward()
+        self._penalize(iteration)
+        self.optimizer.step()
+        with torch.no_grad():
+            for step, floor in zip(self.steps, self.floors, strict=True):
+                step.clamp_(min=floor)
+        if self.steps:  # cosine to 0
+            done = (iteration + 1) / self.recipe.iterations
+            self.optimizer.param_groups[1]["lr"] = 0.5 * self.recipe.act_lr * (1 + math.cos(math.pi * done))
+        return fit.detach()
+
+    @torch.no_grad()
+    def _penalize(self, iteration: int) -> None:
+        """Adds the penalty's gradient. Its value is not needed, so only the backward kernel runs."""
+        recipe = self.recipe
+        if iteration < recipe.warmup * recipe.iterations or recipe.penalty == 0:
+            return
+        exponent = beta(iteration, recipe.iterations, recipe.warmup, recipe.beta)
+        for v in (rounding.v for rounding in self.roundings):
+            v.grad.add_(torch.ops.qk.rounding_penalty_backward(v.new_tensor(recipe.penalty), v, exponent))
+
+
 class _Unit:
     """One unit while it is learned. A step that several units share is learned with the first of them."""
 
@@ -76,7 +131,6 @@ class _Unit:
         self.module: nn.Module = p.model.get_submodule(unit.name)
         self.layers: list[QuantLayer] = [layers[name] for name in unit.layers]
         self.quantizers = [q for q in dict.fromkeys(layer.input for layer in self.layers) if q not in learned]
-        self.channels_last = self.layers[-1].kind == "linear"
 
     def reconstruct(self, cache: Cache, recipe: Recipe, generator: torch.Generator, shown: Progress) -> list[dict]:
         """The history. Whatever goes wrong, the unit is left with nearest rounding."""
@@ -98,56 +152,16 @@ class _Unit:
         ]
 
     def _learn(self, cache: Cache, recipe: Recipe, generator: torch.Generator, shown: Progress) -> list[dict]:
-        roundings = [Rounding(layer) for layer in self.layers]
-        steps = [q.step for q in self.quantizers] if recipe.act_lr > 0 else []
-        floors = [step.detach() * SMALLEST for step in steps]
-        groups = [{"params": [rounding.v for rounding in roundings], "lr": recipe.weight_lr}]
-        groups += [{"params": steps, "lr": recipe.act_lr}] if steps else []
-        optimizer = torch.optim.Adam(groups, fused=True)
         history = []
-        self._set(roundings, steps)
-        try:
+        with Learner(self.module, self.layers, self.quantizers, recipe) as learner:
             for i in range(recipe.iterations):
-                sample = cache.sample(recipe.batch_size, recipe.drop, generator)
-                fit = unit_loss(self.module, sample, self.channels_last)
-                optimizer.zero_grad()
-                fit.backward()
-                self._penalize(roundings, i, recipe)
-                optimizer.step()
-                with torch.no_grad():
-                    for step, floor in zip(steps, floors, strict=True):
-                        step.clamp_(min=floor)
-                if steps:  # cosine to 0
-                    groups[1]["lr"] = 0.5 * recipe.act_lr * (1 + math.cos(math.pi * (i + 1) / recipe.iterations))
+                fit = learner.step(cache.sample(recipe.batch_size, recipe.drop, generator), i)
                 if i % max(1, recipe.iterations // RECORDS) == 0:
                     history.append({"iteration": i, "loss": fit.item()})
                     shown.at(i, history[-1]["loss"])
-        finally:
-            self._set([], [])
-        self._commit([rounding.codes() for rounding in roundings], [q.step for q in self.quantizers])
+            codes = [rounding.codes() for rounding in learner.roundings]
+        self._commit(codes, [q.step for q in self.quantizers])
         return history
-
-    @staticmethod
-    @torch.no_grad()
-    def _penalize(roundings: list[Rounding], iteration: int, recipe: Recipe) -> None:
-        """Adds the penalty's gradient. Its value is not needed, so only the backward kernel runs."""
-        if iteration < recipe.warmup * recipe.iterations or recipe.penalty == 0:
-            return
-        exponent = beta(iteration, recipe.iterations, recipe.warmup, recipe.beta)
-        for rounding in roundings:
-            weight = rounding.v.new_tensor(recipe.penalty)
-            rounding.v.grad.add_(torch.ops.qk.rounding_penalty_backward(weight, rounding.v, exponent))
-
-    def _set(self, roundings: list[Rounding], steps: list[Tensor]) -> None:
-        """What the forward pass uses and what gathers a gradient; empty: codes, and nothing."""
-        for layer in self.layers:
-            layer.rounding = None
-        for rounding in roundings:
-            rounding.layer.rounding = rounding.soft
-        for quantizer in self.quantizers:
-            quantizer.step.requires_grad_(False)
-        for step in steps:
-            step.requires_grad_(True)
 
     @torch.no_grad()
     def _commit(self, codes: list[Tensor], steps: list[Tensor]) -> None:
@@ -157,4 +171,4 @@ class _Unit:
             quantizer.step.copy_(step)
 
     def _loss(self, cache: Cache, recipe: Recipe) -> float:
-        return loss_on_all(self.module, cache, recipe.batch_size, self.channels_last)
+        return loss_on_all(self.module, cache, recipe.batch_size, self.layers)

@@ -15,6 +15,7 @@ from qk import ops
 from qk.calibrate.batches import Stop, call, device_of
 from qk.errors import fail
 from qk.methods.cache import Cache, Call, Room, Sample
+from qk.prepare.insert import QuantLayer
 from qk.prepare.prepared import Prepared, Unit
 
 STAGE = "qk.reconstruct"
@@ -160,22 +161,23 @@ def _replaced(output: Any, tensor: Tensor) -> Any:
 # --- the loss of a unit ----------------------------------------------------------------------------------------------
 
 
-def loss_scale(output: Tensor, channels_last: bool) -> float:
+def loss_scale(output: Tensor, layers: list[QuantLayer]) -> float:
     """1 / (batch * positions): the loss is summed over channels and averaged over the rest, as in BRECQ, so that the
-    penalty's weight keeps its meaning. channels_last: a unit that ends in a Linear has its channels at the end."""
-    channels = output.shape[-1 if channels_last or output.dim() < 3 else 1] if output.dim() > 1 else 1
+    penalty's weight keeps its meaning. A unit of layers that ends in a Linear has its channels at the end."""
+    last = output.dim() < 3 or layers[-1].kind == "linear"
+    channels = output.shape[-1 if last else 1] if output.dim() > 1 else 1
     return channels / max(1, output.numel())
 
 
-def unit_loss(module: nn.Module, sample: Sample, channels_last: bool) -> Tensor:
+def unit_loss(module: nn.Module, sample: Sample, layers: list[QuantLayer]) -> Tensor:
     output = first_tensor(module(*sample.args, **sample.kwargs))
-    return ops.fisher_loss(output, sample.target, sample.weight, loss_scale(output, channels_last))
+    return ops.fisher_loss(output, sample.target, sample.weight, loss_scale(output, layers))
 
 
 @torch.no_grad()
-def loss_on_all(module: nn.Module, cache: Cache, rows: int, channels_last: bool) -> float:
+def loss_on_all(module: nn.Module, cache: Cache, rows: int, layers: list[QuantLayer]) -> float:
     """The mean of the unit's loss over the cache, inputs from the quantized prefix."""
     total = 0.0
     for sample in cache.chunks(rows):
-        total += float(unit_loss(module, sample, channels_last)) * sample.rows
+        total += unit_loss(module, sample, layers).item() * sample.rows
     return total / cache.rows

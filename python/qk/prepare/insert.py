@@ -55,8 +55,8 @@ class QuantLayer(nn.Module):
     """A Conv2d or Linear with a quantizer in front and quantized weights.
 
     quantized False: the float layer. True: input through `input`, weights from `codes`, or, while rounding is learned,
-    from `rounding`, which gives them in the layout of `weight`. `weight` and `bias` stay as they were; `codes` uint8 in kernel order,
-    `weight_step` float32 and `weight_zero` int32 [N] or [N, groups along K] are what is deployed.
+    from `rounding`, which gives them in the layout of `weight`. `weight` and `bias` stay as they were; `codes` uint8 in
+    kernel order, `weight_step` float32 and `weight_zero` int32 [N] or [N, groups along K] are what is deployed.
     """
 
     codes: Tensor | None
