@@ -10,40 +10,61 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-TORCHVISION = ("resnet18", "resnet50", "mobilenet_v2", "regnet_x_400mf", "mnasnet1_0", "vgg16_bn", "efficientnet_b0")
+VISION = ("resnet18", "resnet50", "mobilenet_v2", "regnet_x_400mf", "mnasnet1_0", "vgg16_bn", "efficientnet_b0")
+_libraries = []  # a torch.library.Library that is collected takes its operators with it
 
 
 @cache
-def torchvision_models():
-    """torchvision.models, also where torchvision's compiled operators do not load: then two are declared without code."""
-    pytest.importorskip("torch")
+def import_torchvision() -> bool:
+    """Whether torchvision is there. Where its compiled operators do not load, the two it asks for are only declared.
+
+    transformers imports torchvision when it is installed, so this comes before it too.
+    """
     if importlib.util.find_spec("torchvision") is None:
-        pytest.skip("torchvision is not installed")
+        return False
     try:
         import torchvision
     except RuntimeError:
         library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        torchvision_models.library = library  # a Library that is collected takes its operators with it
-        import torchvision
-    return torchvision.models
+        _libraries.append(library)
+        import torchvision  # noqa: F401
+    return True
 
 
 @cache
 def vision_model(name: str) -> nn.Module:
-    """A torchvision model in eval mode with fixed random weights and random BatchNorm statistics."""
+    """A torchvision model in eval mode, with weights and BatchNorm statistics drawn from a fixed seed."""
+    if not import_torchvision():
+        pytest.skip("torchvision is not installed")
+    from torchvision import models
+
     options = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = getattr(torchvision_models(), name)(weights=None, **options).eval()
+    # The initialization of VGG's 138 million weights would take longer than the test; RegNet computes on tensors.
+    with torch.device("meta" if name.startswith("vgg") else "cpu"):
+        model = getattr(models, name)(weights=None, **options)
+    return fill(model.to_empty(device="cpu"), seed=0).eval()
+
+
+def fill(model: nn.Module, seed: int) -> nn.Module:
+    """Gives convolutions, linear layers and BatchNorms random values that keep the scale of what passes through."""
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                nn.init.uniform_(module.weight, 0.5, 1.0)
-                nn.init.uniform_(module.bias, -0.1, 0.1)
-                nn.init.uniform_(module.running_mean, -0.1, 0.1)
-                nn.init.uniform_(module.running_var, 0.5, 2.0)
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                bound = (6 / module.weight[0].numel()) ** 0.5
+                module.weight.uniform_(-bound, bound, generator=rng)
+                if module.bias is not None:
+                    module.bias.uniform_(-0.1, 0.1, generator=rng)
+            elif isinstance(module, _BatchNorm):
+                module.weight.uniform_(0.5, 1.0, generator=rng)
+                module.bias.uniform_(-0.1, 0.1, generator=rng)
+                module.running_mean.uniform_(-0.1, 0.1, generator=rng)
+                module.running_var.uniform_(0.5, 2.0, generator=rng)
+                module.num_batches_tracked.zero_()
     return model
 
 
@@ -65,8 +86,10 @@ def minilm_folder() -> Path:
 @cache
 def minilm() -> nn.Module:
     os.environ["HF_HUB_OFFLINE"] = "1"
+    folder = minilm_folder()
+    import_torchvision()
     transformers = pytest.importorskip("transformers")
-    return transformers.AutoModel.from_pretrained(minilm_folder()).eval()
+    return transformers.AutoModel.from_pretrained(folder).eval()
 
 
 def tokens(batch: int = 2, length: int = 16) -> dict[str, Tensor]:

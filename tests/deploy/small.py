@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qk.prepare import Prepared, QuantLayer, prepare
+from qk.prepare import ActQuantizer, Prepared, QuantLayer, prepare
 from qk.prepare.observe import run
 from qk.spec import QuantSpec, Recipe
 
 
 class Small(nn.Module):
-    """Folded norms, linked layers, a residual addition, depthwise, a layer that is used twice, a tied pair, a float one."""
+    """Folded norms, linked layers, an addition, depthwise, a layer of two names, a tied pair, a float one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,6 +63,15 @@ def small_prepared(**recipe: Any) -> Prepared:
     recipe = {"weights": 4, "activations": 8, "skip": ("plain",), "method": "nearest"} | recipe
     x = small_images()
     return minmax(prepare(small_model(), x, Recipe(**recipe)), [x])
+
+
+def one_layer() -> tuple[nn.Module, Prepared, Tensor]:
+    """A model that is itself the layer, prepared."""
+    layer, x = nn.Linear(6, 3), torch.randn(4, 6, generator=torch.Generator().manual_seed(3))
+    p = prepare(layer, x, Recipe(weights=8, method="nearest"))
+    if not p.quant_layers():
+        p.model = QuantLayer(p.originals[""], p.plan[""], ActQuantizer(p.plan[""].activations))
+    return layer, minmax(p, [x]), x
 
 
 def minmax(p: Prepared, batches: Iterable[Any]) -> Prepared:

@@ -40,8 +40,8 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     """
     folder = Path(folder)
     info = getattr(model, "qk_info", None)
-    layers = integer_layers(model)
-    if not isinstance(info, Info) or not layers:
+    layers = integer_layers(model) if isinstance(info, Info) else {}
+    if not layers:
         raise fail("qk.save", "model", "the result of qk.convert or qk.load", type(model).__name__)
     tensors, tied = unshared(model)
     content = tensor_bytes(tensors)
@@ -115,7 +115,7 @@ def float_bytes(model: nn.Module) -> int:
     return len(tensor_bytes(unshared(model)[0]))
 
 
-# --- writing --------------------------------------------------------------------------------------------------------------
+# --- writing ----------------------------------------------------------------------------------------------------------
 
 
 def unshared(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -177,7 +177,7 @@ def _version() -> str:
         return "source"
 
 
-# --- reading --------------------------------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 def _read_tensors(path: Path, expected: TensorFile) -> dict[str, Tensor]:
@@ -223,7 +223,8 @@ def _check_modules(folder: Path, manifest: Manifest, model: nn.Module) -> None:
             if not isinstance(module, _BatchNorm):
                 raise fail(STAGE, f"{where}.{name}", "a folded BatchNorm", type(module).__name__, advice)
         elif type(module).__name__ != kind:
-            raise fail(STAGE, f"{where}.{name}", kind, type(module).__name__, advice)
+            what = f"{where}.{name}" if name else f"{where}: the model itself"
+            raise fail(STAGE, what, kind, type(module).__name__, advice)
 
 
 def _check_layer(folder: Path, name: str, config: LayerConfig, module: nn.Module, folded: bool) -> None:
@@ -262,7 +263,6 @@ def _build(path: Path, manifest: Manifest, tensors: dict[str, Tensor], model: nn
         try:
             layer = KINDS[config.kind][1](own, manifest.plan[name], tuple(config.weight_shape), **config.conv_args())
             new[id(there[name])] = layer.to(there[name].weight.device)
-            layer.prepack()
         except (QkError, RuntimeError) as error:
             raise QkError(f"{STAGE}: {path}: layer {name}: {error}") from error
     # deepcopy takes what its memo holds for an object: the float weights of integer layers are never copied.

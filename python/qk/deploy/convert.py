@@ -9,7 +9,7 @@ from math import isfinite
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qk import ops
 from qk.deploy.modules import IntegerLayer, QConv2d, QLinear
@@ -56,7 +56,7 @@ def convert(p: Prepared) -> nn.Module:
         folds=dict(p.folds),
         kept=dict(p.kept),
         history={unit: _summary(steps) for unit, steps in p.history.items() if steps},
-        fingerprint=fingerprint(p.model.state_dict(), {f"{n}." if n else "": layer for n, layer in layers.items()}),
+        fingerprint=fingerprint(p.model),
     )
     return model
 
@@ -84,16 +84,17 @@ def to_integer(name: str, layer: QuantLayer) -> IntegerLayer:
     if not torch.equal(deployed, layer.quantized_weight()):
         moved = int((deployed != layer.quantized_weight()).sum())
         raise fail("qk.convert", where, "equal to its simulated weight", f"{moved} values that differ")
-    module.prepack()
     return module
 
 
-def fingerprint(state: dict[str, Tensor], layers: dict[str, QuantLayer]) -> str:
-    """sha256 over names, types, shapes and contents of the float tensors. layers: prefix -> QuantLayer."""
+def fingerprint(model: nn.Module) -> str:
+    """sha256 over names, types, shapes and contents of a prepared model's float tensors."""
+    found = model.named_modules(remove_duplicate=False)
+    prefixes = tuple(f"{name}." if name else "" for name, module in found if isinstance(module, QuantLayer))
+    own = {prefix + name for prefix in prefixes for name in ("weight", "bias")}
     digest = sha256()
-    own = {prefix + name for prefix in layers for name in ("weight", "bias")}
-    for name, tensor in sorted(state.items()):
-        if name in own or not any(name.startswith(prefix) for prefix in layers):
+    for name, tensor in sorted(model.state_dict().items()):
+        if name in own or not name.startswith(prefixes):
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -33,7 +33,7 @@ _mode = _Mode()
 
 @contextmanager
 def definition() -> Iterator[None]:
-    """Within it, integer layers of this thread compute by the operators' definitions in torch: the same bits, slowly."""
+    """Within it, integer layers of this thread compute by the definitions in torch: the same bits, slowly."""
     before, _mode.definition = _mode.definition, True
     try:
         yield
@@ -60,20 +60,22 @@ class IntegerLayer(nn.Module):
     input_step: Tensor
     input_zero: Tensor
     prepacked: Tensor | None
-    groups = 1
 
-    def __init__(self, tensors: dict[str, Tensor | None], spec: QuantSpec, shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, tensors: dict[str, Tensor | None], spec: QuantSpec, shape: tuple[int, ...], groups: int = 1
+    ) -> None:
         """tensors: the six above by name. Raises QkError for a dtype, shape or value that does not fit."""
         super().__init__()
         if spec.is_float:
             raise fail(type(self).__name__, "spec", "widths", f"a float layer ({spec.reason})")
-        self.spec, self.shape = spec, tuple(shape)
+        self.spec, self.shape, self.groups = spec, tuple(shape), groups
         self.bits, self.input_bits = spec.storage_bits, spec.activations
         self.out_features, self.k = shape[0], prod(shape[1:])
         _check_tensors(type(self).__name__, tensors, spec, self.out_features, self.k)
         for name in TENSORS:
             self.register_buffer(name, tensors.get(name))
         self.register_buffer("prepacked", None, persistent=False)
+        self.prepack()
 
     def prepack(self) -> Tensor:
         """Makes the kernel's layout from `packed`."""
@@ -138,10 +140,9 @@ class QLinear(IntegerLayer):
             self.input_step,
             self.input_zero,
             self.weight_codes(),
-            self.weight_step,
             self.weight_zero,
+            self.weight_step,
             self.bias,
-            x_bits=self.input_bits,
         )
 
     def extra_repr(self) -> str:
@@ -161,8 +162,8 @@ class QConv2d(IntegerLayer):
         dilation: tuple[int, int] = (1, 1),
         groups: int = 1,
     ) -> None:
-        super().__init__(tensors, spec, shape)
-        self.stride, self.padding, self.dilation, self.groups = tuple(stride), tuple(padding), tuple(dilation), groups
+        super().__init__(tensors, spec, shape, groups)
+        self.stride, self.padding, self.dilation = tuple(stride), tuple(padding), tuple(dilation)
         self.kernel_size, self.in_channels = self.shape[1:3], self.shape[3] * groups
 
     def forward(self, x: Tensor) -> Tensor:
@@ -200,14 +201,13 @@ class QConv2d(IntegerLayer):
             self.input_step,
             self.input_zero,
             self.weight_codes(),
-            self.weight_step,
             self.weight_zero,
+            self.weight_step,
             self.bias,
             self.stride,
             self.padding,
             self.dilation,
             self.groups,
-            x_bits=self.input_bits,
         )
         return y.permute(0, 3, 1, 2)
 
@@ -218,11 +218,6 @@ class QConv2d(IntegerLayer):
         config["bias"] = self.bias is not None
         words = ", ".join(f"{name}={value}" for name, value in config.items())
         return f"{self.in_channels}, {self.out_features}, {words}, {_widths(self.spec)}"
-
-
-def row_bytes(k: int, bits: int) -> int:
-    """Bytes of a packed row of k codes: padded to 16 (docs/format.md)."""
-    return -(-k * bits // 128) * 16
 
 
 TENSORS = ("packed", "weight_step", "weight_zero", "bias", "input_step", "input_zero")

@@ -14,9 +14,10 @@ from qk.prepare.blocks import find_units
 from qk.prepare.fold import fold_batchnorms
 from qk.prepare.insert import ActQuantizer, QuantLayer
 from qk.prepare.links import find_links
-from qk.prepare.observe import STAGE, check_example, check_model, copy_of, observe, run
+from qk.prepare.observe import observe
 from qk.prepare.plan import plan_from
 from qk.prepare.prepared import Layer, Prepared, Unit
+from qk.prepare.source import STAGE, check_example, check_model, copy_of, run
 from qk.prepare.support import sort_modules
 from qk.spec import Plan, Recipe, float_spec
 
@@ -28,12 +29,12 @@ def prepare(
 ) -> Prepared:
     """A copy of `model` with BatchNorm folded and a quantizer in front of each layer that `recipe` quantizes.
 
-    model: float32, on cpu or cuda, in either mode; it is not changed. example: one small batch: a tensor, a tuple of
-    positional arguments or a dict of keyword arguments. The model runs on it twice, without gradients, and nothing is
-    traced. blocks: names of the modules to reconstruct together, instead of those found. The result computes in float
-    until it is calibrated and its layers are switched on.
-    Raises QkError for an example that is empty, not finite or not accepted by the model, a model that is wrapped, lazy or
-    on another device, a recipe or plan that fits no layer, and when there is nothing to quantize.
+    model: float32, on cpu or cuda, in either mode; it is not changed. example: one small batch: a tensor, a tuple or
+    list of positional arguments or a dict of keyword arguments. The model runs on it twice, without gradients, and
+    nothing is traced. blocks: names of the modules to reconstruct together, instead of those found. The result computes
+    in float until it is calibrated and its layers are switched on.
+    Raises QkError for an example that is empty, not finite or not accepted by the model, a model that is wrapped, lazy
+    or on another device, a recipe that fits no layer, and when there is nothing to quantize.
     """
     recipe = recipe or Recipe()
     check_model(model)

@@ -13,8 +13,8 @@ from qk.spec import Plan
 def apply_plan(p: Prepared, plan: Plan) -> None:
     """Gives the model of `p` the widths of `plan`. Steps and codes start anew: calibrate afterwards.
 
-    Raises QkError, before anything changes, for a plan that names an unknown layer, leaves one out, quantizes nothing, or
-    asks for what no kernel can run.
+    Raises QkError, before anything changes, for a plan that names an unknown layer, leaves one out, quantizes nothing,
+    or asks for what no kernel can run.
     """
     plan = checked(plan, p.layers, p.links, "qk.apply_plan")
     group_of = {name: group for group in p.links for name in group}
@@ -29,8 +29,6 @@ def apply_plan(p: Prepared, plan: Plan) -> None:
         replace_module(p.model, p.model.get_submodule(name), new)
     p.plan = plan
     p.units = quantized_units(p.all_units, plan)
-    unsupported = {name: reason for name, reason in p.kept.items() if name not in p.layers}
-    p.kept = unsupported | {
-        name: spec.reason or "the plan says so" for name, spec in plan.layers.items() if spec.is_float
-    }
+    in_float = {name: spec.reason or "the plan says so" for name, spec in plan.layers.items() if spec.is_float}
+    p.kept = {name: reason for name, reason in p.kept.items() if name not in p.layers} | in_float
     p.calibrated, p.history = False, {}

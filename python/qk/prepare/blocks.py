@@ -1,8 +1,8 @@
 """Units of reconstruction: which modules are blocks (residual units, transformer layers), by repetition, not by name.
 
-A block is a module whose class the model uses at least twice, that holds at least two layers, is no plain container, runs
-once, takes and returns tensors. The outermost such module counts, unless it holds two blocks of one class itself: then it
-is a stage, and those are the blocks. Source of the rule's aim: Li et al., BRECQ (2021), section 3.2.
+A block is a module whose class the model uses at least twice, that holds at least two layers, is no plain container,
+runs once, takes a tensor and returns one. The outermost such module counts, unless it holds two blocks of one class:
+then it is a stage, and those are the blocks. That a residual unit is the right size: Li et al., BRECQ (2021).
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from torch import nn
 
 from qk.errors import fail
-from qk.prepare.observe import STAGE, Observation
+from qk.prepare.observe import Observation
 from qk.prepare.prepared import Layer, Unit
+from qk.prepare.source import STAGE
 from qk.spec import Plan
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -40,10 +41,10 @@ def quantized_units(units: list[Unit], plan: Plan) -> list[Unit]:
 
 
 def layers_inside(seen: Observation, layers: dict[str, Layer]) -> dict[str, list[str]]:
-    """Module that runs once -> the layers all of whose calls are inside its call."""
+    """Module that runs once -> the layers all of whose calls are its own or inside its call."""
     held: dict[str, list[str]] = defaultdict(list)
     for layer in layers:
-        around = set.intersection(*(set(call.inside) for call in seen.calls[layer]))
+        around = set.intersection(*({*call.inside, layer} for call in seen.calls[layer]))
         for name in around:
             if len(seen.calls[name]) == 1:
                 held[name].append(layer)

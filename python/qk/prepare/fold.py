@@ -29,7 +29,7 @@ def fold_batchnorms(
             if torch.isfinite(weight).all() and torch.isfinite(bias).all():
                 target.weight = nn.Parameter(weight, target.weight.requires_grad)
                 target.bias = nn.Parameter(bias, target.weight.requires_grad)
-                replace_module(model, norm, nn.Identity())
+                replace_module(model, norm, nn.Identity().eval())
                 folds[name] = layer.name
                 continue
             reason = "its statistics do not fold into finite weights"

@@ -7,8 +7,8 @@ from fnmatch import fnmatchcase
 
 from qk.errors import QkError, fail
 from qk.prepare.links import agree
-from qk.prepare.observe import STAGE
 from qk.prepare.prepared import Layer
+from qk.prepare.source import STAGE
 from qk.spec import Plan, QuantSpec, Recipe, float_spec
 
 INT32_MAX = 2**31 - 1
@@ -41,18 +41,13 @@ def checked(plan: Plan, layers: Mapping[str, Layer], links: list[tuple[str, ...]
         reasons = sorted({spec.reason or "the plan says so" for spec in plan.layers.values()})
         raise fail(stage, "plan", "one that quantizes a layer", f"float for all: {'; '.join(reasons)}")
     uneven = [
-        f"{n} (K = {length(layers[n])})"
+        f"{spec.group_size} for {n} with K = {length(layers[n])}"
         for n, spec in plan.layers.items()
-        if spec.group_size is not None and not spec.is_float and length(layers[n]) % spec.group_size
+        if not spec.is_float and spec.group_size is not None and length(layers[n]) % spec.group_size
     ]
     if uneven:
-        raise fail(
-            stage,
-            "group_size",
-            "a divisor of K (kh * kw * C / groups, or the input features)",
-            f"{', '.join(uneven)} with group_size {', '.join(sorted({str(s.group_size) for s in plan.layers.values() if s.group_size}))}",
-            "Give these layers another one, or null, in overrides.",
-        )
+        expected = "a divisor of K, which is kh * kw * C / groups or the input features"
+        raise fail(stage, "group_size", expected, ", ".join(uneven), "Give them another one, or null, in overrides.")
     long = [f"{n}: {reason}" for n in layers if (reason := too_long(layers[n], plan[n]))]
     if long:
         raise QkError(f"{stage}: plan must keep sums in int32. {'; '.join(long)}. Use fewer bits or leave it in float.")

@@ -47,9 +47,9 @@ class Prepared:
 
     layers: every quantizable layer that ran, in running order. units: in running order; together they hold every
     quantized layer once. links: groups of layers that read the same tensor; they share one ActQuantizer and one
-    activation width. folds: BatchNorm name -> the layer it was folded into. kept: name of a module with weights -> why it
-    stays in float, be it that no kernel runs it or that the plan says so; "" is the model itself. all_units: the units as
-    they would be if no layer stayed in float. originals: the float modules, folded, that the QuantLayers stand for.
+    activation width. folds: BatchNorm name -> the layer it was folded into. kept: module with weights -> why it stays
+    in float, be it that no kernel runs it or that the plan says so; "" is the model itself. all_units: the units as
+    they would be if no layer stayed in float. originals: the float modules, folded, that QuantLayers stand for.
     """
 
     model: nn.Module

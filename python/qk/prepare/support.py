@@ -1,4 +1,4 @@
-"""Which modules can become integer layers, and why the others cannot. Every module that holds weights gets an answer."""
+"""Which modules can become integer layers, and why the others cannot: every module with weights gets an answer."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from qk.errors import fail
-from qk.prepare.observe import STAGE, Call, Observation
+from qk.prepare.observe import Call, Observation
 from qk.prepare.prepared import Layer
+from qk.prepare.source import STAGE
 from qk.prepare.tree import has_hooks
 
 Place = tuple[int, int]  # storage and offset
@@ -27,7 +28,8 @@ def sort_modules(model: nn.Module, seen: Observation) -> tuple[dict[str, Layer],
     kept: dict[str, str] = {}
     started = {name: order for order, name in enumerate(seen.calls)}
     for name, module in sorted(model.named_modules(), key=lambda item: started.get(item[0], len(started))):
-        if not any(p is not None for p in module._parameters.values()):
+        holds_weights = any(p is not None for p in module._parameters.values())
+        if not holds_weights and not isinstance(module, (nn.Conv2d, nn.Linear)):  # whose weight may be computed
             continue
         calls = seen.calls.get(name, [])
         reason = _against(module, name, calls, read_by, owners)
@@ -67,6 +69,8 @@ def _against(module: nn.Module, name: str, calls: list[Call], read_by: ReadBy, o
         return f"{kind} has its own forward"
     if module.weight.numel() == 0:
         return "it has no weights"
+    if set(module._parameters) != {"weight", "bias"} or module._buffers or module._modules:
+        return "it holds more than a weight and a bias"
     for what, p in (("weight", module.weight), ("bias", module.bias)):
         if p is not None and p.dtype != torch.float32:
             return f"its {what} is {_short(p.dtype)}, not float32"

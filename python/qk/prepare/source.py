@@ -1,0 +1,106 @@
+"""What comes in: the model and the example, checked before work starts, and copied so that nobody's own is changed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from qk.errors import fail
+from qk.prepare.tree import tensors_in
+
+STAGE = "qk.prepare"
+
+WRAPPERS = {  # -> what holds the plain module
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "FullyShardedDataParallel": "module",
+    "OptimizedModule": "_orig_mod",
+}
+
+
+def check_model(model: nn.Module) -> None:
+    """Raises QkError for what is no plain, initialized nn.Module on a device with kernels."""
+    if not isinstance(model, nn.Module):
+        raise fail(STAGE, "model", "an nn.Module", type(model).__name__)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise fail(STAGE, "model", "a Python nn.Module", "a ScriptModule", "Give the model it was made from.")
+    for name, module in model.named_modules():
+        kind, place = type(module).__name__, f"model.{name}" if name else "model"
+        if kind in WRAPPERS:
+            raise fail(STAGE, place, "a plain module", f"a {kind}", f"Give {place}.{WRAPPERS[kind]}.")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if nn.parameter.is_lazy(tensor):
+            raise fail(STAGE, "model", "initialized", f"lazy parameter {name}", "Run the model once before.")
+        if tensor.device.type not in ("cpu", "cuda"):
+            raise fail(STAGE, "model", "on cpu or cuda", f"{name} on {tensor.device}", "Move the model there first.")
+
+
+def check_example(example: Any) -> None:
+    """Raises QkError for an example of the wrong kind, without values, or with NaN or Inf."""
+    if not isinstance(example, (Tensor, tuple, list, Mapping)):
+        raise fail(STAGE, "example", "a tensor, a tuple of arguments or a dict of keywords", type(example).__name__)
+    tensors = list(tensors_in(example))
+    if not tensors or any(t.numel() == 0 for t in tensors):
+        raise fail(STAGE, "example", "one batch with at least one value in every tensor", describe(example))
+    for t in tensors:
+        if t.is_floating_point() and not torch.isfinite(t).all():
+            bad = int((~torch.isfinite(t)).sum())
+            raise fail(STAGE, "example", "finite", f"{bad} NaN or Inf among {t.numel()} values of {describe(t)}")
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A deep copy in eval mode; the original keeps its mode, its hooks and its weights."""
+    # Weights that hooks compute (weight norm, pruning) are no leaves, which deepcopy refuses; the hooks make them anew.
+    tensors = (t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf)
+    memo = {id(t): t.detach().clone() for t in tensors}
+    try:
+        copied = copy.deepcopy(model, memo)
+    except Exception as error:
+        got = f"{type(model).__name__}, on which it raised {type(error).__name__}: {error}"
+        raise fail(STAGE, "model", "a module that copy.deepcopy can copy", got) from error
+    for module in copied.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            # Its fused path takes the weights of linear1 and linear2 and would pass by what stands in their place.
+            module.activation_relu_or_gelu = 0
+    return copied.eval()
+
+
+def run(model: nn.Module, example: Any) -> Any:
+    """The model on one example: a tensor, a tuple or list of positional arguments or a mapping of keywords."""
+    example = _copied(example)  # a model may write into its input
+    try:
+        if isinstance(example, Tensor):
+            return model(example)
+        return model(**example) if isinstance(example, Mapping) else model(*example)
+    except Exception as error:
+        got = f"{describe(example)}, on which it raised {type(error).__name__}: {error}"
+        advice = "A tensor is the only argument, a tuple holds positional ones, a dict keywords."
+        raise fail(STAGE, "example", "input that the model accepts", got, advice) from error
+
+
+def describe(x: Any) -> str:
+    """Shapes and types of an example, for messages."""
+    if isinstance(x, Tensor):
+        return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
+    if isinstance(x, Mapping):
+        return "{" + ", ".join(f"{k}: {describe(v)}" for k, v in x.items()) + "}"
+    if isinstance(x, (tuple, list)):
+        return "(" + ", ".join(describe(v) for v in x) + ")"
+    return type(x).__name__
+
+
+def _copied(example: Any) -> Any:
+    """The example with its own tensors; what was one tensor stays one."""
+    copies: dict[int, Tensor] = {}
+
+    def one(x: Tensor) -> Tensor:
+        if id(x) not in copies:
+            copies[id(x)] = x.detach().clone()
+        return copies[id(x)]
+
+    return tree_map_only(Tensor, one, dict(example) if isinstance(example, Mapping) else example)

@@ -1,0 +1,110 @@
+"""Running order, calls, and what is reconstructed together."""
+
+import pytest
+from torch import nn
+
+from qk.errors import QkError
+from qk.prepare import QuantLayer, prepare
+from small_nets import Net, Residual, assert_same, convs, inputs, residual_net
+
+
+def test_layers_are_listed_as_they_run_with_their_work():
+    model = Net(
+        lambda m, x: m.fc(m.b(m.a(x)).mean((2, 3))),
+        fc=nn.Linear(6, 5),
+        b=nn.Conv2d(4, 6, 3, groups=2),
+        a=nn.Conv2d(4, 4, 1),
+    )
+    p = prepare(model, inputs())
+    assert list(p.layers) == ["a", "b", "fc"]
+    assert [layer.macs for layer in p.layers.values()] == [2 * 4 * 36 * 4, 2 * 6 * 16 * 2 * 9, 2 * 6 * 5]
+    assert p.layers["b"].input_shape == (2, 4, 6, 6)
+    assert p.layers["b"].output_shape == (2, 6, 4, 4)
+    assert p.layers["b"].weight_shape == (6, 2, 3, 3)
+    assert [(layer.kind, layer.order) for layer in p.layers.values()] == [("conv2d", 0), ("conv2d", 1), ("linear", 2)]
+
+
+def test_a_layer_that_runs_twice_is_one_layer_with_two_calls():
+    model = Net(lambda m, x: m.conv1(m.conv1(x)), **convs(1))
+    p = prepare(model, inputs())
+    assert p.layers["conv1"].calls == 2
+    assert p.layers["conv1"].macs == 2 * 2 * 4 * 36 * 36
+    assert_same(p.model, model, inputs())
+
+
+def test_a_module_under_two_names_is_replaced_under_both():
+    layer = nn.Conv2d(4, 4, 1)
+    model = nn.Sequential(layer, nn.ReLU(), layer)
+    p = prepare(model, inputs())
+    assert list(p.layers) == ["0"]
+    assert p.model[0] is p.model[2]
+    assert isinstance(p.model[2], QuantLayer)
+
+
+def test_repeated_residual_modules_are_blocks():
+    model = residual_net()
+    p = prepare(model, inputs())
+    assert [(u.name, u.layers) for u in p.units] == [
+        ("0", ("0",)),
+        ("1", ("1.a", "1.b")),
+        ("2", ("2.a", "2.b")),
+        ("4", ("4",)),
+    ]
+    assert [u.name for u in p.blocks] == ["1", "2"]
+    assert_same(p.model, model, inputs())
+
+
+def test_a_module_that_occurs_once_is_no_block():
+    p = prepare(residual_net(1), inputs())
+    assert p.blocks == []
+
+
+def test_a_stage_of_blocks_is_not_one_block():
+    class Stage(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = nn.Sequential(Residual(), Residual())
+
+        def forward(self, x):
+            return self.parts(x)
+
+    p = prepare(nn.Sequential(Stage(), Stage()), inputs())
+    assert [u.name for u in p.units] == ["0.parts.0", "0.parts.1", "1.parts.0", "1.parts.1"]
+
+
+def test_a_block_that_runs_twice_gives_single_layers():
+    p = prepare(Net(lambda m, x: m.b(m.a(m.a(x))), a=Residual(), b=Residual()), inputs())
+    assert [(u.name, len(u.layers)) for u in p.units] == [("a.a", 1), ("a.b", 1), ("b", 2)]
+
+
+def test_a_layer_shared_by_two_blocks_is_in_neither():
+    model = Net(lambda m, x: m.two(m.one(x)), one=Residual(), two=Residual())
+    model.one.c, model.one.d = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)  # never run
+    model.two.b = model.one.b
+    p = prepare(model, inputs())
+    assert [u.layers for u in p.units] == [("one.a",), ("one.b",), ("two.a",)]
+    assert p.kept["one.c"] == "it did not run on the example"
+
+
+def test_blocks_can_be_given():
+    model = residual_net()
+    p = prepare(model, inputs(), blocks=["2"])
+    assert [(u.name, len(u.layers)) for u in p.units] == [("0", 1), ("1.a", 1), ("1.b", 1), ("2", 2), ("4", 1)]
+    assert prepare(model, inputs(), blocks=[]).blocks == []
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        (["nine"], r"blocks must be names of modules, got 'nine'"),
+        (
+            ["1.relu"],
+            r"blocks must be modules that run once, take a tensor and return one, got '1.relu', which ran 2 times",
+        ),
+        (["3"], r"blocks must be modules that hold layers to quantize, got '3'"),
+        (["1", "1.a"], r"blocks must be apart from each other, got '1.a' inside '1'"),
+    ],
+)
+def test_blocks_that_cannot_be_reconstructed_are_refused(blocks, message):
+    with pytest.raises(QkError, match=message):
+        prepare(residual_net(), inputs(), blocks=blocks)

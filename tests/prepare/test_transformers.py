@@ -1,0 +1,69 @@
+"""Transformer layers as blocks; query, key and value as readers of one tensor."""
+
+import pytest
+import torch
+from torch import nn
+
+from models import minilm, tokens
+from qk.prepare import QuantLayer, prepare
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="module")
+def prepared():
+    return prepare(minilm(), tokens())
+
+
+def test_transformer_layers_are_the_blocks_of_minilm(prepared):
+    assert [unit.name for unit in prepared.units] == [*(f"encoder.layer.{i}" for i in range(6)), "pooler.dense"]
+    parts = [f"attention.self.{n}" for n in ("query", "key", "value")]
+    parts += ["attention.output.dense", "intermediate.dense", "output.dense"]
+    for unit in prepared.blocks:
+        assert unit.layers == tuple(f"{unit.name}.{part}" for part in parts)
+
+
+def test_query_key_and_value_of_minilm_are_linked(prepared):
+    qkv = ("query", "key", "value")
+    assert prepared.links == [tuple(f"encoder.layer.{i}.attention.self.{n}" for n in qkv) for i in range(6)]
+    # The first layer takes 8 bits; what reads the same tensor takes them too, but only for the activations.
+    first, key = prepared.plan[prepared.links[0][0]], prepared.plan[prepared.links[0][1]]
+    assert (first.weights, first.activations, key.weights, key.activations) == (8, 8, 4, 8)
+
+
+def test_the_rest_of_minilm_is_kept_with_a_reason(prepared):
+    embeddings = [f"embeddings.{n}_embeddings" for n in ("word", "position", "token_type")]
+    norms = ["embeddings.LayerNorm"]
+    norms += [f"encoder.layer.{i}.{n}.LayerNorm" for i in range(6) for n in ("attention.output", "output")]
+    assert set(prepared.kept) == {*embeddings, *norms}
+    assert prepared.kept[embeddings[0]] == "Embedding has no integer kernel"
+    assert prepared.folds == {}
+
+
+def test_multiply_accumulates_of_minilm_are_those_of_its_matrices(prepared):
+    batch, length, wide, inner = 2, 16, 384, 1536
+    per_token = 6 * (4 * wide * wide + 2 * wide * inner)
+    total = sum(layer.macs for layer in prepared.layers.values())
+    assert total == batch * length * per_token + batch * wide * wide  # the pooler sees one token
+
+
+def test_float_mode_of_minilm_is_the_model(prepared):
+    with torch.no_grad():
+        ours, theirs = prepared.model(**tokens()), minilm()(**tokens())
+    assert torch.equal(ours.last_hidden_state, theirs.last_hidden_state)
+    assert torch.equal(ours.pooler_output, theirs.pooler_output)
+
+
+def test_the_fused_path_of_torchs_encoder_does_not_pass_by_the_layers():
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+    p = prepare(encoder, x)
+    assert [unit.layers for unit in p.units] == [(f"layers.{i}.linear1", f"layers.{i}.linear2") for i in range(2)]
+    assert "out_proj" in "".join(p.kept)
+    ran = []
+    for layer in p.quant_layers().values():
+        assert isinstance(layer, QuantLayer)
+        layer.register_forward_pre_hook(lambda module, args: ran.append(module))
+    with torch.no_grad():
+        p.model(x)
+    assert len(ran) == 4
