@@ -33,9 +33,9 @@ def conv2d(
     x: [B, H, W, C] (NHWC), uint8 codes below 2^x_bits; what is padded has the code x_zero, the value 0. x_step: float32
     and x_zero: int32, one value each. weight: from `prepack` with shape (N, kh, kw, C / groups) and the same groups.
     weight_step: float32, [N] or [N, groups along K] with K = kh * kw * C / groups. The rest as in `gemm`.
-    Returns [B, OH, OW, N] with OH = (H + 2 padding - dilation (kh - 1) - 1) // stride + 1, float32, or uint8 with out_step.
-    Raises RuntimeError as `gemm`, and for a kernel that reaches beyond the padded input, a stride or dilation below 1, a
-    negative padding, or groups that do not divide the channels.
+    Returns [B, OH, OW, N], float32, or uint8 with out_step; OH = (H + 2 padding - dilation (kh - 1) - 1) // stride + 1.
+    Raises RuntimeError as `gemm`, and for a kernel that reaches beyond the padded input, a stride or dilation below 1,
+    a negative padding, or groups that do not divide the channels.
     """
     return torch.ops.qk.conv2d(
         x,

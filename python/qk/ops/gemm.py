@@ -24,13 +24,13 @@ def gemm(
 ) -> Tensor:
     """activation(x_step * weight_step * sum (x - x_zero)(weight - weight_zero) + bias), the sum exact.
 
-    x: [..., K], uint8 codes below 2^x_bits. x_step: float32 and x_zero: int32, one value each or one for each row of x.
-    weight: from `prepack` with shape (N, K). weight_step: float32, [N] or [N, groups along K] (groups are added in order).
+    x: [..., K], uint8 codes below 2^x_bits. x_step: float32 and x_zero: int32, one value each or one for each row.
+    weight: from `prepack` with shape (N, K). weight_step: float32, [N] or [N, groups along K], added in order.
     bias: float32 [N] or None. bits: 2, 4 or 8, of the weight. x_bits: 2 to 8. activation: "none", "relu" or "relu6".
     out_step, out_zero: one value each; with them the result is quantized to codes of out_bits.
     Returns [..., N], float32, or uint8 with out_step; the same bits on every device (docs/numerics.md).
-    Raises RuntimeError for another dtype, device or shape, a weight prepacked otherwise, or a K so long that a sum could
-    leave int32.
+    Raises RuntimeError for another dtype, device or shape, a weight prepacked otherwise, or a K so long that a sum
+    could leave int32.
     """
     return torch.ops.qk.gemm(
         x, x_step, x_zero, weight, weight_step, bias, bits, x_bits, activation, out_step, out_zero, out_bits

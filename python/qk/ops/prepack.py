@@ -11,9 +11,9 @@ from qk._core import packed_layout
 def prepack(packed: Tensor, zero: Tensor, bits: int, shape: tuple[int, ...], groups: int = 1) -> Tensor:
     """The kernels' own layout of a packed weight, for `gemm` and `conv2d`.
 
-    packed: [N, row_bytes], uint8, from `pack` of codes [N, K]. zero: int32, [N] or [N, groups along K], a code each; 128
-    for 8-bit weights. bits: 2, 4 or 8. shape: (N, K) for gemm, (N, kh, kw, C / groups) for conv2d, K = kh * kw * C / groups.
-    groups: of the convolution.
+    packed: [N, row_bytes], uint8, from `pack` of codes [N, K]. zero: int32, [N] or [N, groups along K], a code each;
+    128 for 8-bit weights. bits: 2, 4 or 8. shape: (N, K) for gemm; (N, kh, kw, C / groups) for conv2d, which makes
+    K = kh * kw * C / groups. groups: of the convolution.
     Returns uint8 [bytes], good for every instruction set of the device it lies on; never store it, store `packed`.
     Raises RuntimeError for another shape, dtype or width, groups that do not divide N, or a zero that is no code.
     """

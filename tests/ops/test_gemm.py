@@ -1,0 +1,207 @@
+import pytest
+import torch
+
+import qk
+from qk.ops.gemm import reference
+
+# Odd sizes miss every tile, block and vector; 29 rows are two panels and a bit.
+SIZES = [(1, 1, 1), (1, 64, 48), (2, 7, 17), (5, 3, 1), (13, 65, 33), (29, 257, 100), (100, 300, 47), (3, 1030, 16)]
+
+
+def problem(m, k, w, device, x_bits=8, per_row=False, bias=True, seed=1):
+    random = torch.Generator().manual_seed(seed)
+    rows, n = m if per_row else 1, w.codes.shape[0]
+    x = torch.randint(0, 2**x_bits, (m, k), generator=random, dtype=torch.uint8)
+    x_step = 0.01 + torch.rand(rows, generator=random)
+    x_zero = torch.randint(0, 2**x_bits, (rows,), generator=random, dtype=torch.int32)
+    b = torch.randn(n, generator=random) * 100
+    return [t.to(device) for t in (x, x_step, x_zero)], b.to(device) if bias else None
+
+
+def both(inputs, w, bias, x_bits=8, **epilogue):
+    got = qk.ops.gemm(*inputs, w.prepacked, w.step, bias, w.bits, x_bits, **epilogue)
+    return got, reference(*inputs, w.codes, w.zero, w.step, bias, **epilogue)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("x_bits", [2, 4, 6, 8])
+def test_result_is_the_definition(bits, x_bits, device, make_weight):
+    for m, k, n in SIZES:
+        w = make_weight((n, k), bits, device)
+        inputs, bias = problem(m, k, w, device, x_bits)
+        got, want = both(inputs, w, bias, x_bits)
+        assert torch.equal(got, want), (m, k, n)
+
+
+@pytest.mark.parametrize("x_bits", [3, 5, 7])
+def test_any_width_of_codes(x_bits, device, make_weight):
+    w = make_weight((33, 130), 4, device)
+    inputs, bias = problem(9, 130, w, device, x_bits)
+    got, want = both(inputs, w, bias, x_bits)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_largest_codes_do_not_saturate(bits, device, make_weight):
+    w = make_weight((17, 512), bits, device, extreme=True)
+    for x in (torch.full((15, 512), 255), torch.randint(0, 2, (15, 512)) * 255):
+        for zero in (0, 255):
+            inputs = [x.to(torch.uint8), torch.tensor([0.1]), torch.tensor([zero], dtype=torch.int32)]
+            got, want = both([t.to(device) for t in inputs], w, None)
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("group", [1, 3, 5, 32, 64, 100])
+def test_groups_along_k(bits, group, device, make_weight):
+    for m, n, groups in [(1, 17, 4), (6, 33, 2), (30, 20, 7)]:
+        k = group * groups
+        w = make_weight((n, k), bits, device, k_groups=groups)
+        inputs, bias = problem(m, k, w, device)
+        got, want = both(inputs, w, bias)
+        assert torch.equal(got, want), (m, n, groups)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_step_for_each_row(bits, device, make_weight):
+    for m, groups in [(1, 1), (16, 1), (31, 3)]:
+        w = make_weight((40, 96), bits, device, k_groups=groups)
+        inputs, bias = problem(m, 96, w, device, per_row=True)
+        got, want = both(inputs, w, bias)
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "relu6"])
+@pytest.mark.parametrize("out_bits", [None, 2, 4, 8])
+def test_activation_and_codes(activation, out_bits, device, make_weight):
+    w = make_weight((37, 50), 4, device)
+    (x, x_step, x_zero), bias = problem(21, 50, w, device)
+    w.step, bias = w.step * 0.01, bias * 0.05
+    for zero in (0, 3):
+        out = {}
+        if out_bits:
+            out = {"out_step": torch.tensor([0.7]), "out_zero": torch.tensor([zero], dtype=torch.int32)}
+            out = {name: t.to(device) for name, t in out.items()} | {"out_bits": out_bits}
+        got, want = both([x, x_step, x_zero], w, bias, activation=activation, **out)
+        assert got.dtype == (torch.uint8 if out_bits else torch.float32)
+        assert torch.equal(got, want)
+
+
+def test_no_rows_give_no_rows(device, make_weight):
+    w = make_weight((5, 8), 4, device)
+    x = torch.empty(2, 0, 8, dtype=torch.uint8, device=device)
+    inputs = [x, torch.ones(1, device=device), torch.zeros(1, dtype=torch.int32, device=device)]
+    assert qk.ops.gemm(*inputs, w.prepacked, w.step, None, 4).shape == (2, 0, 5)
+
+
+def test_leading_axes_and_strides(device, make_weight):
+    w = make_weight((24, 40), 4, device)
+    (x, x_step, x_zero), bias = problem(42, 40, w, device)
+    want = reference(x, x_step, x_zero, w.codes, w.zero, w.step, bias)
+    got = qk.ops.gemm(x.reshape(2, 3, 7, 40), x_step, x_zero, w.prepacked, w.step, bias, 4)
+    assert torch.equal(got, want.reshape(2, 3, 7, 24))
+    strided = x.t().contiguous().t()
+    assert torch.equal(qk.ops.gemm(strided, x_step, x_zero, w.prepacked, w.step, bias, 4), want)
+    assert torch.equal(qk.ops.gemm(x[5], x_step, x_zero, w.prepacked, w.step, bias, 4), want[5])
+
+
+def test_threads_change_nothing(two_threads, make_weight):
+    for m, n in [(1, 4096), (700, 20), (150, 300)]:
+        w = make_weight((n, 400), 4)
+        inputs, bias = problem(m, 400, w, "cpu")
+        got, want = both(inputs, w, bias)
+        assert torch.equal(got, want)
+
+
+def test_registration(device, make_weight):
+    w = make_weight((9, 20), 4, device, k_groups=2)
+    inputs, bias = problem(3, 20, w, device, per_row=True)
+    out = (torch.tensor([2.0], device=device), torch.tensor([1], dtype=torch.int32, device=device))
+    torch.library.opcheck(torch.ops.qk.gemm.default, (*inputs, w.prepacked, w.step, bias, 4))
+    torch.library.opcheck(torch.ops.qk.gemm.default, (*inputs, w.prepacked, w.step, None, 4, 8, "relu", *out, 4))
+
+
+def arguments(w, **changed):
+    n, k = w.codes.shape
+    values = {
+        "x": torch.zeros(3, k, dtype=torch.uint8),
+        "x_step": torch.ones(1),
+        "x_zero": torch.zeros(1, dtype=torch.int32),
+        "weight": w.prepacked,
+        "weight_step": w.step,
+        "bias": torch.zeros(n),
+        "bits": w.bits,
+    }
+    return values | changed
+
+
+I32 = torch.int32
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"x": torch.zeros(3, 21, dtype=torch.uint8)}, r"weight must be prepacked from \[9, 21\] with bits 4"),
+        (
+            {"x": torch.zeros(3, 24, dtype=torch.uint8)},
+            r"weight must be prepacked from \[9, 24\].*got one made from \[9,",
+        ),
+        ({"x": torch.zeros(3, 20)}, "x must be Byte, got Float"),
+        ({"x": torch.zeros(3, 0, dtype=torch.uint8)}, r"x must be codes \[\.\.\., K\]"),
+        ({"x": torch.tensor(1, dtype=torch.uint8)}, r"x must be codes \[\.\.\., K\]"),
+        ({"x_step": torch.ones(2)}, "x_step must be one value, or one for each of 3 rows"),
+        ({"x_step": torch.zeros(1)}, "x_step must be positive and finite"),
+        ({"x_step": torch.tensor([torch.nan])}, "x_step must be positive and finite"),
+        ({"x_zero": torch.zeros(3, dtype=I32)}, "x_zero must be as many values as x_step"),
+        ({"x_zero": torch.tensor([256], dtype=I32)}, "x_zero must be a code from 0 to 255"),
+        ({"x_zero": torch.tensor([-1], dtype=I32)}, "x_zero must be a code from 0 to 255"),
+        ({"weight_step": torch.ones(8)}, r"bias must be float32 \[8\]"),
+        ({"weight_step": torch.ones(9, 3)}, r"weight_step must be float32 \[N\]"),
+        ({"weight_step": torch.ones(9, 2)}, "weight must be prepacked from"),
+        ({"weight_step": torch.ones(0), "bias": None}, r"weight_step must be float32 \[N\]"),
+        ({"weight": torch.zeros(7, dtype=torch.uint8)}, "weight must be prepacked from"),
+        ({"bits": 2}, "weight must be prepacked from"),
+        ({"bits": 3}, "bits must be 2, 4 or 8, got 3"),
+        ({"x_bits": 9}, "x_bits must be a width from 2 to 8"),
+        ({"bias": torch.zeros(8)}, r"bias must be float32 \[9\]"),
+        ({"activation": "gelu"}, "activation must be none, relu or relu6, got gelu"),
+        ({"out_step": torch.ones(1)}, "out_step and out_zero must be given together"),
+        ({"out_step": torch.ones(2), "out_zero": torch.zeros(1, dtype=I32)}, "out_step must be one value"),
+        (
+            {"out_step": torch.ones(1), "out_zero": torch.tensor([4], dtype=I32), "out_bits": 2},
+            "out_zero must be a code",
+        ),
+        ({"out_step": torch.zeros(1), "out_zero": torch.zeros(1, dtype=I32)}, "out_step must be positive"),
+    ],
+)
+def test_bad_input_is_refused(changed, message, make_weight):
+    w = make_weight((9, 20), 4)
+    with pytest.raises(RuntimeError, match="qk::gemm: " + message):
+        qk.ops.gemm(**arguments(w, **changed))
+
+
+def test_weight_bytes_of_another_origin_are_refused(make_weight):
+    w = make_weight((9, 20), 4)
+    with pytest.raises(RuntimeError, match="got bytes that prepack did not make"):
+        qk.ops.gemm(**arguments(w, weight=torch.zeros_like(w.prepacked)))
+
+
+def test_sum_that_could_leave_int32_is_refused(make_weight):
+    longest = (2**31 - 1) // (255 * 128)
+    w = make_weight((1, longest), 8, extreme=True)
+    inputs, _ = problem(1, longest, w, "cpu")
+    inputs[0].fill_(255)
+    inputs[2].fill_(0)
+    got, want = both(inputs, w, None)
+    assert torch.equal(got, want)
+    w = make_weight((1, longest + 1), 8)
+    inputs, _ = problem(1, longest + 1, w, "cpu")
+    with pytest.raises(RuntimeError, match="K must be short enough for a sum in int32"):
+        qk.ops.gemm(*inputs, w.prepacked, w.step, None, 8)
+    # Codes of 7 bits would fit; then no code may be larger.
+    inputs[2].fill_(0)
+    with pytest.raises(RuntimeError, match="x must be codes below 2"):
+        qk.ops.gemm(*inputs, w.prepacked, w.step, None, 8, x_bits=7)
+    inputs[0] &= 127
+    got, want = both(inputs, w, None, x_bits=7)
+    assert torch.equal(got, want)
