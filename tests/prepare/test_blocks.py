@@ -72,6 +72,19 @@ def test_a_stage_of_blocks_is_not_one_block():
     assert [u.name for u in p.units] == ["0.parts.0", "0.parts.1", "1.parts.0", "1.parts.1"]
 
 
+def test_two_parts_of_one_class_with_something_between_are_one_block():
+    class Decoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.three = Residual(), Residual(), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            return self.three(self.two(self.one(x) + x))
+
+    p = prepare(nn.Sequential(Decoder(), Decoder()), inputs())
+    assert [(u.name, len(u.layers)) for u in p.units] == [("0", 5), ("1", 5)]
+
+
 def test_a_block_that_runs_twice_gives_single_layers():
     p = prepare(Net(lambda m, x: m.b(m.a(m.a(x))), a=Residual(), b=Residual()), inputs())
     assert [(u.name, len(u.layers)) for u in p.units] == [("a.a", 1), ("a.b", 1), ("b", 2)]

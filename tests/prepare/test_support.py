@@ -120,4 +120,4 @@ def test_even_kernels_with_even_dilation_keep_same_padding():
 
 def test_the_parameters_of_the_model_itself_are_accounted_for():
     model = Net(lambda m, x: m.conv1(x) * m.scale, **convs(1), scale=nn.Parameter(torch.ones(1)))
-    assert prepare(model, inputs()).kept == {"": "Net has no integer kernel"}
+    assert prepare(model, inputs()).kept == {"": "Net holds parameters of its own, which have no integer kernel"}

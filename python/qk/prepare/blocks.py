@@ -1,8 +1,9 @@
 """Units of reconstruction: which modules are blocks (residual units, transformer layers), by repetition, not by name.
 
 A block is a module whose class the model uses at least twice, that holds at least two layers, is no plain container,
-runs once, takes a tensor and returns one. The outermost such module counts, unless it holds two blocks of one class:
-then it is a stage, and those are the blocks. That a residual unit is the right size: Li et al., BRECQ (2021).
+runs once, takes a tensor and returns one. The outermost such module counts, unless it is a stage: it holds two blocks
+of one class, and one hands its output to the other. (The two attentions of a decoder layer do not: a sum and a norm are
+between.) That a residual unit is the right size: Li et al., BRECQ (2021).
 """
 
 from __future__ import annotations
@@ -63,15 +64,15 @@ def found_blocks(model: nn.Module, seen: Observation, held: dict[str, list[str]]
         and seen.calls[name][0].single
     ]
 
-    def around(name: str) -> tuple[str, ...]:
-        return seen.calls[name][0].inside
+    call = {name: seen.calls[name][0] for name in candidates}
 
-    inner: dict[str, Counter] = defaultdict(Counter)  # candidate -> classes of the candidates inside it
-    for name in candidates:
-        for outer in around(name):
-            inner[outer][kind[name]] += 1
-    blocks = [name for name in candidates if max(inner[name].values(), default=0) < 2]
-    return [name for name in blocks if not set(around(name)) & set(blocks)]
+    def is_stage(outer: str) -> bool:
+        inner = [name for name in candidates if outer in call[name].inside]
+        given = {(kind[name], value) for name in inner for value in call[name].outputs}
+        return any((kind[name], call[name].inputs[0]) in given for name in inner)
+
+    blocks = [name for name in candidates if not is_stage(name)]
+    return [name for name in blocks if not set(call[name].inside) & set(blocks)]
 
 
 def _checked(model: nn.Module, seen: Observation, held: dict[str, list[str]], names: Sequence[str]) -> list[str]:

@@ -62,7 +62,8 @@ def _against(module: nn.Module, name: str, calls: list[Call], read_by: ReadBy, o
     kind = type(module).__name__
     ran = bool(calls)
     if not isinstance(module, (nn.Conv2d, nn.Linear)):
-        return f"{kind} has no integer kernel" if ran else f"{kind} did not run on the example"
+        what = f"{kind} holds parameters of its own, which have" if module._modules else f"{kind} has"
+        return f"{what} no integer kernel" if ran else f"{kind} did not run on the example"
     if parametrize.is_parametrized(module) or not isinstance(module._parameters.get("weight"), nn.Parameter):
         return "its weight is computed by a parametrization; remove that first"
     if _changes_forward(module):
