@@ -1,7 +1,7 @@
 """The inner loop of BRECQ on torchvision's resnet18 at 64 x 64, unit by unit, against the same loop in eager torch.
 
 Both learn the rounding (V) of every weight of a unit and its activation steps from the same samples with the same
-schedule. Before anything is timed, both run a few iterations from the same start and their losses, V and steps must agree.
+schedule. Before anything is timed, both run a few iterations from the same start, and losses, V and steps must agree.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from statistics import median
 
 import torch
-import torch.nn.functional as F
+from tests.models import vision_model
 from torch import Tensor
 
 import qk
@@ -22,7 +22,6 @@ from qk.methods.cache import Cache, Room
 from qk.methods.engine import fill_cache, first_tensor, frozen, loss_scale
 from qk.prepare import prepare
 from qk.spec import Recipe
-from tests.models import vision_model
 
 CHECKED = 8  # iterations that must agree
 TOTAL = 20  # of the schedule, so that the checked and timed iterations lie behind the warmup
@@ -116,7 +115,9 @@ def check(ours: Learner, eager: Learner, cache: Cache, name: str) -> None:
         step.data.copy_(start)
     with eager:
         theirs = run(eager, cache, 0, CHECKED)
-    torch.testing.assert_close(torch.tensor(mine), torch.tensor(theirs), rtol=1e-2, atol=0, msg=lambda m: f"{name}: {m}")
+    torch.testing.assert_close(
+        torch.tensor(mine), torch.tensor(theirs), rtol=1e-2, atol=0, msg=lambda m: f"{name}: {m}"
+    )
     for a, b, start in zip(ours.roundings, eager.roundings, starts, strict=True):
         apart = (a.v - b.v).abs().mean() / (a.v - start).abs().mean().clamp(min=1e-12)
         assert apart < 0.05, f"{name}: V differs by {apart:.3f} of the way"

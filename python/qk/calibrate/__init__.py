@@ -25,8 +25,8 @@ STAGE = "qk.calibrate"
 def calibrate(p: Prepared, batches: Iterable, ranges: str = "mse", max_batches: int | None = None) -> None:
     """Sets step and zero of every quantizer of p, in place, and the codes of the weights to the nearest ones.
 
-    The float model runs once over the batches (tensors, tuples of positional arguments, or dicts of keywords). Memory is
-    bounded: exact ends and a sample of 2^18 values (kl: 2048 counts) for each tensor, spread over all batches.
+    The float model runs once over the batches (tensors, tuples of positional arguments, or dicts of keywords). Memory
+    is bounded: exact ends and a sample of 2^18 values (kl: 2048 counts) for each tensor, spread over all batches.
     ranges: "minmax" clips nothing; "percentile" keeps 99.99 %; "mse" minimizes the error to the power 2.4; "kl" clips
     activations by the divergence of histograms, and takes mse for the weights.
     max_batches: by default a list or DataLoader is consumed whole and an iterable of unknown length up to 64 batches.
