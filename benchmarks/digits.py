@@ -30,12 +30,11 @@ def averaged(studies: list[study.Study]) -> Table:
     rows = [["float", "", percent(mean(floats)), "", ends, "", "", "", size(studies[0].float_bytes), ""]]
     for runs in zip(*(s.runs for s in studies), strict=True):
         integer = [run.integer for run in runs]
-        rows.append(
-            [runs[0].name, runs[0].method, percent(mean(run.simulated for run in runs)), percent(mean(integer))]
-            + [f"{percent(min(integer))} to {percent(max(integer))}", f"{100 * (mean(integer) - mean(floats)):+.2f}"]
-            + [sum(run.not_definition for run in runs), sum(run.not_simulated for run in runs)]
-            + [size(round(mean(run.size_bytes for run in runs))), f"{mean(run.seconds for run in runs):.1f}"]
-        )
+        row = [runs[0].name, runs[0].method, percent(mean(run.simulated for run in runs)), percent(mean(integer))]
+        row += [f"{percent(min(integer))} to {percent(max(integer))}", f"{100 * (mean(integer) - mean(floats)):+.2f}"]
+        row += [sum(run.not_definition for run in runs), sum(run.not_simulated for run in runs)]
+        row += [size(round(mean(run.size_bytes for run in runs))), f"{mean(run.seconds for run in runs):.1f}"]
+        rows.append(row)
     return Table("", headers, rows)
 
 

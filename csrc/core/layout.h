@@ -14,9 +14,6 @@ QK_HD constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) *
 // ----------------------------
 
 constexpr int64_t row_align = 16;
-QK_HD constexpr int64_t packed_row_bytes(int64_t cols, int64_t bits) {
-  return round_up(ceil_div(cols, 8 / bits), row_align);
-}
 
 // --- a weight: [n, kh, kw, c], c input channels of each of `groups`; a Linear is [n, 1, 1, K]
 // ---------------------------

@@ -27,7 +27,7 @@ WIDTHS = ((8, 8), (4, 8), (4, 4), (2, 4))
 METHODS = ("nearest", "brecq")
 CALIBRATION = 1024  # images; none of them is held out
 LATENCY_BATCHES = (1, 64)
-RECIPE = {"iterations": 600, "batch_size": 32, "weight_lr": 3e-3, "act_lr": 1e-4}
+RECIPE = {"iterations": 500, "batch_size": 32, "weight_lr": 3e-3, "act_lr": 1e-4}
 
 
 @dataclass(frozen=True)
