@@ -42,7 +42,8 @@ def test_training_leaves_the_random_state_alone(tmp_path):
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_the_study_measures_every_width_and_method(tmp_path):
+def test_the_study_measures_every_width_and_method(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "LATENCY_BATCHES", (1,))
     lines = []
     made = study.run(
         tmp_path / "out", cache=tmp_path, iterations=3, widths=((8, 8), (2, 4)), training=TINY, say=lines.append

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from qk import _native, machine, ops
-from qk.ops.lsq import reference
+from qk.ops.gemm import reference as gemm_definition
+from qk.ops.lsq import reference as lsq_definition
 from qk.tables import Table
 
 PACKAGES = ["torch", "numpy", "safetensors", "pydantic", "rich", "typer", "matplotlib", "scikit-learn", "torchvision"]
@@ -54,14 +55,19 @@ def _cuda() -> str:
 
 
 def _check(isa: str) -> str:
-    """A kernel on inputs of an odd size beside its definition; "equal", or what went wrong."""
+    """A float and an integer kernel on inputs of odd sizes beside their definitions; "equal", or what went wrong."""
     before = _native.active_isa()
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 77, generator=generator)
     step, zero = torch.rand(3, generator=generator) * 0.2 + 0.05, torch.tensor([3, 8, 0], dtype=torch.int32)
+    weight = torch.randint(0, 16, (3, 77), generator=generator, dtype=torch.uint8)
+    inputs = torch.randint(0, 256, (5, 77), generator=generator, dtype=torch.uint8), step[:1], zero[:1]
     try:
         _native.force_isa(isa)
-        same = torch.equal(ops.lsq(x, step, zero, 4, 1.0), reference(x, step, zero, 4))
+        same = torch.equal(ops.lsq(x, step, zero, 4, 1.0), lsq_definition(x, step, zero, 4))
+        packed = ops.prepack(ops.pack(weight, 4), zero, 4, (3, 77))
+        product = ops.gemm(*inputs, packed, step, None, 4)
+        same = same and torch.equal(product, gemm_definition(*inputs, weight, zero, step))
     except RuntimeError as error:
         return str(error)
     finally:

@@ -101,6 +101,13 @@ class DigitsNet(nn.Module):
         return self.fc(self.layers(self.stem(x)).mean((2, 3)))
 
 
+def untrained(config: Training) -> DigitsNet:
+    """With the first weights of its seed; the caller's random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return DigitsNet(config.widths)
+
+
 def augment(x: Tensor, generator: torch.Generator) -> Tensor:
     """Each image turned by up to 11 degrees, scaled by up to 10 %, moved by up to 0.6 pixels."""
     n, paper = len(x), x.amin()
@@ -116,10 +123,8 @@ def augment(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def train(data: Digits, config: Training) -> DigitsNet:
-    """A trained network in eval mode; the caller's random state is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = DigitsNet(config.widths)
+    """A trained network in eval mode."""
+    model = untrained(config)
     generator = torch.Generator().manual_seed(config.seed)
     steps = -(-len(data.train) // config.batch_size) * config.epochs
     optimizer = torch.optim.SGD(
@@ -148,7 +153,7 @@ def trained(config: Training | None = None, cache: str | Path | None = None) -> 
     key = json.dumps(asdict(config), sort_keys=True)
     name = f"digits-{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"
     path = (Path(cache) if cache else default_cache()) / name
-    model = DigitsNet(config.widths).eval()
+    model = untrained(config).eval()
     if _read(path, key, model):
         return model
     model = train(load(), config)
