@@ -10,11 +10,6 @@ namespace qk {
 QK_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 QK_HD constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// --- at rest: [rows, row_bytes], value i of a byte at bit i * bits, rows padded to 16 bytes
-// ----------------------------
-
-constexpr int64_t row_align = 16;
-
 // --- a weight: [n, kh, kw, c], c input channels of each of `groups`; a Linear is [n, 1, 1, K]
 // ---------------------------
 

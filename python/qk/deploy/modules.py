@@ -128,10 +128,11 @@ class QLinear(IntegerLayer):
             raise fail("QLinear", "x", f"[..., {self.k}]", list(x.shape))
         if _mode.definition:
             return self._by_definition(x)
-        weight = self.prepacked if self.prepacked is not None else self.prepack()
-        step, zero = self.input_step, self.input_zero
+        b = self._buffers  # as attributes they would cost as much as a small product
+        weight = b["prepacked"] if b["prepacked"] is not None else self.prepack()
+        step, zero = b["input_step"], b["input_zero"]
         codes = ops.quantize(x, step, zero, self.input_bits)
-        return ops.gemm(codes, step, zero, weight, self.weight_step, self.bias, self.bits, self.input_bits)
+        return ops.gemm(codes, step, zero, weight, b["weight_step"], b["bias"], self.bits, self.input_bits)
 
     def _by_definition(self, x: Tensor) -> Tensor:
         codes = quantize_definition(x, self.input_step, self.input_zero, self.input_bits)
@@ -176,15 +177,16 @@ class QConv2d(IntegerLayer):
         x = x.permute(0, 2, 3, 1)  # contiguous already when x is channels_last
         if _mode.definition:
             return self._by_definition(x)
-        weight = self.prepacked if self.prepacked is not None else self.prepack()
-        step, zero = self.input_step, self.input_zero
+        b = self._buffers
+        weight = b["prepacked"] if b["prepacked"] is not None else self.prepack()
+        step, zero = b["input_step"], b["input_zero"]
         y = ops.conv2d(
             ops.quantize(x, step, zero, self.input_bits),
             step,
             zero,
             weight,
-            self.weight_step,
-            self.bias,
+            b["weight_step"],
+            b["bias"],
             self.bits,
             self.kernel_size,
             self.stride,
