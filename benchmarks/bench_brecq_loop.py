@@ -7,15 +7,18 @@ schedule. Before anything is timed, both run a few iterations from the same star
 from __future__ import annotations
 
 import argparse
-import gc
-import time
-from statistics import median
+import json
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 
 import torch
-from tests.models import vision_model
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import qk
+from harness import Case, machine, measure, options
 from qk.calibrate import calibrate
 from qk.methods.brecq import Learner
 from qk.methods.cache import Cache, Room
@@ -98,9 +101,8 @@ class EagerLearner(Learner):
 def run(learner: Learner, cache: Cache, first: int, count: int) -> list[float]:
     generator = torch.Generator().manual_seed(first)
     recipe = learner.recipe
-    return [
-        learner.step(cache.sample(recipe.batch_size, recipe.drop, generator), first + i).item() for i in range(count)
-    ]
+    samples = (cache.sample(recipe.batch_size, recipe.drop, generator) for _ in range(count))
+    return [learner.step(sample, first + i).item() for i, sample in enumerate(samples)]
 
 
 def check(ours: Learner, eager: Learner, cache: Cache, name: str) -> None:
@@ -126,56 +128,57 @@ def check(ours: Learner, eager: Learner, cache: Cache, name: str) -> None:
         assert apart < 0.2, f"{name}: a step differs by {apart:.3f} of the way"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--iterations", type=int, default=3, help="of each loop in each round")
-    parser.add_argument("--only", default="")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    print(f"BRECQ's inner loop, resnet18 at 64 x 64, batch 32, W4A4: {qk.active_isa()}, {args.threads} threads")
+def cases(args: argparse.Namespace) -> Iterator[Case]:
+    """One for each unit; the unit is ready to run only while its case is the current one."""
+    from tests.models import vision_model  # where torchvision's own operators need not load
 
     recipe = Recipe(weights=4, activations=4, iterations=TOTAL)
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(32, 3, 64, 64, generator=generator) for _ in range(2)]
     p = prepare(vision_model("resnet18"), batches[0][:2], recipe)
     calibrate(p, batches)
-    total = {"ours": 0.0, "eager": 0.0}
     prefix: set[str] = set()
     with frozen(p.model):
         for unit in p.units:
             layers = [p.quant_layers()[name] for name in unit.layers]
             if args.only in unit.name:
-                cache = fill_cache(p, unit, prefix, batches, Room(4096), None)
-                quantizers = list(dict.fromkeys(layer.input for layer in layers))
-                module = p.model.get_submodule(unit.name)
+                cache = fill_cache(p, unit, prefix, batches, Room(4096))
+                given = p.model.get_submodule(unit.name), layers, list(dict.fromkeys(x.input for x in layers)), recipe
                 with p.quantized(set(unit.layers)):
-                    make = {"ours": Learner, "eager": EagerLearner}
-                    loops = {kind: cls(module, layers, quantizers, recipe) for kind, cls in make.items()}
-                    check(loops["ours"], loops["eager"], cache, unit.name)
-                    times = {kind: [] for kind in loops}
-                    gc.disable()
-                    for _ in range(args.rounds):
-                        for kind, loop in loops.items():
-                            with loop:
-                                begin = time.perf_counter()
-                                run(loop, cache, CHECKED, args.iterations)
-                                times[kind].append((time.perf_counter() - begin) / args.iterations)
-                    gc.enable()
-                middle = {kind: median(t) for kind, t in times.items()}
-                spread = max(times["ours"]) / min(times["ours"])
-                for kind in total:
-                    total[kind] += middle[kind]
-                ratio = middle["ours"] / middle["eager"]
-                print(
-                    f"  {unit.name:14s} ours {1e3 * middle['ours']:8.2f} ms  eager {1e3 * middle['eager']:8.2f} ms"
-                    f"  ratio {ratio:.2f}  (spread of ours {spread:.2f})",
-                    flush=True,
-                )
+                    ours, eager = Learner(*given), EagerLearner(*given)
+                    yield Case(
+                        name=unit.name,
+                        check=partial(check, ours, eager, cache, unit.name),
+                        ours=partial(timed, ours, cache, args.iterations),
+                        peers={"eager": partial(timed, eager, cache, args.iterations)},
+                    )
             prefix |= set(unit.layers)
-    print(f"  all units      ours {1e3 * total['ours']:8.2f} ms  eager {1e3 * total['eager']:8.2f} ms", end="")
-    print(f"  ratio {total['ours'] / total['eager']:.3f}")
+
+
+def timed(learner: Learner, cache: Cache, iterations: int) -> None:
+    with learner:
+        run(learner, cache, CHECKED, iterations)
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.set_defaults(rounds=5)
+    parser.add_argument("--iterations", type=int, default=3, help="of each loop in each round")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    qk.force_isa(args.isa)
+    facts = machine(args)
+    print(f"{args.iterations} iterations of BRECQ's inner loop, resnet18 at 64 x 64, batch 32, W4A4:")
+    print(", ".join(f"{key} {value}" for key, value in facts.items()))
+    rows = []
+    for case in cases(args):
+        rows.append(measure(case, args))
+        print(f"  ours / eager: {1 / rows[-1]['ratio']['eager']:.2f}", flush=True)
+    ours, eager = (sum(row["ms"][kind][1] for row in rows) for kind in ("ours", "eager"))
+    print(f"\nall units: ours {ours:.1f} ms, eager {eager:.1f} ms, ours / eager {ours / eager:.3f}")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"benchmark": "brecq_loop", "machine": facts, "cases": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import torch
 import qk
 
 Run = Callable[[], object]
+Clock = Callable[[], float]
 
 # glibc gives a large result back to the system and pays its page faults again at every call; these keep it.
 KEEP_MEMORY = {
@@ -60,6 +61,7 @@ def options(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
     parser.add_argument("--compile", action="store_true", help="torch.compile as a peer, where a benchmark has it")
     parser.add_argument("--keep-memory", action="store_true", help="restart with a malloc that reuses large results")
+    parser.add_argument("--cpu-time", action="store_true", help="processor time, for one thread on a busy machine")
     parser.add_argument("--json", type=Path, default=None)
     return parser
 
@@ -91,6 +93,7 @@ def machine(args: argparse.Namespace) -> dict[str, object]:
         "isa": qk.active_isa(),
         "torch": torch.__version__,
         "compiler": qk.build_facts()["compiler"],
+        "clock": "processor time" if args.cpu_time else "wall",
         "memory": "reused" if os.environ.get("MALLOC_MMAP_THRESHOLD_") else "fresh",
     }
     if args.device == "cuda":
@@ -104,7 +107,7 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, object]:
     runs = {"ours": case.ours, **case.peers}
     if case.limit or case.moved_bytes:
         runs["limit"] = case.limit or copy_of(case.moved_bytes, args.device)
-    times = alternate(runs, args.rounds, args.device)
+    times = alternate(runs, args.rounds, args.device, clock=time.process_time if args.cpu_time else time.perf_counter)
     middle = {name: median(t) for name, t in times.items()}
     spread = {name: (t[len(t) // 10], t[-1 - len(t) // 10]) for name, t in times.items()}  # p10 to p90
     print(f"\n{case.name}")
@@ -128,16 +131,18 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def alternate(runs: dict[str, Run], rounds: int, device: str = "cpu", slot: float = 0.01) -> dict[str, list[float]]:
+def alternate(
+    runs: dict[str, Run], rounds: int, device: str = "cpu", slot: float = 0.01, clock: Clock = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of a run, sorted: every round gives each of them a slot, so a busy neighbour meets all alike."""
 
     def seconds(run: Run, repeats: int) -> float:
-        begin = time.perf_counter()
+        begin = clock()
         for _ in range(repeats):
             run()
         if device == "cuda":
             torch.cuda.synchronize()
-        return (time.perf_counter() - begin) / repeats
+        return (clock() - begin) / repeats
 
     for run in runs.values():
         seconds(run, 2)  # compiles, packs, fills caches

@@ -4,6 +4,7 @@
 
 #include "core/check.h"
 #include "core/register.h"
+#include "core/result.h"
 
 namespace qk {
 namespace {
@@ -45,7 +46,7 @@ Tensor fisher_loss_backward(const Tensor& grad, const Tensor& output, const Tens
   check_scalar("fisher_loss_backward", "grad", grad);
   const Tensor grads = dense(grad), outputs = dense(output), targets = dense(target);
   const std::optional<Tensor> weights = weight ? std::optional<Tensor>(dense(*weight)) : std::nullopt;
-  Tensor grad_output = torch::stable::new_empty(outputs, outputs.sizes());
+  Tensor grad_output = result_like(outputs);
   QK_DEVICE_GUARD(output);
   kernel({grads.const_data_ptr<float>(), outputs.const_data_ptr<float>(), targets.const_data_ptr<float>(),
           weights ? weights->const_data_ptr<float>() : nullptr, grad_output.mutable_data_ptr<float>(), outputs.numel(),

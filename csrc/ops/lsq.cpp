@@ -2,6 +2,7 @@
 
 #include "core/check.h"
 #include "core/register.h"
+#include "core/result.h"
 
 namespace qk {
 
@@ -15,7 +16,7 @@ Tensor lsq(const Tensor& x, const Tensor& step, const Tensor& zero, int64_t bits
   const Tensor xs = dense(x), steps = dense(step), zeros = dense(zero);
   check_step_values("lsq", "step", steps);
   check_zero_values("lsq", "zero", zeros, bits);
-  Tensor out = torch::stable::new_empty(xs, xs.sizes());
+  Tensor out = result_like(xs);
   QK_DEVICE_GUARD(x);
   kernel({xs.const_data_ptr<float>(), steps.const_data_ptr<float>(), zeros.const_data_ptr<int32_t>(),
           out.mutable_data_ptr<float>(), rows, cols, static_cast<int>(bits)});
@@ -33,8 +34,8 @@ std::tuple<Tensor, Tensor> lsq_backward(const Tensor& grad, const Tensor& x, con
   check(boundary == "paper" || boundary == "torch", "lsq_backward", "boundary", "paper or torch", boundary);
   const auto [rows, cols] = check_rows("lsq_backward", x, step, zero);
   const Tensor grads = dense(grad), xs = dense(x), steps = dense(step), zeros = dense(zero);
-  Tensor grad_x = torch::stable::new_empty(xs, xs.sizes());
-  Tensor grad_step = torch::stable::new_empty(steps, steps.sizes());
+  Tensor grad_x = result_like(xs);
+  Tensor grad_step = result_like(steps);
   Tensor partial = torch::stable::new_empty(xs, {rows * sum_chunks(cols)});
   QK_DEVICE_GUARD(x);
   kernel({grads.const_data_ptr<float>(), xs.const_data_ptr<float>(), steps.const_data_ptr<float>(),

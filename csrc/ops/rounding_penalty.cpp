@@ -2,6 +2,7 @@
 
 #include "core/check.h"
 #include "core/register.h"
+#include "core/result.h"
 
 namespace qk {
 namespace {
@@ -31,7 +32,7 @@ Tensor rounding_penalty_backward(const Tensor& grad, const Tensor& v, double bet
   check_device("rounding_penalty_backward", v, {{"grad", &grad}});
   check_scalar("rounding_penalty_backward", "grad", grad);
   const Tensor grads = dense(grad), vs = dense(v);
-  Tensor grad_v = torch::stable::new_empty(vs, vs.sizes());
+  Tensor grad_v = result_like(vs);
   QK_DEVICE_GUARD(v);
   kernel({grads.const_data_ptr<float>(), vs.const_data_ptr<float>(), grad_v.mutable_data_ptr<float>(), vs.numel(),
           static_cast<float>(beta)});

@@ -2,6 +2,7 @@
 
 #include "core/check.h"
 #include "core/register.h"
+#include "core/result.h"
 
 namespace qk {
 namespace {
@@ -24,7 +25,7 @@ Tensor soft_round(const Tensor& weight, const Tensor& v, const Tensor& step, con
   const Tensor weights = dense(weight), vs = dense(v), steps = dense(step), zeros = dense(zero);
   check_step_values("soft_round", "step", steps);
   check_zero_values("soft_round", "zero", zeros, bits);
-  Tensor out = torch::stable::new_empty(weights, weights.sizes());
+  Tensor out = result_like(weights);
   QK_DEVICE_GUARD(weight);
   kernel({weights.const_data_ptr<float>(), vs.const_data_ptr<float>(), steps.const_data_ptr<float>(),
           zeros.const_data_ptr<int32_t>(), out.mutable_data_ptr<float>(), rows, cols, static_cast<int>(bits)});
@@ -39,7 +40,7 @@ Tensor soft_round_backward(const Tensor& grad, const Tensor& weight, const Tenso
   check_dtype("soft_round_backward", "grad", grad, ScalarType::Float);
   check_same_shape("soft_round_backward", "grad", grad, "weight", weight);
   const Tensor grads = dense(grad), weights = dense(weight), vs = dense(v), steps = dense(step), zeros = dense(zero);
-  Tensor grad_v = torch::stable::new_empty(weights, weights.sizes());
+  Tensor grad_v = result_like(weights);
   QK_DEVICE_GUARD(weight);
   kernel({grads.const_data_ptr<float>(), weights.const_data_ptr<float>(), vs.const_data_ptr<float>(),
           steps.const_data_ptr<float>(), zeros.const_data_ptr<int32_t>(), grad_v.mutable_data_ptr<float>(), rows, cols,

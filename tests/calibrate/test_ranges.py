@@ -88,11 +88,11 @@ def test_percentile_leaves_the_outliers_out():
 
 
 def test_shrinking_one_end_alone_pays_where_the_tails_differ():
-    x = torch.randn(1, 20001, generator=torch.Generator().manual_seed(0))
-    x[0, 0] = 10.0
+    x = torch.randn(1, 2**17 + 1, generator=torch.Generator().manual_seed(0))
+    x[0, 0] = 30.0
     both = error(x, *ranges.mse(x, 4), 4)
     alone = error(x, *ranges.mse(x, 4, ends=True), 4)
-    assert alone.item() < 0.95 * both.item()
+    assert alone.item() < 0.7 * both.item()
 
 
 def histogram(x, bins=2048):

@@ -79,7 +79,7 @@ def test_a_full_disk_is_an_error_before_anything_is_written(monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.posix_fallocate", refuse, raising=False)
-    with pytest.raises(QkError, match="must have 1 MB free.*No space left"):
+    with pytest.raises(QkError, match=r"must have 1 MB free.*No space left"):
         Room(0).empty((2**18,), torch.float32)
 
 

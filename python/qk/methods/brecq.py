@@ -40,8 +40,8 @@ def reconstruct(
     batches: as for calibrate; what is not a list is read once and held, as every unit needs the same ones again.
     recipe: granularity, loss, iterations, batch_size, weight_lr, act_lr, penalty, warmup, beta, drop, memory_mb, seed.
     progress: "auto", "bar", "lines" or "off".
-    p.history[unit] gets the loss curve; its last entry also holds "before" and "after", the unit's loss on all cached
-    data with nearest and with learned rounding, and "kept": "learned", or "nearest" where learning did not help.
+    p.history[unit] gets the loss curve. Its last entry is over all cached data with weights rounded: "loss" as learned,
+    "before" with nearest rounding, "after" with what was "kept": "learned", or "nearest" where learning did not help.
     Interrupted, the current unit goes back to nearest rounding and the finished ones stay; resume=True goes on from
     there, with the same bits as an uninterrupted run. Same seed, data and number of threads: same bits.
     Raises QkError for p that is not calibrated and for bad batches.
@@ -59,7 +59,7 @@ def reconstruct(
             shown.unit(unit.name)
             if not (resume and unit.name in p.history):
                 generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + number)
-                cache = fill_cache(p, unit, finished, held, Room(recipe.memory_mb), outputs)
+                cache = fill_cache(p, unit, finished, held, Room(recipe.memory_mb), outputs, mixed=recipe.drop < 1)
                 p.history[unit.name] = _Unit(p, unit, learned).reconstruct(cache, recipe, generator, shown)
             last = p.history[unit.name][-1]
             shown.end(last["before"], last["after"], last["kept"])
@@ -139,17 +139,16 @@ class _Unit:
             before = self._loss(cache, recipe)
             try:
                 history = self._learn(cache, recipe, generator, shown)
-                after = self._loss(cache, recipe)
+                learned = self._loss(cache, recipe)
             except BaseException:
                 self._commit(*nearest)
                 raise
-        kept = "learned" if after <= before else "nearest"  # also when learning gave NaN
-        if kept == "nearest":
+        better = learned <= before  # not if learning gave NaN
+        if not better:
             self._commit(*nearest)
-        return [
-            *history,
-            {"iteration": recipe.iterations, "loss": after, "before": before, "after": after, "kept": kept},
-        ]
+        after, kept = (learned, "learned") if better else (before, "nearest")
+        last = {"iteration": recipe.iterations, "loss": learned, "before": before, "after": after, "kept": kept}
+        return [*history, last]
 
     def _learn(self, cache: Cache, recipe: Recipe, generator: torch.Generator, shown: Progress) -> list[dict]:
         history = []

@@ -60,10 +60,16 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def fill_cache(
-    p: Prepared, unit: Unit, prefix: set[str], batches: list, room: Room, outputs: list[Tensor] | None
+    p: Prepared,
+    unit: Unit,
+    prefix: set[str],
+    batches: list,
+    room: Room,
+    outputs: list[Tensor] | None = None,
+    mixed: bool = True,
 ) -> Cache:
     """Inputs from the prefix quantized and from the float model, outputs of the float model; with `outputs`, the float
-    model's own for each batch, also Fisher weights."""
+    model's own for each batch, also Fisher weights. mixed: False leaves the float inputs out."""
     module = p.model.get_submodule(unit.name)
     cache = Cache(room, device_of(p.model))
     for index, batch in enumerate(batches):
@@ -75,7 +81,7 @@ def fill_cache(
         if outputs is not None:
             with p.quantized(prefix | set(unit.layers)):
                 weight = fisher(p, module, batch, index, outputs[index])
-        cache.add(quantized, plain, target, weight, more=len(batches) - index - 1)
+        cache.add(quantized, plain if mixed else quantized, target, weight, more=len(batches) - index - 1)
     cache.normalize()
     return cache
 
@@ -124,10 +130,10 @@ def fisher(p: Prepared, module: nn.Module, batch: Any, index: int, output: Tenso
     seen: list[Tensor] = []
 
     def after(_, args, found):
-        leaf = first_tensor(found).detach().requires_grad_()
-        if not seen:
-            seen.append(leaf)
-        return _replaced(found, leaf.clone())  # a copy: what follows may work in place
+        if seen:  # a later call of the same module is part of what follows
+            return found
+        seen.append(first_tensor(found).detach().requires_grad_())
+        return _replaced(found, seen[0].clone())  # a copy: what follows may work in place
 
     handle = module.register_forward_hook(after)
     try:
