@@ -114,6 +114,7 @@ def test_blocks_can_be_given():
             ["1.relu"],
             r"blocks must be modules that run once, take a tensor and return one, got '1.relu', which ran 2 times",
         ),
+        ("1", r"blocks must be a list of names, got '1'"),
         (["3"], r"blocks must be modules that hold layers to quantize, got '3'"),
         (["1", "1.a"], r"blocks must be apart from each other, got '1.a' inside '1'"),
     ],

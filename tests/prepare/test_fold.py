@@ -98,7 +98,17 @@ def test_a_norm_over_another_axis_than_the_features_stays():
     assert p.kept["1"] == "BatchNorm1d was not folded: its channels are not the layer's last axis"
 
 
-def test_a_reused_norm_in_front_of_in_place_relu_folds_when_it_is_the_only_reader():
+def test_a_folded_norm_that_the_model_reaches_by_another_reference_does_nothing():
+    norm = random_norm(nn.BatchNorm2d, 4)
+    model = Net(lambda m, x: m.refs[0](m.conv(x)), conv=nn.Conv2d(3, 4, 3), norm=norm, refs=[norm]).eval()
+    x = torch.randn(2, 3, 6, 6)
+    p = prepare(model, x)
+    assert p.folds == {"norm": "conv"}
+    with torch.no_grad():
+        torch.testing.assert_close(p.model(x), model(x))
+
+
+def test_a_norm_in_front_of_an_in_place_relu_folds():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 1)).eval()
     x = torch.randn(2, 3, 6, 6)
     p = prepare(model, x)

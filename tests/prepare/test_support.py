@@ -29,7 +29,7 @@ def hooked():
 
 def through_another_reference():
     layer = nn.Linear(4, 4)
-    return Net(lambda m, x: m.refs[0](x), layer=layer, refs=[layer])
+    return Net(lambda m, x: m.refs[0](m.layer(x)), layer=layer, refs=[layer])
 
 
 IN_4 = (2, 4)

@@ -7,8 +7,6 @@ from torch import nn
 from models import minilm, tokens
 from qk.prepare import QuantLayer, prepare
 
-torch.set_num_threads(2)
-
 
 @pytest.fixture(scope="module")
 def prepared():

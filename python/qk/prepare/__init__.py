@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,9 +67,9 @@ def prepare(
 
 def _keep_what_is_passed_by(p: Prepared, example: Any) -> None:
     """Runs the result once: a layer that the model still reaches on another way than its name stays in float."""
-    ran: set[str] = set()
+    ran: Counter[str] = Counter()
     handles = [
-        layer.register_forward_pre_hook(lambda _layer, _args, name=name: ran.add(name))
+        layer.register_forward_pre_hook(lambda _layer, _args, name=name: ran.update([name]))
         for name, layer in p.quant_layers().items()
     ]
     try:
@@ -77,7 +78,7 @@ def _keep_what_is_passed_by(p: Prepared, example: Any) -> None:
     finally:
         for handle in handles:
             handle.remove()
-    passed_by = [name for name in p.quant_layers() if name not in ran]
+    passed_by = [name for name in p.quant_layers() if ran[name] < p.layers[name].calls]
     if passed_by:
         reason = float_spec("the model calls it through another reference, so that a replaced layer would be passed by")
         apply_plan(p, Plan(p.plan.layers | dict.fromkeys(passed_by, reason)))

@@ -63,7 +63,6 @@ def found_blocks(model: nn.Module, seen: Observation, held: dict[str, list[str]]
         and not issubclass(kind[name], CONTAINERS)
         and seen.calls[name][0].single
     ]
-
     call = {name: seen.calls[name][0] for name in candidates}
 
     def is_stage(outer: str) -> bool:
@@ -77,6 +76,8 @@ def found_blocks(model: nn.Module, seen: Observation, held: dict[str, list[str]]
 
 def _checked(model: nn.Module, seen: Observation, held: dict[str, list[str]], names: Sequence[str]) -> list[str]:
     """The names as given, if each can be reconstructed on its own."""
+    if isinstance(names, str):
+        raise fail(STAGE, "blocks", "a list of names", repr(names))
     known = {name for name, _ in model.named_modules()}
     for name in names:
         if name not in known:
