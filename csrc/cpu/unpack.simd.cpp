@@ -8,8 +8,17 @@ namespace {
 template <int B>
 void unpack_bytes(const uint8_t* __restrict packed, uint8_t* __restrict codes, int64_t bytes) {
   constexpr int n = Bits<B>::per_byte;
-  for (int64_t i = 0; i < bytes; ++i)
-    for (int j = 0; j < n; ++j) codes[i * n + j] = (packed[i] >> (j * B)) & Bits<B>::mask;
+  if constexpr (B == 2) {  // spread inside a word, little endian: four single bytes would not vectorize
+    for (int64_t i = 0; i < bytes; ++i) {
+      uint32_t word = packed[i];
+      word = (word | word << 12) & 0x000f000f;
+      word = (word | word << 6) & 0x03030303;
+      __builtin_memcpy(codes + i * n, &word, n);
+    }
+  } else {
+    for (int64_t i = 0; i < bytes; ++i)
+      for (int j = 0; j < n; ++j) codes[i * n + j] = (packed[i] >> (j * B)) & Bits<B>::mask;
+  }
 }
 
 template <int B>

@@ -9,9 +9,11 @@ from qk.ops.lsq import lsq
 from qk.ops.pack import pack
 from qk.ops.prepack import prepack
 from qk.ops.quantize import quantize
+from qk.ops.quantize_rows import quantize_rows
 from qk.ops.range_error import range_error
 from qk.ops.rounding_penalty import rounding_penalty
 from qk.ops.soft_round import soft_round
+from qk.ops.sparq import sparq
 from qk.ops.unpack import unpack
 
 __all__ = [
@@ -23,8 +25,10 @@ __all__ = [
     "pack",
     "prepack",
     "quantize",
+    "quantize_rows",
     "range_error",
     "rounding_penalty",
     "soft_round",
+    "sparq",
     "unpack",
 ]
