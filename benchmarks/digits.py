@@ -1,8 +1,8 @@
-"""The demo with three seeds: writes the digits table of docs/results.md, and the figures to benchmarks/results/.
+"""The demo with three seeds: fills the tables of docs/results.md and README.md, and benchmarks/results/digits.json.
 
     python benchmarks/digits.py [--seeds 3] [--cache .cache] [--out build/digits]
 
-One run makes everything between the two marks of docs/results.md; nothing there is typed by hand.
+One run makes everything between the marks; nothing there is typed by hand. The README shows the first seed.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from qk.files import replace_file
 from qk.tables import Table, percent, size
 
 ROOT = Path(__file__).parents[1]
-PAGE, FIGURES = ROOT / "docs" / "results.md", ROOT / "benchmarks" / "results" / "digits.json"
-BEGIN, END = "<!-- digits: begin -->", "<!-- digits: end -->"
+FIGURES = ROOT / "benchmarks" / "results" / "digits.json"
 
 
 def averaged(studies: list[study.Study]) -> Table:
@@ -62,8 +61,7 @@ def section(studies: list[study.Study]) -> str:
     seeds = ", ".join(str(s.seed) for s in studies)
     images = studies[0].held_out
     recipe = ", ".join(f"{name} {value}" for name, value in study.RECIPE.items())
-    return f"""{BEGIN}
-Seeds {seeds}; {images} held-out images; {study.CALIBRATION} training images for calibration; {recipe}.
+    return f"""Seeds {seeds}; {images} held-out images; {study.CALIBRATION} training images for calibration; {recipe}.
 Machine: {facts["cpu"]}, {facts["threads"]} threads, {facts["instruction set"]}, torch {facts["torch"]}.
 
 {averaged(studies).markdown()}
@@ -71,8 +69,15 @@ Machine: {facts["cpu"]}, {facts["threads"]} threads, {facts["instruction set"]},
 "≠ definition" and "≠ simulated" are sums over the seeds: images on which the integer model's prediction differs from
 that of the operators' definitions in torch, and from that of the float simulation of the same quantization.
 
-{latencies(studies).markdown()}
-{END}"""
+{latencies(studies).markdown()}"""
+
+
+def fill(page: Path, mark: str, text: str) -> None:
+    """Puts text between the comments `mark: begin` and `mark: end` of a page."""
+    begin, end = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
+    before, _, rest = page.read_text().partition(begin)
+    after = rest.partition(end)[2]
+    replace_file(page, f"{before}{begin}\n{text}\n{end}{after}".encode())
 
 
 def main() -> None:
@@ -82,10 +87,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "digits")
     options = parser.parse_args()
     studies = [study.run(options.out / str(s), cache=options.cache, seed=s) for s in range(options.seeds)]
-    text = PAGE.read_text()
-    before, _, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2]
-    replace_file(PAGE, (before + section(studies) + after).encode())
+    fill(ROOT / "docs" / "results.md", "digits", section(studies))
+    fill(ROOT / "README.md", "demo", studies[0].table().markdown())
     replace_file(FIGURES, json.dumps([s.to_dict() for s in studies], indent=1, default=str).encode())
     print(averaged(studies).plain(), latencies(studies).plain(), sep="\n\n")
 

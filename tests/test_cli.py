@@ -20,7 +20,8 @@ from torch import nn
 def make(width=8):
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(),
-                         nn.Conv2d(width, width, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
+                         nn.Conv2d(width, width, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(width, 10))
 
 def data():
     x = torch.randn(12, 1, 8, 8, generator=torch.Generator().manual_seed(1))
