@@ -34,7 +34,7 @@ figure{margin:0;padding:.75rem;background:var(--card);border:1px solid var(--lin
 figcaption{font-weight:600;margin-bottom:.25rem}
 figure svg{width:100%;height:auto;display:block;color:var(--ink)}
 details{margin:.5rem 0}summary{cursor:pointer;padding:.3rem 0;font-weight:600}
-td:last-child{white-space:normal}p{color:var(--soft)}
+td:last-child:not(.n){white-space:normal}p{color:var(--soft)}
 """
 
 

@@ -23,7 +23,7 @@ class Table:
 
     def is_numeric(self, column: int) -> bool:
         values = [cells[column] for cells in self.cells() if cells[column]]
-        return bool(values) and all(v.replace(",", "")[0].isdigit() or v[0] in "-+" for v in values)
+        return bool(values) and all(v[0].isdigit() or v[0] in "-+(" for v in values)
 
     def rich(self) -> RichTable:
         table = RichTable(title=self.title or None, title_justify="left", header_style="bold")

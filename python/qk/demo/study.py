@@ -58,16 +58,26 @@ class Study:
     report_path: Path
 
     def table(self) -> Table:
+        accuracy = tables.percent(self.float_accuracy)
         batches = [f"batch {n} p50/p99 ms" for n in LATENCY_BATCHES]
-        headers = ["network", "rounding", "simulated %", "integer %", "≠ definition", "≠ simulated", "on disk"]
+        headers = [
+            "network",
+            "rounding",
+            "float %",
+            "simulated %",
+            "integer %",
+            "≠ definition",
+            "≠ simulated",
+            "on disk",
+        ]
         rows: list[list[Any]] = [
-            ["float", "", tables.percent(self.float_accuracy), None, None, None, tables.size(self.float_bytes)]
+            ["float", "", accuracy, None, None, None, None, tables.size(self.float_bytes)]
             + [self._float_times(i) for i in range(len(LATENCY_BATCHES))]
-            + [f"{self.train_seconds:.1f} to train"]
+            + [f"{self.train_seconds:.1f} (training)" if self.train_seconds > 0.5 else "(trained before)"]
         ]
         for run in self.runs:
             rows.append(
-                [run.name, run.method, tables.percent(run.simulated), tables.percent(run.integer)]
+                [run.name, run.method, accuracy, tables.percent(run.simulated), tables.percent(run.integer)]
                 + [run.not_definition, run.not_simulated, tables.size(run.size_bytes)]
                 + [f"{tables.ms(t.integer_p50)}/{tables.ms(t.integer_p99)}" for t in run.latency]
                 + [f"{run.seconds:.1f}"]
