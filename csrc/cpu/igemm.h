@@ -94,25 +94,8 @@ class Worker {
         t.k_end = t.k_begin + l_.group_padded;
         t.zeros = zeros_ + (at * l_.k_groups + g) * block;
         run(t);
-        const float* steps = room_.steps + g * tile_blocks * block;
-        for (int64_t r = 0; r < rows; ++r) {
-          const int64_t own = p_.epilogue.per_row ? first + row + r : 0;
-          const float x_step = p_.epilogue.x_step[own];
-          const int32_t x_zero = p_.epilogue.x_zero[own];
-          for (int64_t b = 0; b < blocks; ++b) {
-            const int64_t i = (r * blocks + b) * block;
-            const int32_t* sums = sums_ + ((at + b) * l_.k_groups + g) * block;
-            if (g == 0)
-              scale<true>(acc + i, sums, x_zero, x_step, steps + b * block, y + i);
-            else
-              scale<false>(acc + i, sums, x_zero, x_step, steps + b * block, y + i);
-          }
-        }
+        finish_rows(first + row, rows, at, blocks, g, acc, y, n_first, n_valid);
       }
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t b = 0; b < blocks; ++b)
-          finish_.write(y + (r * blocks + b) * block, bias_ + b * block, p_.out,
-                        (first + row + r) * p_.n + n_first + b * block, n_valid - b * block);
     }
   }
 
@@ -123,7 +106,35 @@ class Worker {
     for (int i = 0; i < tile_blocks * block; ++i) bias_[i] = e.bias && i < n_valid ? e.bias[n_first + i] : 0.0f;
     for (int64_t g = 0; g < l_.k_groups; ++g)
       for (int i = 0; i < tile_blocks * block; ++i)
-        room_.steps[g * tile_blocks * block + i] = i < n_valid ? e.weight_step[(n_first + i) * l_.k_groups + g] : 0.0f;
+        room_.steps[g * tile_blocks * block + i] =
+            i < n_valid ? e.weight_step[(n_first + i) * l_.k_groups + g] : 0.0f;
+  }
+
+  // Adds the sums of group g of K to y; with the last group, writes results.
+  void finish_rows(int64_t row, int64_t rows, int64_t at, int64_t blocks, int64_t g, const int32_t* acc, float* y,
+                   int64_t n_first, int64_t n_valid) const {
+    const Epilogue& e = p_.epilogue;
+    const bool last = g + 1 == l_.k_groups;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const Words sums = load<Words>(sums_ + ((at + b) * l_.k_groups + g) * block);
+      const Floats steps = load<Floats>(room_.steps + (g * tile_blocks + b) * block);
+      const Floats bias = load<Floats>(bias_ + b * block);
+      Words zero_sums = sums * static_cast<uint32_t>(*e.x_zero);
+      Floats step = steps * *e.x_step;
+      for (int64_t r = 0; r < rows; ++r) {
+        if (e.per_row) {
+          zero_sums = sums * static_cast<uint32_t>(e.x_zero[row + r]);
+          step = steps * e.x_step[row + r];
+        }
+        const int64_t i = (r * blocks + b) * block;
+        Floats value = scaled(acc + i, zero_sums, step);
+        if (g > 0) value = load<Floats>(y + i) + value;
+        if (last)
+          finish_.write(value + bias, p_.out, (row + r) * p_.n + n_first + b * block, n_valid - b * block);
+        else
+          std::memcpy(y + i, &value, sizeof value);
+      }
+    }
   }
 
   const Product& p_;
