@@ -88,13 +88,18 @@ class Worker {
     for (int64_t row = 0; row < count; row += tile_rows) {
       const int64_t rows = least<int64_t>(tile_rows, count - row);
       const Tile run = in_registers ? tile_for<B, small>(rows, blocks) : tile_for<8, small>(rows, blocks);
+      // Columns follow each other in memory: the panels of this one fetch the next, a stretch each.
+      t.ahead = codes_ + (at + blocks) * l_.block_bytes + row / tile_rows * (l_.k_padded * block);
       t.panel = room_.panels + row / tile_rows * panel_bytes(l_.k_padded);
       for (int64_t g = 0; g < l_.k_groups; ++g) {
         t.k_begin = g * l_.group_padded;
         t.k_end = t.k_begin + l_.group_padded;
         t.zeros = zeros_ + (at * l_.k_groups + g) * block;
         run(t);
-        finish_rows(first + row, rows, at, blocks, g, acc, y, n_first, n_valid);
+        if (p_.epilogue.per_row)
+          finish_rows<true>(first + row, rows, at, blocks, g, acc, y, n_first, n_valid);
+        else
+          finish_rows<false>(first + row, rows, at, blocks, g, acc, y, n_first, n_valid);
       }
     }
   }
@@ -111,26 +116,34 @@ class Worker {
   }
 
   // Adds the sums of group g of K to y; with the last group, writes results.
+  template <bool per_row>
   void finish_rows(int64_t row, int64_t rows, int64_t at, int64_t blocks, int64_t g, const int32_t* acc, float* y,
                    int64_t n_first, int64_t n_valid) const {
-    const Epilogue& e = p_.epilogue;
-    const bool last = g + 1 == l_.k_groups;
+    // Copies: what is written could alias the members, and every row would load them again.
+    const Finish finish = finish_;
+    const float* x_steps = p_.epilogue.x_step;
+    const int32_t* x_zeros = p_.epilogue.x_zero;
+    void* const out = p_.out;
+    const int64_t n = p_.n;
+    const bool first = g == 0, last = g + 1 == l_.k_groups;
     for (int64_t b = 0; b < blocks; ++b) {
       const Words sums = load<Words>(sums_ + ((at + b) * l_.k_groups + g) * block);
       const Floats steps = load<Floats>(room_.steps + (g * tile_blocks + b) * block);
       const Floats bias = load<Floats>(bias_ + b * block);
-      Words zero_sums = sums * static_cast<uint32_t>(*e.x_zero);
-      Floats step = steps * *e.x_step;
-      for (int64_t r = 0; r < rows; ++r) {
-        if (e.per_row) {
-          zero_sums = sums * static_cast<uint32_t>(e.x_zero[row + r]);
-          step = steps * e.x_step[row + r];
+      const int64_t valid = n_valid - b * block;
+      Words zero_sums = sums * static_cast<uint32_t>(*x_zeros);
+      Floats step = steps * *x_steps;
+      int64_t to = row * n + n_first + b * block;
+      for (int64_t r = 0; r < rows; ++r, to += n) {
+        if constexpr (per_row) {
+          zero_sums = sums * static_cast<uint32_t>(x_zeros[row + r]);
+          step = steps * x_steps[row + r];
         }
         const int64_t i = (r * blocks + b) * block;
         Floats value = scaled(acc + i, zero_sums, step);
-        if (g > 0) value = load<Floats>(y + i) + value;
+        if (!first) value = load<Floats>(y + i) + value;
         if (last)
-          finish_.write(value + bias, p_.out, (row + r) * p_.n + n_first + b * block, n_valid - b * block);
+          finish.write(value + bias, out, to, valid);
         else
           std::memcpy(y + i, &value, sizeof value);
       }
