@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import qk
 from _integer import pack_rows, weight
+
+import qk
 from harness import Case, main
 from qk.ops.gemm import reference
 

@@ -228,7 +228,9 @@ QK_INLINE Lanes dot4(Lanes acc, const Four& x, const Bytes& w) {
 QK_INLINE void store(int32_t* p, const Lanes& v) { std::memcpy(p, &v, 64); }
 
 // One part: channel i at 4 i .. 4 i + 3, and its sum at 4 i.
-struct Part { int32_t v[64]; };
+struct Part {
+  int32_t v[64];
+};
 constexpr int strip = 16, strip_parts = 1;
 
 QK_INLINE void interleave4(const uint8_t* const* taps, int64_t at, int64_t valid, Part* out) {

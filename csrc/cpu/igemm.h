@@ -111,8 +111,7 @@ class Worker {
     for (int i = 0; i < tile_blocks * block; ++i) bias_[i] = e.bias && i < n_valid ? e.bias[n_first + i] : 0.0f;
     for (int64_t g = 0; g < l_.k_groups; ++g)
       for (int i = 0; i < tile_blocks * block; ++i)
-        room_.steps[g * tile_blocks * block + i] =
-            i < n_valid ? e.weight_step[(n_first + i) * l_.k_groups + g] : 0.0f;
+        room_.steps[g * tile_blocks * block + i] = i < n_valid ? e.weight_step[(n_first + i) * l_.k_groups + g] : 0.0f;
   }
 
   // Adds the sums of group g of K to y; with the last group, writes results.

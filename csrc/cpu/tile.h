@@ -12,8 +12,9 @@ struct TileArgs {
   const uint8_t* zeros;   // [16] of the first block; only with unpacking
   int64_t zeros_pitch;
   int64_t k_begin, k_end;  // padded K, whole vectors
-  const uint8_t* ahead;    // what is needed after this column of tiles: one line of it is fetched into L2 with each vector
-  int32_t* acc;            // [rows][blocks * 16]
+  const uint8_t*
+      ahead;     // what is needed after this column of tiles: one line of it is fetched into L2 with each vector
+  int32_t* acc;  // [rows][blocks * 16]
 };
 
 // B: stored width; below 8 the weights are unpacked in registers. Every loop over the sums is unrolled: else gcc keeps
