@@ -89,7 +89,9 @@ def main() -> None:
     studies = [study.run(options.out / str(s), cache=options.cache, seed=s) for s in range(options.seeds)]
     fill(ROOT / "docs" / "results.md", "digits", section(studies))
     fill(ROOT / "README.md", "demo", studies[0].table().markdown())
-    replace_file(FIGURES, json.dumps([s.to_dict() for s in studies], indent=1, default=str).encode())
+    replace_file(
+        FIGURES, json.dumps([s.to_dict() | {"report_path": "report.html"} for s in studies], indent=1).encode()
+    )
     print(averaged(studies).plain(), latencies(studies).plain(), sep="\n\n")
 
 
