@@ -4,6 +4,7 @@
 
 #include "core/isa.h"
 #include "core/layout.h"
+#include "core/probe.h"
 
 namespace py = pybind11;
 
@@ -38,6 +39,7 @@ PYBIND11_MODULE(_core, m) {
     facts["cuda_archs"] = QK_CUDA_ARCHS;
     return facts;
   });
+  m.def("probe_products", &qk::probe_products, py::arg("rounds"), py::call_guard<py::gil_scoped_release>());
   m.def("packed_layout", &packed_layout, py::arg("shape"), py::arg("bits"), py::arg("groups") = 1,
         py::arg("k_groups") = 1, py::arg("cuda") = false);
 }

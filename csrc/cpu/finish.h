@@ -1,67 +1,84 @@
-// From sums to results: the arithmetic of ops/epilogue.h for rows of output channels.
+// From sums to results: the arithmetic of ops/epilogue.h for sixteen output channels at once. Vectors of the compiler
+// (vector_size), which it splits to what the instruction set has.
 #pragma once
+#include <cstring>
+
 #include "cpu/simd.h"
 #include "ops/epilogue.h"
+
+#pragma GCC diagnostic ignored "-Wpsabi"  // such vectors never cross a call here: everything below is inlined
 
 namespace qk::cpu::QK_ISA {
 namespace {
 
 constexpr int block = 16;  // output channels
 
-// What the results of a call share. Without an activation the limits are infinite: a comparison less to think of.
-struct Finish {
-  float low, high;
-  bool codes;
-  float out_inverse, out_low, out_high;
-  int32_t out_zero;
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint8_t Codes __attribute__((vector_size(16)));
 
-  explicit Finish(const Epilogue& e)
-      : low(e.activation == Activation::none ? -__builtin_inff() : 0.0f),
-        high(e.activation == Activation::relu6 ? 6.0f : __builtin_inff()),
-        codes(e.out_step != nullptr),
-        out_inverse(codes ? 1.0f / *e.out_step : 0.0f),
-        out_low(codes ? -*e.out_zero : 0),
-        out_high(codes ? top_code(e.out_bits) - *e.out_zero : 0),
-        out_zero(codes ? *e.out_zero : 0) {}
+#define QK_INLINE inline __attribute__((always_inline))
 
-  // y [block] with the bias still to add -> valid results at index `at` of out.
-  void write(const float* __restrict y, const float* __restrict bias, void* out, int64_t at, int64_t valid) const {
-    float v[block];
-    for (int i = 0; i < block; ++i) {
-      float t = y[i] + bias[i];
-      t = t < low ? low : t;
-      v[i] = t > high ? high : t;
-    }
-    if (!codes) {
-      float* o = static_cast<float*>(out) + at;
-      if (valid >= block)
-        for (int i = 0; i < block; ++i) o[i] = v[i];
-      else
-        for (int64_t i = 0; i < valid; ++i) o[i] = v[i];
-      return;
-    }
-    uint8_t c[block], *o = static_cast<uint8_t*>(out) + at;
-    for (int i = 0; i < block; ++i)
-      c[i] = static_cast<uint8_t>(static_cast<int32_t>(round_even(clamp_units(v[i] * out_inverse, out_low, out_high))) +
-                                  out_zero);
-    if (valid >= block)
-      for (int i = 0; i < block; ++i) o[i] = c[i];
-    else
-      for (int64_t i = 0; i < valid; ++i) o[i] = c[i];
-  }
-};
+template <class Vector, class T>
+QK_INLINE Vector load(const T* p) {
+  Vector v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
 
-// y (=, += after the first group of K) float(acc - zero * sums) * (x_step * weight_step). Sums wrap like the exact
-// ones in unsigned arithmetic and are exact where the result is in int32.
-template <bool first>
-inline void scale(const int32_t* __restrict acc, const int32_t* __restrict sums, int32_t zero, float x_step,
-                  const float* __restrict weight_step, float* __restrict y) {
-  for (int i = 0; i < block; ++i) {
-    const uint32_t exact = static_cast<uint32_t>(acc[i]) - static_cast<uint32_t>(zero) * static_cast<uint32_t>(sums[i]);
-    const float product = static_cast<float>(static_cast<int32_t>(exact)) * (x_step * weight_step[i]);
-    y[i] = first ? product : y[i] + product;
+// valid: how many of the sixteen there are; 16 or more is the rule.
+template <class Vector, class T>
+QK_INLINE void store_some(T* p, const Vector& v, int64_t valid) {
+  if (valid >= block) {
+    std::memcpy(p, &v, sizeof v);
+  } else {
+    T some[block];
+    std::memcpy(some, &v, sizeof v);
+    for (int64_t i = 0; i < valid; ++i) p[i] = some[i];
   }
 }
+
+// float(acc - zero * sums) * step with step = x_step * weight_step. The difference wraps, as the exact one does that
+// fits int32.
+QK_INLINE Floats scaled(const int32_t* acc, const Words& zero_sums, const Floats& step) {
+  return __builtin_convertvector(reinterpret_cast<Ints>(load<Words>(acc) - zero_sums), Floats) * step;
+}
+
+// What the results of a call share. Without an activation the limits are infinite: a comparison less to think of.
+class Finish {
+ public:
+  explicit Finish(const Epilogue& e)
+      : low_(e.activation == Activation::none ? -__builtin_inff() : 0.0f),
+        high_(e.activation == Activation::relu6 ? 6.0f : __builtin_inff()),
+        codes_(e.out_step != nullptr),
+        inverse_(codes_ ? 1.0f / *e.out_step : 0.0f),
+        code_low_(codes_ ? static_cast<float>(-*e.out_zero) : 0.0f),
+        code_high_(codes_ ? static_cast<float>(top_code(e.out_bits) - *e.out_zero) : 0.0f),
+        zero_(codes_ ? *e.out_zero : 0) {}
+
+  // y with bias -> `valid` results from index `at` of out on. NaN passes the limits, as in torch, and has the code
+  // zero.
+  QK_INLINE void write(const Floats& result, void* out, int64_t at, int64_t valid) const {
+    const Floats nothing = {}, low = nothing + low_, high = nothing + high_;
+    Floats y = result < low ? low : result;
+    y = y > high ? high : y;
+    if (!codes_) return store_some(static_cast<float*>(out) + at, y, valid);
+    const Floats bottom = nothing + code_low_, top = nothing + code_high_, magic = nothing + 12582912.0f;
+    Floats t = y * inverse_;
+    t = t == t ? t : nothing;
+    t = t > bottom ? t : bottom;
+    t = t < top ? t : top;
+    const Ints code = __builtin_convertvector((t + magic) - magic, Ints) + zero_;
+    store_some(static_cast<uint8_t*>(out) + at, __builtin_convertvector(code, Codes), valid);
+  }
+
+ private:
+  float low_, high_;
+  bool codes_;
+  float inverse_, code_low_, code_high_;
+  int32_t zero_;
+};
 
 }  // namespace
 }  // namespace qk::cpu::QK_ISA

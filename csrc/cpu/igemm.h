@@ -88,31 +88,19 @@ class Worker {
     for (int64_t row = 0; row < count; row += tile_rows) {
       const int64_t rows = least<int64_t>(tile_rows, count - row);
       const Tile run = in_registers ? tile_for<B, small>(rows, blocks) : tile_for<8, small>(rows, blocks);
+      // Columns follow each other in memory: the panels of this one fetch the next, a stretch each.
+      t.ahead = codes_ + (at + blocks) * l_.block_bytes + row / tile_rows * (l_.k_padded * block);
       t.panel = room_.panels + row / tile_rows * panel_bytes(l_.k_padded);
       for (int64_t g = 0; g < l_.k_groups; ++g) {
         t.k_begin = g * l_.group_padded;
         t.k_end = t.k_begin + l_.group_padded;
         t.zeros = zeros_ + (at * l_.k_groups + g) * block;
         run(t);
-        const float* steps = room_.steps + g * tile_blocks * block;
-        for (int64_t r = 0; r < rows; ++r) {
-          const int64_t own = p_.epilogue.per_row ? first + row + r : 0;
-          const float x_step = p_.epilogue.x_step[own];
-          const int32_t x_zero = p_.epilogue.x_zero[own];
-          for (int64_t b = 0; b < blocks; ++b) {
-            const int64_t i = (r * blocks + b) * block;
-            const int32_t* sums = sums_ + ((at + b) * l_.k_groups + g) * block;
-            if (g == 0)
-              scale<true>(acc + i, sums, x_zero, x_step, steps + b * block, y + i);
-            else
-              scale<false>(acc + i, sums, x_zero, x_step, steps + b * block, y + i);
-          }
-        }
+        if (p_.epilogue.per_row)
+          finish_rows<true>(first + row, rows, at, blocks, g, acc, y, n_first, n_valid);
+        else
+          finish_rows<false>(first + row, rows, at, blocks, g, acc, y, n_first, n_valid);
       }
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t b = 0; b < blocks; ++b)
-          finish_.write(y + (r * blocks + b) * block, bias_ + b * block, p_.out,
-                        (first + row + r) * p_.n + n_first + b * block, n_valid - b * block);
     }
   }
 
@@ -124,6 +112,41 @@ class Worker {
     for (int64_t g = 0; g < l_.k_groups; ++g)
       for (int i = 0; i < tile_blocks * block; ++i)
         room_.steps[g * tile_blocks * block + i] = i < n_valid ? e.weight_step[(n_first + i) * l_.k_groups + g] : 0.0f;
+  }
+
+  // Adds the sums of group g of K to y; with the last group, writes results.
+  template <bool per_row>
+  void finish_rows(int64_t row, int64_t rows, int64_t at, int64_t blocks, int64_t g, const int32_t* acc, float* y,
+                   int64_t n_first, int64_t n_valid) const {
+    // Copies: what is written could alias the members, and every row would load them again.
+    const Finish finish = finish_;
+    const float* x_steps = p_.epilogue.x_step;
+    const int32_t* x_zeros = p_.epilogue.x_zero;
+    void* const out = p_.out;
+    const int64_t n = p_.n;
+    const bool first = g == 0, last = g + 1 == l_.k_groups;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const Words sums = load<Words>(sums_ + ((at + b) * l_.k_groups + g) * block);
+      const Floats steps = load<Floats>(room_.steps + (g * tile_blocks + b) * block);
+      const Floats bias = load<Floats>(bias_ + b * block);
+      const int64_t valid = n_valid - b * block;
+      Words zero_sums = sums * static_cast<uint32_t>(*x_zeros);
+      Floats step = steps * *x_steps;
+      int64_t to = row * n + n_first + b * block;
+      for (int64_t r = 0; r < rows; ++r, to += n) {
+        if constexpr (per_row) {
+          zero_sums = sums * static_cast<uint32_t>(x_zeros[row + r]);
+          step = steps * x_steps[row + r];
+        }
+        const int64_t i = (r * blocks + b) * block;
+        Floats value = scaled(acc + i, zero_sums, step);
+        if (!first) value = load<Floats>(y + i) + value;
+        if (last)
+          finish.write(value + bias, out, to, valid);
+        else
+          std::memcpy(y + i, &value, sizeof value);
+      }
+    }
   }
 
   const Product& p_;

@@ -13,13 +13,31 @@ constexpr int64_t chunk_pitch = chunk * tile_rows;
 
 constexpr int64_t panel_bytes(int64_t k_padded) { return ceil_div(k_padded, chunk) * chunk_pitch; }
 
-// Short copies of any length; a call to memcpy costs more than most of them.
+template <int n>
+QK_INLINE void move_ends(uint8_t* __restrict to, const uint8_t* __restrict from, int64_t length) {
+  uint8_t head[n], tail[n];
+  std::memcpy(head, from, n);
+  std::memcpy(tail, from + length - n, n);
+  std::memcpy(to, head, n);
+  std::memcpy(to + length - n, tail, n);
+}
+
+// Short copies of any length; a call to memcpy costs more than most of them. The last piece overlaps the one before.
 QK_INLINE void move(uint8_t* __restrict to, const uint8_t* __restrict from, int64_t n) {
-  int64_t i = 0;
-  for (; i + 64 <= n; i += 64) std::memcpy(to + i, from + i, 64);
-  for (; i + 16 <= n; i += 16) std::memcpy(to + i, from + i, 16);
-  for (; i + 4 <= n; i += 4) std::memcpy(to + i, from + i, 4);
-  for (; i < n; ++i) to[i] = from[i];
+  if (n >= 64) {
+    for (int64_t i = 0; i + 64 < n; i += 64) std::memcpy(to + i, from + i, 64);
+    std::memcpy(to + n - 64, from + n - 64, 64);
+  } else if (n > 32) {
+    move_ends<32>(to, from, n);
+  } else if (n >= 16) {
+    move_ends<16>(to, from, n);
+  } else if (n >= 8) {
+    move_ends<8>(to, from, n);
+  } else if (n >= 4) {
+    move_ends<4>(to, from, n);
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+  }
 }
 
 // Writes one row from left to right, skipping what is added to the groups of K.
@@ -51,7 +69,7 @@ class RowWriter {
 
  private:
   uint8_t* at() const { return base_ + k_ / chunk * chunk_pitch + k_ % chunk; }
-  int64_t room(int64_t n) const { return least(n, least(chunk - k_ % chunk, left_)); }
+  int64_t room(int64_t n) const { return least(n, least(chunk - static_cast<int64_t>(k_ % chunk), left_)); }
   QK_INLINE void advance(int64_t n) {
     k_ += n;
     left_ -= n;
@@ -62,7 +80,8 @@ class RowWriter {
   }
 
   uint8_t* base_;
-  int64_t k_ = 0, left_, group_k_, gap_;
+  uint64_t k_ = 0;  // unsigned: chunks are powers of two
+  int64_t left_, group_k_, gap_;
 };
 
 }  // namespace

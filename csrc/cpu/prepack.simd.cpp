@@ -10,22 +10,29 @@ namespace {
 // A vector holds four bytes of one channel's row at rest: 32 / B codes of K. They leave as 8 / B steps of four codes:
 // code 4 s + t goes to byte t, bit s * B.
 template <int B>
-uint32_t to_steps(uint32_t rest) {
-  constexpr int parts = 8 / B;
-  uint32_t out = 0;
-  for (int s = 0; s < parts; ++s)
-    for (int t = 0; t < 4; ++t) {
-      const uint32_t code = (rest >> ((4 * s + t) * B)) & Bits<B>::mask;
-      out |= code << (8 * t + s * B);
-    }
-  return out;
+uint32_t to_steps(uint32_t x) {
+  if constexpr (B == 8) return x ^ 0x80808080u;
+  if constexpr (B == 4) {
+    const auto to_bytes = [](uint32_t four) {
+      four = (four | four << 8) & 0x00ff00ffu;
+      return (four | four << 4) & 0x0f0f0f0fu;
+    };
+    return to_bytes(x & 0xffffu) | to_bytes(x >> 16) << 4;
+  }
+  // 2 bits: a 4 x 4 matrix is transposed; first inside its quarters, then the quarters.
+  uint32_t swap = ((x >> 6) ^ x) & 0x00cc00ccu;
+  x ^= swap ^ (swap << 6);
+  swap = ((x >> 12) ^ x) & 0x0000f0f0u;
+  return x ^ swap ^ (swap << 12);
 }
 
+// Sum of the 32 / B codes of four bytes: neighbours are added until a byte, or two, holds a sum.
 template <int B>
-int32_t code_sum(uint32_t codes) {
-  int32_t sum = 0;
-  for (int i = 0; i < 32 / B; ++i) sum += static_cast<int32_t>((codes >> (i * B)) & Bits<B>::mask);
-  return sum;
+int32_t code_sum(uint32_t x) {
+  if constexpr (B == 2) x = (x & 0x33333333u) + (x >> 2 & 0x33333333u);
+  if constexpr (B < 8) x = (x & 0x0f0f0f0fu) + (x >> 4 & 0x0f0f0f0fu);
+  x = (x & 0x00ff00ffu) + (x >> 8 & 0x00ff00ffu);
+  return static_cast<int32_t>((x & 0xffffu) + (x >> 16));
 }
 
 int code_at(const uint8_t* row, int64_t k, int bits) { return (row[k * bits / 8] >> (k * bits % 8)) & top_code(bits); }
@@ -56,7 +63,7 @@ void pack_block(const PrepackArgs& a, int64_t at) {
               rest |= code << (j * B);
             }
           }
-          steps = B == 8 ? rest ^ 0x80808080u : to_steps<B>(rest);
+          steps = to_steps<B>(rest);
           sum += code_sum<B>(rest) - static_cast<int32_t>(per_vector * zero);
         }
         std::memcpy(out, &steps, 4);

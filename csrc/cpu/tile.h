@@ -12,7 +12,9 @@ struct TileArgs {
   const uint8_t* zeros;   // [16] of the first block; only with unpacking
   int64_t zeros_pitch;
   int64_t k_begin, k_end;  // padded K, whole vectors
-  int32_t* acc;            // [rows][blocks * 16]
+  const uint8_t*
+      ahead;     // what is needed after this column of tiles: one line of it is fetched into L2 with each vector
+  int32_t* acc;  // [rows][blocks * 16]
 };
 
 // B: stored width; below 8 the weights are unpacked in registers. Every loop over the sums is unrolled: else gcc keeps
@@ -64,7 +66,12 @@ void tile(const TileArgs& a) {
     const int64_t stop = least(a.k_end, k / chunk * chunk + chunk);
     const uint8_t* x = a.panel + k / chunk * chunk_pitch + k % chunk;
     const uint8_t* w = a.weight + k / per_vector * 64;
+    const uint8_t* ahead = a.ahead + k / per_vector * 64;
     for (; k + unroll * per_vector <= stop; k += unroll * per_vector, x += unroll * per_vector, w += unroll * 64) {
+      if constexpr (unroll == 1) {
+        __builtin_prefetch(ahead, 0, 2);
+        ahead += 64;
+      }
 #pragma GCC unroll 4
       for (int u = 0; u < unroll; ++u) vector(x + u * per_vector, w + u * 64, u * parts);
     }

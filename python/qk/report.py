@@ -1,0 +1,165 @@
+"""What a run did, in figures: each layer with its width, error, size and time, or the reason why it is in float."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from html import escape
+from math import inf, isfinite
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table as RichTable
+
+from qk import tables
+from qk.files import replace_file
+from qk.page import figures, page
+from qk.tables import Table
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer before and after. None: not measured.
+
+    weights, activations: bits; None for a layer left in float, and `reason` says why. sqnr_db: power of the float
+    output over power of the error of the integer one, on calibration data. *_bytes: of the weight (with its steps and
+    zeros). *_ms: median time of one call at the shapes that were seen.
+    """
+
+    name: str
+    kind: str
+    weights: int | None = None
+    activations: int | None = None
+    reason: str = ""
+    sqnr_db: float | None = None
+    float_bytes: int | None = None
+    integer_bytes: int | None = None
+    float_ms: float | None = None
+    integer_ms: float | None = None
+
+    @property
+    def width(self) -> str:
+        return "float" if self.weights is None else f"W{self.weights}A{self.activations}"
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds per call of the whole model at one batch size, float and integer alternating in one process."""
+
+    batch: int
+    float_p50: float
+    float_p99: float
+    integer_p50: float
+    integer_p99: float
+
+
+@dataclass
+class Report:
+    """accuracy: "float", "simulated", "integer" -> share of labels met. losses: unit -> [{"iteration", "loss"}].
+
+    size_bytes: "float", "integer" -> bytes on disk. seconds: stage -> time it took.
+    """
+
+    title: str
+    layers: list[LayerReport] = field(default_factory=list)
+    accuracy: dict[str, float] = field(default_factory=dict)
+    size_bytes: dict[str, int] = field(default_factory=dict)
+    latency: list[Latency] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    losses: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    folds: dict[str, str] = field(default_factory=dict)
+    links: list[tuple[str, ...]] = field(default_factory=list)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def summary(self) -> Table:
+        """The whole model, before and after."""
+        rows: list[list[Any]] = []
+        if self.accuracy:
+            share = {name: self.accuracy.get(name) for name in ("float", "simulated", "integer")}
+            change = None
+            if share["float"] is not None and share["integer"] is not None:
+                change = f"{100 * (share['integer'] - share['float']):+.2f} points"
+            rows.append(["accuracy (%)", tables.percent(share["float"]), tables.percent(share["integer"]), change])
+            rows.append(["accuracy, simulated in float (%)", None, tables.percent(share["simulated"]), None])
+        if self.size_bytes:
+            before, after = self.size_bytes.get("float"), self.size_bytes.get("integer")
+            change = f"{before / after:.2f}x smaller" if before and after else None
+            rows.append(["size on disk", tables.size(before), tables.size(after), change])
+        for timing in self.latency:
+            for which in ("p50", "p99"):
+                before, after = getattr(timing, f"float_{which}"), getattr(timing, f"integer_{which}")
+                change = f"{before / after:.2f}x faster" if before >= after else f"{after / before:.2f}x slower"
+                name = f"latency {which}, batch {timing.batch} (ms)"
+                rows.append([name, tables.ms(before), tables.ms(after), change])
+        return Table("", ["whole model", "float", "quantized", "change"], rows)
+
+    def layer_table(self) -> Table:
+        headers = ["layer", "kind", "width", "SQNR (dB)", "weight", "quantized", "float (ms)", "quantized (ms)"]
+        rows = []
+        for layer in self.layers:
+            error = None if layer.sqnr_db is None else "no error" if layer.sqnr_db == inf else f"{layer.sqnr_db:.1f}"
+            sizes = [tables.size(layer.float_bytes), tables.size(layer.integer_bytes)]
+            times = [tables.ms(layer.float_ms), tables.ms(layer.integer_ms)]
+            rows.append([layer.name, layer.kind, layer.width, error, *sizes, *times])
+        return Table("", headers, rows)
+
+    def kept_table(self) -> Table:
+        """Layers in float and why."""
+        return Table("", ["left in float", "why"], [[x.name, x.reason] for x in self.layers if x.weights is None])
+
+    def table(self) -> RichTable:
+        return self.layer_table().rich()
+
+    def tables(self) -> list[Table]:
+        """What a terminal shows: the model, its layers, what stayed in float."""
+        return [t for t in (self.summary(), self.layer_table(), self.kept_table()) if t.rows]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: what is not finite (the error ratio of a layer without error) is None."""
+        return _plain(asdict(self))
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Report:
+        data = dict(data)
+        data["layers"] = [LayerReport(**x) for x in data.get("layers", [])]
+        data["latency"] = [Latency(**x) for x in data.get("latency", [])]
+        data["links"] = [tuple(x) for x in data.get("links", [])]
+        return Report(**data)
+
+    def section(self) -> str:
+        """The report as HTML to put into a page."""
+        parts = [self.summary().html() if self.summary().rows else "", figures(self)]
+        parts += [f"<h2>Layers</h2>{self.layer_table().html()}" if self.layers else ""]
+        if self.kept_table().rows:
+            parts.append(f"<h2>Left in float</h2>{self.kept_table().html()}")
+        if self.notes:
+            parts.append("<h2>Notes</h2><ul>" + "".join(f"<li>{escape(n)}</li>" for n in self.notes) + "</ul>")
+        facts = {"Time taken (s)": {k: f"{v:.1f}" for k, v in self.seconds.items()}, "Recipe": self.recipe}
+        facts |= {"BatchNorms folded into": self.folds, "Machine": self.machine}
+        if self.links:
+            facts["Layers that read one tensor"] = {str(i + 1): ", ".join(x) for i, x in enumerate(self.links)}
+        for name, values in facts.items():
+            if values:
+                table = Table("", ["", ""], [[k, _text(v)] for k, v in values.items()])
+                parts.append(f"<details><summary>{escape(name)}</summary>{table.html()}</details>")
+        return "".join(parts)
+
+    def save(self, path: str | Path) -> Path:
+        """Writes one self-contained HTML file, or JSON for a name that ends in .json. Returns the path."""
+        if str(path).endswith(".json"):
+            return replace_file(path, json.dumps(self.to_dict(), indent=1).encode())
+        return replace_file(path, page(self.title, self.section()).encode())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(v) for name, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,188 @@
+"""The command line: results on stdout, one plain line and exit code 1 for bad input."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import qk
+from qk.cli import app
+
+MODEL = """
+import torch
+from torch import nn
+
+def make(width=8):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(),
+                         nn.Conv2d(width, width, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(width, 10))
+
+def data():
+    x = torch.randn(12, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    return [x[:6], x[6:]], [(x, make().eval()(x).argmax(1))]
+
+def unlabelled():
+    return data()[0], None
+
+def wrong():
+    return 3
+"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs a command where cli_model.py lies; MODEL and DATA name its functions."""
+    (tmp_path / "cli_model.py").write_text(MODEL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def call(*words, code=0):
+        words = [w.replace("MODEL", "python:cli_model:make").replace("DATA", "python:cli_model:data") for w in words]
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == code, result.output
+        return result
+
+    return call
+
+
+QUICK = ("--set", "iterations=3", "--set", "batch_size=4")
+
+
+def test_quantize_eval_and_inspect_agree(run, tmp_path):
+    made = run("quantize", "--model", "MODEL", "--data", "DATA", "--out", "out", *QUICK, "--json")
+    report = json.loads(made.stdout)
+    assert report["accuracy"]["float"] == 1.0
+    assert (tmp_path / "out" / "report.html").exists()
+
+    measured = json.loads(run("eval", "--model", "MODEL", "--data", "DATA", "--checkpoint", "out", "--json").stdout)
+    assert measured["accuracy"] == report["accuracy"]["integer"]
+    assert run("eval", "--model", "MODEL", "--data", "DATA").stdout == "accuracy: 100.00 %\n"
+
+    held = json.loads(run("inspect", "out", "--json").stdout)
+    assert [x["width"] for x in held["layers"]] == ["W8A8", "W4A8", "W8A8"]
+    assert held["bytes"] == report["size_bytes"]["integer"]
+    assert "W4A8" in run("inspect", "out").stdout
+
+
+def test_quantize_shows_a_table_and_where_things_are(run, tmp_path):
+    shown = run("quantize", "--model", "MODEL", "--data", "DATA", "--out", "o", "--report", "r.json", *QUICK).stdout
+    for word in ("size on disk", "latency p50, batch 1", "W4A8", "checkpoint: o", "report: r.json"):
+        assert word in shown
+    assert json.loads((tmp_path / "r.json").read_text())["layers"]
+
+
+def test_a_recipe_comes_from_a_file_and_from_set(run, tmp_path):
+    (tmp_path / "r.yaml").write_text("weights: 2\nmethod: nearest\n")
+    words = ["inspect", "MODEL", "--shape", "2,1,8,8", "--recipe", "r.yaml", "--json"]
+    widths = [x["width"] for x in json.loads(run(*words).stdout)["layers"]]
+    assert widths == ["W8A8", "W2A8", "W8A8"]
+    changed = run(*words, "--set", "overrides.3.weights=4", "--set", "overrides.3.activations=4", "--set", "skip=['7']")
+    assert [x["width"] for x in json.loads(changed.stdout)["layers"]] == ["W8A8", "W4A4", "float"]
+
+
+def test_inspect_names_folds(run):
+    shown = run("inspect", "MODEL?width=4", "--data", "DATA").stdout
+    assert "4x1x3x3" in shown
+    assert "folded into" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["eval", "--model", "nothing", "--data", "DATA"], "source must be torchvision:NAME"),
+        (["eval", "--model", "torchvision:resnet", "--data", "DATA"], "list_models"),
+        (["eval", "--model", "python:cli_model:missing", "--data", "DATA"], "a module and a function"),
+        (["eval", "--model", "python:cli_model:data", "--data", "DATA"], "returns an nn.Module"),
+        (["eval", "--model", "hf:nowhere", "--data", "DATA"], "config.json"),
+        (["eval", "--model", "MODEL", "--data", "nothing"], "source must be digits"),
+        (["eval", "--model", "MODEL", "--data", "python:cli_model:wrong"], "calibration batches in a list"),
+        (["eval", "--model", "MODEL", "--data", "python:cli_model:unlabelled"], "must have labels"),
+        (["eval", "--model", "MODEL", "--data", "imagefolder:nowhere"], "class folders"),
+        (["eval", "--model", "MODEL", "--data", "imagefolder:."], "no images"),
+        (["eval", "--model", "MODEL", "--data", "DATA", "--weights", "none.pt"], "weights: none.pt must be a file"),
+        (["eval", "--model", "MODEL", "--data", "DATA", "--weights", "cli_model.py"], "torch file of tensors"),
+        (["eval", "--model", "MODEL", "--data", "DATA", "--checkpoint", "."], "qk.json"),
+        (["inspect", "."], "qk.json"),
+        (["inspect", "MODEL"], "--data or --shape"),
+        (["inspect", "MODEL", "--shape", "1,a"], "positive numbers with commas"),
+        (["quantize", "--model", "MODEL", "--data", "DATA", "--out", "o", "--set", "bits=4"], "bits"),
+        (["quantize", "--model", "MODEL", "--data", "DATA", "--out", "o", "--set", "weights=5"], "weights"),
+        (["quantize", "--model", "MODEL", "--data", "DATA", "--out", "o", "--set", "weights"], "FIELD=VALUE"),
+        (["quantize", "--model", "MODEL", "--data", "DATA", "--out", "o", "--recipe", "no.yaml"], "no.yaml"),
+    ],
+)
+def test_bad_input_is_one_plain_line(run, words, message):
+    if "torchvision:resnet" in words and importlib.util.find_spec("torchvision") is None:
+        pytest.skip("torchvision is not installed")
+    result = run(*words, code=1)
+    assert message in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+
+
+def test_debug_shows_where_an_error_came_from(run):
+    result = run("--debug", "inspect", "MODEL", code=1)
+    assert isinstance(result.exception, qk.QkError)
+
+
+def test_weights_of_another_model_are_named(run, tmp_path):
+    torch.save(nn.Linear(3, 4).state_dict(), tmp_path / "w.pt")
+    result = run("eval", "--model", "MODEL", "--data", "DATA", "--weights", "w.pt", code=1)
+    assert "Missing key" in result.stderr
+
+
+def test_weights_are_loaded_from_both_kinds_of_file(run, tmp_path):
+    from safetensors.torch import save_file
+
+    from qk.sources import load_model
+
+    state = {name: torch.full_like(t, 2) for name, t in load_model("python:cli_model:make").state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "w.pt")
+    save_file(state, tmp_path / "w.safetensors")
+    for file in ("w.pt", "w.safetensors"):
+        assert load_model("python:cli_model:make", file)[0].weight.unique().tolist() == [2.0]
+
+
+def test_a_pickled_object_is_not_executed(run, tmp_path):
+    torch.save({"a": nn.Linear(2, 2)}, tmp_path / "w.pt")
+    result = run("eval", "--model", "MODEL", "--data", "DATA", "--weights", "w.pt", code=1)
+    assert "torch file of tensors" in result.stderr
+
+
+def test_a_folder_of_images_is_split_into_calibration_and_evaluation(run, tmp_path):
+    image_module = pytest.importorskip("PIL.Image")
+    from qk.sources import load_data
+
+    for color in ("red", "blue"):
+        (tmp_path / "images" / color).mkdir(parents=True)
+        for i in range(5):
+            image_module.new("RGB", (20 + i, 30), color).save(tmp_path / "images" / color / f"{i}.png")
+    data = load_data("imagefolder:images?size=16&resize=18&calibration=4", batch_size=3)
+    assert [tuple(x.shape) for x in data.calibration] == [(3, 3, 16, 16), (1, 3, 16, 16)]
+    assert sum(len(labels) for _, labels in data.evaluation) == 6
+    for images, labels in data.evaluation:
+        assert ((images[:, 0] > images[:, 2]).flatten(1).all(1) == labels.bool()).all()  # blue is 0, red 1
+    (tmp_path / "images" / "red" / "9.png").write_bytes(b"no image")
+    with pytest.raises(qk.QkError, match=r"9\.png must be a readable image"):
+        load_data("imagefolder:images?calibration=11")
+
+
+def test_doctor_finds_the_kernels_equal_to_their_definitions(run):
+    assert "all checks passed" in run("doctor").stdout
+    facts = json.loads(run("doctor", "--json").stdout)
+    assert set(facts["checks"].values()) == {"equal"}
+    assert set(facts["checks"]) == set(qk.usable_isas())
+
+
+def test_doctor_fails_when_a_kernel_differs(run, monkeypatch):
+    from qk import doctor
+
+    monkeypatch.setattr(doctor, "_check", lambda isa: "differs")
+    assert "a check failed" in run("doctor", code=1).stdout

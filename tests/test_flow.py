@@ -1,0 +1,136 @@
+"""qk.quantize: the stages in one call, on a small model."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import qk
+from qk.flow import resized
+
+
+class Net(nn.Module):
+    """A residual unit, a layer that no kernel runs, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.a, self.b = Unit(), Unit()
+        self.odd = nn.Conv1d(8, 8, 1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.b(self.a(self.stem(x)))
+        return self.head(self.odd(x.flatten(2)).mean(2))
+
+
+class Unit(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        return torch.relu(x + self.conv2(torch.relu(self.conv1(x))))
+
+
+@pytest.fixture
+def model():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Net().train()
+
+
+@pytest.fixture
+def batches():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(6, 3, 9, 7, generator=generator) for _ in range(3)]
+
+
+def quick(**fields):
+    return qk.Recipe(**({"iterations": 8, "batch_size": 4} | fields))
+
+
+def test_the_integer_model_equals_its_definition_and_the_report_is_whole(model, batches, tmp_path):
+    before = copy.deepcopy(model.state_dict())
+    result = qk.quantize(
+        model, batches, quick(), evaluate=lambda m: float(m(batches[0]).isfinite().all()), out=tmp_path
+    )
+    with torch.no_grad():
+        found = result.model(batches[0])
+        with qk.deploy.definition():
+            assert torch.equal(found, result.model(batches[0]))
+    assert model.training
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+    report = result.report
+    rows = {layer.name: layer for layer in report.layers}
+    assert rows["a.conv1"].width == "W4A8"
+    assert rows["stem.0"].width == rows["head"].width == "W8A8"
+    assert rows["odd"].weights is None
+    assert "Conv1d has no integer kernel" in rows["odd"].reason
+    assert all(r.sqnr_db > 5 and r.float_ms > 0 and r.integer_ms > 0 for r in report.layers if r.weights)
+    assert report.accuracy == {"float": 1.0, "simulated": 1.0, "integer": 1.0}
+    assert report.size_bytes["integer"] == sum(f.stat().st_size for f in tmp_path.iterdir())
+    assert report.latency[0].integer_p99 >= report.latency[0].integer_p50 > 0
+    assert report.losses
+    assert report.folds == {"stem.1": "stem.0"}
+    assert torch.equal(found, qk.load(tmp_path, model=model)(batches[0]))
+
+
+def test_nearest_learns_nothing(model, batches):
+    result = qk.quantize(model, batches, quick(method="nearest"), measure=False)
+    assert result.report.losses == {}
+    assert "reconstruct" not in result.report.seconds
+    assert result.report.latency == []
+
+
+def test_same_seed_same_bits(model, batches):
+    def bits():
+        return qk.quantize(model, batches, quick(), measure=False, progress=False).model.state_dict()
+
+    first, second = bits(), bits()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_batches_that_can_be_read_once_serve_every_stage(model, batches):
+    result = qk.quantize(model, iter(batches), quick(), measure=False, progress=False)
+    again = qk.quantize(model, batches, quick(), measure=False, progress=False)
+    assert torch.equal(result.model(batches[0]), again.model(batches[0]))
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "at least one batch"),
+        (torch.zeros(2, 3, 9, 7), "Put a single batch in a list"),
+        ([torch.zeros(2, 4, 9, 7)], "input that the model"),
+        ([torch.full((2, 3, 9, 7), torch.nan)], "finite"),
+    ],
+)
+def test_bad_batches_are_named_before_work_is_lost(model, batches, message):
+    with pytest.raises(qk.QkError, match=message):
+        qk.quantize(model, batches, quick())
+
+
+def test_a_model_without_a_layer_to_quantize_raises(batches):
+    with pytest.raises(qk.QkError, match="Conv2d or Linear"):
+        qk.quantize(nn.Sequential(nn.Flatten(), nn.Tanh()), batches, quick())
+
+
+def test_names_of_stages_are_functions_and_their_folders_import():
+    from qk.calibrate.batches import hold
+    from qk.prepare.insert import QuantLayer
+
+    assert callable(qk.prepare)
+    assert callable(qk.calibrate)
+    assert hold.__module__ == "qk.calibrate.batches"
+    assert QuantLayer.__module__ == "qk.prepare.insert"
+
+
+def test_an_example_is_cut_or_repeated_along_its_first_axis():
+    x = torch.arange(3)
+    assert resized({"x": x}, 5)["x"].tolist() == [0, 1, 2, 0, 1]
+    assert resized((x, x), 1)[1].tolist() == [0]
