@@ -22,6 +22,9 @@ struct Bits {
   static constexpr int per_byte = 8 / B, mask = (1 << B) - 1;
 };
 
+// Bytes of a packed row at rest: a multiple of 16, so that a kernel may read whole vectors.
+QK_HD constexpr int64_t packed_row_bytes(int64_t cols, int64_t bits) { return (cols * bits + 127) / 128 * 16; }
+
 QK_HD constexpr int top_code(int64_t bits) { return (1 << bits) - 1; }
 
 // Not inline: files compiled per instruction set must not bring copies of std::string along.

@@ -2,12 +2,33 @@
 
 import qk._native  # noqa: F401  registers torch.ops.qk
 from qk.ops.conv2d import conv2d
+from qk.ops.dequantize import dequantize
 from qk.ops.fisher_loss import fisher_loss
 from qk.ops.gemm import gemm
 from qk.ops.lsq import lsq
+from qk.ops.pack import pack
 from qk.ops.prepack import prepack
+from qk.ops.quantize import quantize
+from qk.ops.quantize_rows import quantize_rows
 from qk.ops.range_error import range_error
 from qk.ops.rounding_penalty import rounding_penalty
 from qk.ops.soft_round import soft_round
+from qk.ops.sparq import sparq
+from qk.ops.unpack import unpack
 
-__all__ = ["conv2d", "fisher_loss", "gemm", "lsq", "prepack", "range_error", "rounding_penalty", "soft_round"]
+__all__ = [
+    "conv2d",
+    "dequantize",
+    "fisher_loss",
+    "gemm",
+    "lsq",
+    "pack",
+    "prepack",
+    "quantize",
+    "quantize_rows",
+    "range_error",
+    "rounding_penalty",
+    "soft_round",
+    "sparq",
+    "unpack",
+]

@@ -15,8 +15,8 @@ def fisher_loss(output: Tensor, target: Tensor, weight: Tensor | None = None, sc
 
     output, target, weight: [...], float32, of one shape; without weight it is 1 everywhere (the squared error).
     The mean over batch and positions of the sum over channels has scale = channels / output.numel().
-    Returns one value, []. The same bits for every number of threads and instruction set. Raises RuntimeError for another
-    dtype, device or shape.
+    Returns one value, []. The same bits for every number of threads and instruction set. Raises RuntimeError for
+    another dtype, device or shape.
     """
     return torch.ops.qk.fisher_loss(output, target, weight, scale)
 

@@ -14,9 +14,8 @@ def range_error(x: Tensor, step: Tensor, zero: Tensor, bits: int, power: float =
 
     x: [rows, cols], float32; a tensor with one range is [1, n]. step: float32, positive, and zero: int32, both
     [rows, candidates]. bits: 2 to 8. power: positive; 1 and 2 take no logarithm.
-    Returns [rows, candidates], float32, with sums accumulated in float64; NaN for a row with NaN in it. The same bits for
-    every number of threads and instruction set. Raises RuntimeError for another dtype, device, shape, or a step that is
-    not positive.
+    Returns [rows, candidates], float32; NaN for a row with NaN in it. The same bits for every number of threads and
+    instruction set. Raises RuntimeError for another dtype, device, shape, or a step that is not positive.
     """
     return torch.ops.qk.range_error(x, step, zero, bits, power)
 

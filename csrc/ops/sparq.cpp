@@ -1,0 +1,27 @@
+#include "ops/sparq.h"
+
+#include "core/check.h"
+#include "core/register.h"
+
+namespace qk {
+
+template <void (*kernel)(const SparqArgs&)>
+Tensor sparq(const Tensor& codes, int64_t bits, int64_t stride, bool round, bool pairs) {
+  check_dtype("sparq", "codes", codes, ScalarType::Byte);
+  check_tensor(codes.dim() >= 1, "sparq", "codes", "[..., cols]", codes, "A single value has no partner.");
+  check(bits >= 2 && bits <= 4, "sparq", "bits", "2, 3 or 4", bits);
+  check(stride == 1 || (bits == 4 && (stride == 2 || stride == 4)), "sparq", "stride", "1, or with 4 bits 1, 2 or 4",
+        stride);
+  const Tensor us = dense(codes);
+  Tensor out = torch::stable::new_empty(us, us.sizes());
+  if (us.numel() == 0) return out;
+  const int64_t cols = pairs ? us.size(us.dim() - 1) : us.numel();
+  QK_DEVICE_GUARD(codes);
+  kernel({us.const_data_ptr<uint8_t>(), out.mutable_data_ptr<uint8_t>(), us.numel() / cols, cols,
+          static_cast<int>(bits), static_cast<int>(stride), round, pairs});
+  return out;
+}
+
+QK_REGISTER(m) { m.impl("sparq", TORCH_BOX(&sparq<QK_DEVICE::sparq>)); }
+
+}  // namespace qk

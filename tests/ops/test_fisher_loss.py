@@ -1,0 +1,105 @@
+import math
+
+import pytest
+import torch
+
+import qk
+from qk.ops.fisher_loss import reference, reference_backward
+
+SHAPES = [(5, 67), (1,), (0,), (2, 3, 50, 70), ()]
+
+
+def problem(shape, weighted, device="cpu"):
+    random = torch.Generator().manual_seed(0)
+    output, target, weight = (torch.randn(shape, generator=random).to(device) for _ in range(3))
+    return output, target, weight.square() if weighted else None
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_value_is_the_definition(weighted, device):
+    for shape in SHAPES:
+        output, target, weight = problem(shape, weighted, device)
+        got = qk.ops.fisher_loss(output, target, weight, 0.25)
+        wide = [None if t is None else t.double() for t in (output, target, weight)]
+        want = reference(*wide, 0.25)
+        assert got.shape == ()
+        # Three roundings of a term, one of the result, and the additions of a lane (8192 / 16), all of one sign.
+        assert (got.double() - want).abs() <= (8192 / 16 + 16 + 4) * 2.0**-24 * want, shape
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_gradient_is_the_definition_and_target_and_weight_have_none(weighted, device):
+    for shape in SHAPES:
+        output, target, weight = problem(shape, weighted, device)
+        leaves = [t.requires_grad_() for t in (output, target, weight) if t is not None]
+        loss = qk.ops.fisher_loss(output, target, weight, 0.25)
+        got = torch.autograd.grad(loss * 3, leaves, allow_unused=True)
+        output, target, weight = (None if t is None else t.detach() for t in (output, target, weight))
+        want = reference_backward(torch.tensor(3.0, device=device), output, target, weight, 0.25)
+        torch.testing.assert_close(got[0], want, rtol=4 * 2.0**-23, atol=0)  # products in another order
+        assert got[1:] == (None,) * (len(leaves) - 1)
+
+
+def test_worked_numbers(device):
+    g = torch.tensor([[0.2, -0.1], [0.05, 0.4]], device=device)
+    difference = torch.tensor([[1, 2], [-1, 0.5]], device=device)
+    target = torch.tensor([[4.0, -8.0], [0.25, 1.0]], device=device)
+    for weight, loss in [(g.square(), 0.06125), ((g.abs() + 1).square(), 3.93625), (None, 3.125)]:
+        got = qk.ops.fisher_loss(target + difference, target, weight, 1 / 2)
+        assert got.item() == pytest.approx(loss, rel=1e-6)
+
+
+def test_strides_do_not_matter(device):
+    output, target, weight = problem((2, 3, 5, 7), True, device)
+    turned = [t.to(memory_format=torch.channels_last) for t in (output, target, weight)]
+    assert torch.equal(qk.ops.fisher_loss(*turned), qk.ops.fisher_loss(output, target, weight))
+    grad = torch.ones((), device=device)
+    got = torch.ops.qk.fisher_loss_backward(grad, *turned, 1.0)
+    assert torch.equal(got, torch.ops.qk.fisher_loss_backward(grad, output, target, weight, 1.0))
+
+
+def test_nan_shows(device):
+    assert qk.ops.fisher_loss(torch.full((3,), torch.nan, device=device), torch.zeros(3, device=device)).isnan()
+
+
+def test_threads_and_instruction_sets_change_no_bit(each_isa_and_threads):
+    output, target, weight = problem((300_007,), True)
+    grad = torch.tensor(0.5)
+    each_isa_and_threads(
+        lambda: (
+            qk.ops.fisher_loss(output, target, weight, 0.1).reshape(1),
+            torch.ops.qk.fisher_loss_backward(grad, output, target, weight, 0.1),
+            torch.ops.qk.fisher_loss_backward(grad, output, target, None, 0.1),
+        )
+    )
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_registration(weighted, device):
+    output, target, weight = problem((5, 67), weighted, device)
+    grad = torch.ones((), device=device)
+    torch.library.opcheck(torch.ops.qk.fisher_loss_backward.default, (grad, output, target, weight, 0.5))
+    torch.library.opcheck(torch.ops.qk.fisher_loss.default, (output.requires_grad_(), target, weight, 0.5))
+
+
+ONES = torch.ones(5, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"output": ONES.double()}, r"qk::fisher_loss: output must be Float, got Double \[5, 8\]"),
+        ({"target": ONES.int()}, r"target must be Float, got Int"),
+        ({"target": ONES[:1]}, r"target must be of the shape of output, Float \[5, 8\], got Float \[1, 8\]"),
+        ({"weight": ONES[0]}, r"weight must be of the shape of output, Float \[5, 8\], got Float \[8\]"),
+        ({"scale": math.nan}, r"scale must be finite, got nan"),
+    ],
+)
+def test_bad_input_is_refused(change, message):
+    with pytest.raises(RuntimeError, match=message):
+        qk.ops.fisher_loss(**({"output": ONES, "target": ONES, "weight": ONES, "scale": 1.0} | change))
+
+
+def test_gradient_that_is_not_one_value_is_refused():
+    with pytest.raises(RuntimeError, match=r"fisher_loss_backward: grad must be one float32 value"):
+        torch.ops.qk.fisher_loss_backward(ONES, ONES, ONES, None, 1.0)

@@ -1,0 +1,269 @@
+"""No operator crashes, writes into its arguments, or disagrees with its fake, whatever it is given.
+
+Each example starts from arguments that are likely to be valid and replaces up to two of them by anything of their type.
+"""
+
+import random
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, note, settings
+from hypothesis import strategies as st
+
+import qk
+
+SIZES = (0, 1, 1, 2, 3, 5, 8, 16, 17, 33)
+INTS = (-(2**62), -1, 0, 1, 2, 3, 4, 7, 8, 9, 64, 2**62)
+FLOATS = (0.0, -1.0, 1.0, 2.4, 1e-45, 3e38, float("nan"), float("inf"))
+DTYPES = (torch.float32, torch.uint8, torch.int32, torch.float64, torch.float16, torch.int64, torch.bool, torch.int8)
+STRINGS = ("paper", "torch", "none", "relu", "relu6", "", "no such word")
+EXPECTED = (RuntimeError, TypeError, ValueError)  # NotImplementedError is a RuntimeError
+
+
+def values(rnd, shape, dtype):
+    """A tensor of any values, NaN and Inf among the floats."""
+    generator = torch.Generator().manual_seed(rnd.getrandbits(32))
+    if not dtype.is_floating_point:
+        low = 0 if dtype in (torch.uint8, torch.bool) else -100
+        high = {torch.bool: 2, torch.int8: 100}.get(dtype, rnd.choice((2, 4, 16, 256)))
+        return torch.randint(low if rnd.random() < 0.3 else 0, high, shape, generator=generator).to(dtype)
+    x = torch.randn(shape, generator=generator) * rnd.choice((1e-30, 0.1, 1.0, 100.0, 1e30))
+    if x.numel() and rnd.random() < 0.3:
+        x.view(-1)[rnd.randrange(x.numel())] = rnd.choice(FLOATS)
+    return x.to(dtype)
+
+
+def shape(rnd, ranks=range(6)):
+    return [rnd.choice(SIZES if i < 2 else (0, 1, 2, 3)) for i in range(rnd.choice(list(ranks)))]
+
+
+def strided(rnd, x):
+    """The same values with other strides: transposed, cut out of something larger, or repeated."""
+    way = rnd.randrange(5)
+    if way == 0 and x.dim() >= 2:
+        order = rnd.sample(range(x.dim()), x.dim())
+        back = sorted(range(x.dim()), key=order.__getitem__)
+        return x.permute(order).contiguous().permute(back)
+    if way == 1 and x.dim():
+        larger = x.new_empty([n + 3 for n in x.shape]).fill_(1)
+        view = larger[tuple(slice(1, 1 + n) for n in x.shape)]
+        return view.copy_(x)
+    if way == 2 and x.dim() and x.shape[0]:
+        return x[:1].expand(x.shape)
+    return x
+
+
+def anything(rnd, kind):
+    """Any value of a schema's type."""
+    if kind.startswith("Optional"):
+        return None if rnd.random() < 0.3 else anything(rnd, kind[len("Optional[") : -1])
+    if kind == "Tensor":
+        x = strided(rnd, values(rnd, shape(rnd), rnd.choice(DTYPES)))
+        return x.to("meta") if rnd.random() < 0.1 else x
+    if kind == "List[int]":
+        return [rnd.choice(INTS) for _ in range(rnd.choice((0, 1, 2, 2, 4)))]
+    return {
+        "int": rnd.choice(INTS),
+        "float": rnd.choice(FLOATS),
+        "bool": rnd.random() < 0.5,
+        "str": rnd.choice(STRINGS),
+    }[kind]
+
+
+def scale(rnd, rows, bits):
+    """step and zero for `rows` rows."""
+    step = torch.tensor([rnd.choice((1e-3, 0.1, 1.0, 1e-45)) for _ in range(rows)])
+    return step, torch.tensor([rnd.randrange(2**bits) for _ in range(rows)], dtype=torch.int32)
+
+
+def like_any(rnd, schema):
+    """Arguments by name, for operators on tensors of one shape with steps by rows."""
+    base, bits = shape(rnd, range(1, 5)), rnd.randrange(2, 9)
+    rows = rnd.choice((1, max(1, base[0])))
+    step, zero = scale(rnd, rows, bits)
+    if schema.name == "qk::range_error":
+        base = [rows, rnd.choice(SIZES)]
+        step, zero = step.unsqueeze(1).repeat(1, 3), zero.unsqueeze(1).repeat(1, 3)
+    named = {
+        "bits": bits,
+        "step": step,
+        "zero": zero,
+        "codes": values(rnd, base, torch.uint8),
+        "boundary": rnd.choice(("paper", "torch")),
+        "beta": 2.0,
+        "power": rnd.choice((1.0, 2.0, 2.4)),
+        "scale": 0.5,
+        "grad_scale": 1.0,
+        "round": rnd.random() < 0.5,
+        "pairs": rnd.random() < 0.5,
+        "stride": 1,
+    }
+    if schema.name in ("qk::fisher_loss_backward", "qk::rounding_penalty_backward"):
+        named["grad"] = torch.ones(())
+    kinds = {a.name: str(a.type) for a in schema.arguments}
+    return {name: named[name] if name in named else strided(rnd, values(rnd, base, torch.float32)) for name in kinds}
+
+
+def matrix(rnd, bits):
+    return values(rnd, [rnd.choice(SIZES), rnd.choice(SIZES)], torch.uint8) & (2**bits - 1)
+
+
+def pack(rnd, schema):
+    bits = rnd.choice((2, 4, 8))
+    return {"codes": strided(rnd, matrix(rnd, bits)), "bits": bits}
+
+
+def unpack(rnd, schema):
+    bits = rnd.choice((2, 4, 8))
+    codes = matrix(rnd, bits)
+    return {"packed": qk.ops.pack(codes, bits), "bits": bits, "cols": codes.shape[1]}
+
+
+def sparq(rnd, schema):
+    return like_any(rnd, schema) | {"bits": rnd.choice((2, 3, 4))}
+
+
+def packed_weight(rnd, kernel):
+    """bits, the packed codes of a weight [N, *kernel, C / groups], its zeros and steps (per channel or by groups)."""
+    bits, groups = rnd.choice((2, 4, 8)), rnd.choice((1, 1, 2, 3))
+    full = [groups * rnd.choice((1, 2, 5, 16)), *kernel, rnd.choice((1, 3, 8, 17))]
+    k = torch.Size(full[1:]).numel()
+    codes = values(rnd, [full[0], k], torch.uint8) & (2**bits - 1)
+    along = rnd.choice([n for n in (1, 1, 2, 4) if k % n == 0])
+    step, zero = scale(rnd, full[0] * along, bits)
+    zero = torch.full_like(zero, 128) if bits == 8 else zero
+    by_group = [full[0], along] if along > 1 else [full[0]]
+    return bits, groups, full, qk.ops.pack(codes, bits), zero.reshape(by_group), step.reshape(by_group)
+
+
+def prepack(rnd, schema):
+    bits, groups, full, packed, zero, _ = packed_weight(rnd, rnd.choice(([], [1, 1], [3, 3])))
+    return {"packed": packed, "zero": zero, "bits": bits, "shape": full, "groups": groups if len(full) == 4 else 1}
+
+
+def integer(rnd, full, bits, groups, packed, zero, step, x):
+    x_bits = rnd.choice((4, 6, 8))
+    x_step, x_zero = scale(rnd, 1, x_bits)
+    out_step, out_zero = scale(rnd, 1, 4) if rnd.random() < 0.4 else (None, None)
+    return {
+        "x": strided(rnd, x & (2**x_bits - 1)),
+        "x_step": x_step,
+        "x_zero": x_zero,
+        "weight": torch.ops.qk.prepack(packed, zero, bits, full, groups),
+        "weight_step": step,
+        "bias": torch.randn(full[0]) if rnd.random() < 0.5 else None,
+        "bits": bits,
+        "x_bits": x_bits,
+        "activation": rnd.choice(("none", "relu", "relu6")),
+        "out_step": out_step,
+        "out_zero": out_zero,
+        "out_bits": 4,
+    }
+
+
+def gemm(rnd, schema):
+    bits, _, full, packed, zero, step = packed_weight(rnd, [])
+    x = values(rnd, [*shape(rnd, range(3)), full[-1]], torch.uint8)
+    return integer(rnd, full, bits, 1, packed, zero, step, x)
+
+
+def conv2d(rnd, schema):
+    kernel = rnd.choice(([1, 1], [3, 3], [2, 5]))
+    bits, groups, full, packed, zero, step = packed_weight(rnd, kernel)
+    sides = [rnd.choice((1, 3, 7, 12)) for _ in range(2)]
+    x = values(rnd, [rnd.choice((0, 1, 2)), *sides, full[-1] * groups], torch.uint8)
+    pairs = {name: [rnd.choice(at), rnd.choice(at)] for name, at in (("stride", (1, 2)), ("padding", (0, 1, 4)))}
+    more = {"kernel": kernel, **pairs, "dilation": [1, rnd.choice((1, 2))], "groups": groups}
+    return integer(rnd, full, bits, groups, packed, zero, step, x) | more
+
+
+LIKELY = {"pack": pack, "unpack": unpack, "sparq": sparq, "prepack": prepack, "gemm": gemm, "conv2d": conv2d}
+
+
+def described(value):
+    if not isinstance(value, torch.Tensor):
+        return repr(value)
+    return f"{value.dtype} {list(value.shape)} strides {value.stride()} on {value.device}"
+
+
+def outputs(result):
+    return [result] if isinstance(result, torch.Tensor) else list(result)
+
+
+def storage(x):
+    """All bytes behind x, those around a view too."""
+    return torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage()).clone() if x.is_cpu else torch.empty(0)
+
+
+def attempt(op, rnd, tell=lambda text: None):
+    """One call; True if it gave a result."""
+    schema = getattr(torch.ops.qk, op).default._schema
+    args = LIKELY.get(op, like_any)(rnd, schema)
+    for argument in rnd.sample(list(schema.arguments), rnd.choice((0, 0, 1, 1, 2))):
+        args[argument.name] = anything(rnd, str(argument.type))
+    tell(f"qk::{op}(" + ", ".join(f"{name}={described(value)}" for name, value in args.items()) + ")")
+    tensors = [value for value in args.values() if isinstance(value, torch.Tensor)]
+    before = [storage(x) for x in tensors]
+    message = None
+    try:
+        result = outputs(getattr(torch.ops.qk, op)(**args))
+    except EXPECTED as error:
+        message = str(error)
+    unchanged = all(torch.equal(storage(x), b) for x, b in zip(tensors, before, strict=True))
+    assert unchanged, "an argument was written to"
+    if message is not None:
+        assert message.strip()
+        assert "INTERNAL ASSERT" not in message
+        return False
+    if any(x.device.type == "meta" for x in tensors):
+        return True
+    meta = {name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in args.items()}
+    fakes = outputs(getattr(torch.ops.qk, op)(**meta))
+    for real, fake in zip(result, fakes, strict=True):
+        assert (real.shape, real.dtype, real.stride()) == (fake.shape, fake.dtype, fake.stride())
+    return True
+
+
+def registered():
+    names = {name.removeprefix("qk::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("qk::")}
+    return sorted(n for n in names if torch._C._dispatch_has_kernel_for_dispatch_key(f"qk::{n}", "CPU"))
+
+
+def fuzz(op, examples):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(st.integers(0, 2**32 - 1))
+    def run(seed):
+        attempt(op, random.Random(seed), note)
+
+    try:
+        run()
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("op", registered())
+def test_any_call_gives_a_result_or_an_error(op):
+    fuzz(op, 200)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512vnni"])
+@pytest.mark.parametrize("op", registered())
+def test_thousands_of_calls_give_a_result_or_an_error(op, isa):
+    if isa not in qk.usable_isas():
+        pytest.skip(f"{isa}: this CPU does not have it")
+    before = qk.active_isa()
+    qk.force_isa(isa)
+    try:
+        fuzz(op, 4000)
+    finally:
+        qk.force_isa(before)
+
+
+@pytest.mark.parametrize("op", registered())
+def test_a_good_part_of_the_calls_gives_a_result(op):
+    # Else the fuzzing would only see the checks and never a kernel.
+    assert sum(attempt(op, random.Random(seed)) for seed in range(60)) >= 15
