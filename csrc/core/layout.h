@@ -1,5 +1,5 @@
-// Packing maths: where the codes of a weight lie in the kernels' own layout. Arithmetic only, so that host,
-// device and tests agree. Nothing here touches memory.
+// Packing maths: where the codes of a weight lie in the order of the kernels. Arithmetic only, so that host, device and
+// tests agree. Nothing here touches memory.
 #pragma once
 #include <cstdint>
 
