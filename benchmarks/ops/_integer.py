@@ -10,16 +10,6 @@ from torch import Tensor
 from qk import _core
 
 
-def pack_rows(codes: Tensor, bits: int) -> Tensor:
-    """[N, K] -> [N, row_bytes], at rest (docs/format.md)."""
-    n, k = codes.shape
-    per_byte = 8 // bits
-    padded = torch.zeros(n, -(-k // (16 * per_byte)) * 16 * per_byte, dtype=torch.int32)
-    padded[:, :k] = codes
-    shifts = torch.arange(per_byte, dtype=torch.int32) * bits
-    return (padded.reshape(n, -1, per_byte) << shifts).sum(2).to(torch.uint8)
-
-
 def weight(n: int, k: int, bits: int, k_groups: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """Random codes [N, K], their zeros and steps."""
     per = (n,) if k_groups == 1 else (n, k_groups)

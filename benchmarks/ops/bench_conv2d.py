@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from _integer import at_peak, pack_rows, weight
+from _integer import at_peak, weight
 
 import qk
 from harness import Case, main, options
@@ -42,7 +42,7 @@ def cases(args):
         for bits in (8, 4, 2):
             codes, zero, step = weight(n, k, bits)
             shape = (n, kernel, kernel, c // groups)
-            prepacked = qk.ops.prepack(pack_rows(codes, bits), zero, bits, shape, groups)
+            prepacked = qk.ops.prepack(qk.ops.pack(codes, bits), zero, bits, shape, groups)
             codes = codes.reshape(shape)
             inputs = (x, x_step, x_zero)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from _integer import at_peak, pack_rows, weight
+from _integer import at_peak, weight
 
 import qk
 from harness import Case, main
@@ -34,7 +34,7 @@ def cases(args):
         x_int8, w_int8 = (x.int() - 128).to(torch.int8), torch.randint(-128, 128, (n, k), dtype=torch.int8)
         for bits, group in [(8, 0), (4, 0), (2, 0), (4, 64)]:
             codes, zero, step = weight(n, k, bits, k // group if group else 1)
-            prepacked = qk.ops.prepack(pack_rows(codes, bits), zero, bits, (n, k))
+            prepacked = qk.ops.prepack(qk.ops.pack(codes, bits), zero, bits, (n, k))
 
             def ours(p=prepacked, step=step, bits=bits, x=x, x_step=x_step, x_zero=x_zero, bias=bias):
                 return qk.ops.gemm(x, x_step, x_zero, p, step, bias, bits)

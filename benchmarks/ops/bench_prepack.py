@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from _integer import pack_rows, weight
+from _integer import weight
 
 import qk
 from harness import Case, main
@@ -22,7 +22,7 @@ def cases(args):
     for name, (n, k) in SHAPES.items():
         for bits in (8, 4, 2):
             codes, zero, step = weight(n, k, bits)
-            packed = pack_rows(codes, bits)
+            packed = qk.ops.pack(codes, bits)
 
             def ours(packed=packed, zero=zero, bits=bits, shape=(n, k)):
                 return qk.ops.prepack(packed, zero, bits, shape)

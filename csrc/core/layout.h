@@ -1,5 +1,5 @@
-// Packing maths: where the codes of a weight lie at rest and in the kernels' own layout. Arithmetic only, so that host,
-// device and tests agree. Nothing here touches memory.
+// Packing maths: where the codes of a weight lie in the order of the kernels. Arithmetic only, so that host, device and
+// tests agree. Nothing here touches memory.
 #pragma once
 #include <cstdint>
 
@@ -10,9 +10,7 @@ namespace qk {
 QK_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 QK_HD constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// --- a weight: [n, kh, kw, c], c input channels of each of `groups`; a Linear is [n, 1, 1, K]
-// ---------------------------
-
+// A weight [n, kh, kw, c], c input channels of each of `groups`; a Linear is [n, 1, 1, K].
 struct WeightShape {
   int64_t n, kh, kw, c;
   int64_t groups;    // of the convolution
@@ -33,9 +31,6 @@ QK_HD constexpr int64_t worst_weight(int bits) { return bits == 8 ? 128 : top_co
 QK_HD constexpr int64_t longest_k(int64_t x_bits, int bits) {
   return INT32_MAX / (top_code(x_bits) * worst_weight(bits));
 }
-
-// --- prepacked
-// ---------------------------------------------------------------------------------------------------------
 
 // First 64 bytes of a prepacked weight: what it was made from, so that another use is refused.
 struct PackedHeader {

@@ -21,17 +21,6 @@ class Weight:
     bits: int  # stored
 
 
-def pack_rows(codes: Tensor, bits: int) -> Tensor:
-    """[N, K] -> [N, row_bytes]: value i of a byte at bit i * bits, rows padded to 16 bytes (docs/format.md)."""
-    n, k = codes.shape
-    per_byte = 8 // bits
-    row_bytes = -(-k // (16 * per_byte)) * 16
-    padded = torch.zeros(n, row_bytes * per_byte, dtype=torch.int32, device=codes.device)
-    padded[:, :k] = codes
-    shifts = torch.arange(per_byte, device=codes.device, dtype=torch.int32) * bits
-    return (padded.reshape(n, row_bytes, per_byte) << shifts).sum(2).to(torch.uint8)
-
-
 def weight(shape, code_bits, device="cpu", groups=1, k_groups=1, extreme=False, seed=0) -> Weight:
     """extreme: every code and zero at an end, where sums are largest."""
     random = torch.Generator().manual_seed(seed)
@@ -46,7 +35,7 @@ def weight(shape, code_bits, device="cpu", groups=1, k_groups=1, extreme=False, 
         zero = torch.full_like(zero, 128)
     codes, zero = codes.to(torch.uint8).to(device), zero.to(torch.int32).to(device)
     step = (0.001 + torch.rand(per, generator=random)).to(device)
-    packed = pack_rows(codes, bits)
+    packed = qk.ops.pack(codes, bits)
     prepacked = qk.ops.prepack(packed, zero, bits, shape, groups)
     return Weight(codes.reshape(shape), zero, step, packed, prepacked, bits)
 

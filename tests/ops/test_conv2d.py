@@ -110,9 +110,10 @@ def test_channels_first_strides(device, make_weight):
     assert torch.equal(got, want)
 
 
-def test_threads_change_nothing(two_threads, make_weight):
+def test_threads_and_instruction_sets_change_no_bit(each_isa_and_threads, make_weight):
     for name in ("3x3 on whole tiles", "depthwise", "groups", "first layer, 3 channels"):
         inputs, w, bias, geometry = case(name, 4, "cpu", make_weight, batch=5)
+        each_isa_and_threads(lambda a=(inputs, w, bias, geometry): both(*a))
         got, want = both(inputs, w, bias, geometry)
         assert torch.equal(got, want), name
 

@@ -105,12 +105,13 @@ def test_leading_axes_and_strides(device, make_weight):
     assert torch.equal(qk.ops.gemm(x[5], x_step, x_zero, w.prepacked, w.step, bias, 4), want[5])
 
 
-def test_threads_change_nothing(two_threads, make_weight):
+def test_threads_and_instruction_sets_change_no_bit(each_isa_and_threads, make_weight):
     for m, n in [(1, 4096), (700, 20), (150, 300)]:
         w = make_weight((n, 400), 4)
         inputs, bias = problem(m, 400, w, "cpu")
-        got, want = both(inputs, w, bias)
-        assert torch.equal(got, want)
+        want = reference(*inputs, w.codes, w.zero, w.step, bias)
+        each_isa_and_threads(lambda a=(*inputs, w.prepacked, w.step, bias, 4): (qk.ops.gemm(*a),))
+        assert torch.equal(qk.ops.gemm(*inputs, w.prepacked, w.step, bias, 4), want)
 
 
 def test_registration(device, make_weight):
