@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qk.ops._rows import codes
+from qk.ops._rows import codes, on_one_device
 
 
 def finish(
@@ -35,6 +35,17 @@ def finish(
     if out_step is None or out_zero is None:
         return y
     return codes(y, out_step.reshape(1), out_zero.reshape(1), out_bits).to(torch.uint8).reshape(y.shape)
+
+
+def check_operands(
+    op: str, x: Tensor, x_step: Tensor, x_zero: Tensor, weight: Tensor, weight_step: Tensor, bias: Tensor | None, rank=0
+) -> None:
+    """For fakes: what the shape of the result hangs on. rank: of x; 0 is any but a scalar."""
+    on_one_device(op, x, x_step, x_zero, weight, weight_step, *([] if bias is None else [bias]))
+    if x.dim() != rank if rank else x.dim() == 0:
+        raise RuntimeError(f"qk::{op}: x must have {rank or 'at least 1'} dimensions, got {list(x.shape)}.")
+    if weight_step.dim() not in (1, 2):
+        raise RuntimeError(f"qk::{op}: weight_step must be [N] or [N, groups], got {list(weight_step.shape)}.")
 
 
 def result_dtype(out_step: Tensor | None) -> torch.dtype:

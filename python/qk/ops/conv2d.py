@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qk.ops._epilogue import finish, result_dtype
+from qk.ops._epilogue import check_operands, finish, result_dtype
 
 
 def conv2d(
@@ -110,6 +110,8 @@ def _(
     out_zero=None,
     out_bits=8,
 ):
+    check_operands("conv2d", x, x_step, x_zero, weight, weight_step, bias, rank=4)
+
     def pair(v):
         return (v[0], v[0]) if len(v) == 1 else (v[0], v[1])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qk.ops._epilogue import finish, result_dtype
+from qk.ops._epilogue import check_operands, finish, result_dtype
 
 
 def gemm(
@@ -76,4 +76,5 @@ def _(
     out_zero=None,
     out_bits=8,
 ):
+    check_operands("gemm", x, x_step, x_zero, weight, weight_step, bias)
     return x.new_empty((*x.shape[:-1], weight_step.shape[0]), dtype=result_dtype(out_step))

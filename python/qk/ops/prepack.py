@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qk._core import packed_layout
+from qk.ops._rows import on_one_device
 
 
 def prepack(packed: Tensor, zero: Tensor, bits: int, shape: tuple[int, ...], groups: int = 1) -> Tensor:
@@ -29,6 +30,7 @@ def reference(codes: Tensor, zero: Tensor, bits: int, shape: tuple[int, ...], gr
 
 @torch.library.register_fake("qk::prepack")
 def _(packed, zero, bits, shape, groups=1):
-    k_groups = 1 if zero.dim() == 1 else zero.shape[1]
+    on_one_device("prepack", packed, zero)
+    k_groups = 1 if zero.dim() < 2 else zero.shape[1]
     layout = packed_layout([int(s) for s in shape], bits, groups, int(k_groups), packed.device.type == "cuda")
     return packed.new_empty(layout["bytes"])
