@@ -12,7 +12,7 @@ SOURCES := pyproject.toml CMakeLists.txt README.md $(shell find csrc python -typ
 LINTERS = $(shell grep -oE '"(ruff|clang-format)==[^"]+"' pyproject.toml)
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-all lint format dev install clean
+.PHONY: demo test test-all lint format dev install clean gpu
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/qk
@@ -70,4 +70,10 @@ $(VENV)/tests: $(VENV)/qk tests/requirements.txt
 	$(PIP) --no-deps -r tests/requirements.txt
 	@touch $@
 
--include gpu.mk
+# --- on a machine with an NVIDIA GPU: builds, checks every CUDA kernel, times it, writes benchmarks/results/gpu-*.json.
+# It installs nothing: torch and the build tools must be there, in .venv or beside the python3 on the PATH.
+GPU_PYTHON ?= $(firstword $(wildcard $(BIN)/python) $(PYTHON))
+GPU_SECONDS ?= 1500
+
+gpu:
+	$(GPU_PYTHON) benchmarks/gpu.py --seconds $(GPU_SECONDS)
