@@ -204,7 +204,7 @@ def test_it_must_be_calibrated_first(digits, batches):
 
 def test_a_batch_of_another_shape_is_named(digits, batches):
     p = quantized_digits(digits, batches, Recipe())
-    with pytest.raises(QkError, match=r"qk.reconstruct: batch 1 must be input that the model takes"):
+    with pytest.raises(QkError, match=r"qk.reconstruct: batch 1 must be input that the model accepts"):
         reconstruct(p, [batches[0], torch.zeros(2, 3, 8, 8)], Recipe(iterations=1), progress="off")
 
 

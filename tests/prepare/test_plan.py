@@ -81,7 +81,7 @@ def test_plans_for_other_models_are_refused():
             r"plan must be one that quantizes a layer, got float for all: named in the recipe's skip",
         ),
         (Recipe(group_size=32), r"group_size must be a divisor of K.*got 32 for 0 with K = 4, 32 for 1 with K = 4"),
-        (Recipe(overrides={"0": {"weights": 5}}), r"recipe: overrides for 0: weights: Input should be 2, 3, 4 or 8"),
+        (Recipe(overrides={"0": {"weights": 5}}), r"recipe: overrides for 0: weights must be 2, 3, 4 or 8, got 5"),
     ],
 )
 def test_recipes_that_fit_no_layer_are_refused(recipe, message):

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from qk import ops
-from qk.calibrate.batches import Stop, call, device_of
+from qk.calibrate.batches import Stop, call
 from qk.errors import fail
+from qk.inputs import device_of
 from qk.methods.cache import Cache, Call, Room, Sample
 from qk.prepare.insert import QuantLayer
 from qk.prepare.prepared import Prepared, Unit
@@ -24,7 +25,7 @@ STAGE = "qk.reconstruct"
 def units_of(p: Prepared, granularity: str) -> list[Unit]:
     """p.units, or each layer by itself."""
     if granularity == "block":
-        return [unit for unit in p.units if unit.layers]
+        return p.units
     return [Unit(name, (name,)) for name in p.quant_layers()]
 
 

@@ -71,7 +71,7 @@ class QuantLayer(nn.Module):
         self.conv_args: dict | None = None
         if isinstance(layer, nn.Conv2d):
             self.conv_args = {"stride": layer.stride, "dilation": layer.dilation, "groups": layer.groups}
-            self.conv_args["padding"] = _padding(layer)
+            self.conv_args["padding"] = padding_of(layer)
         self.spec = spec
         self.input = quantizer
         self.quantized = False
@@ -118,8 +118,8 @@ class QuantLayer(nn.Module):
         return F.conv2d(x, weight, self.bias, **self.conv_args)
 
 
-def _padding(layer: nn.Conv2d) -> tuple[int, int]:
-    """padding as numbers; "same" is symmetric where prepare lets a layer through."""
+def padding_of(layer: nn.Conv2d) -> tuple[int, int]:
+    """The layer's padding as numbers; "same" is symmetric where prepare lets a layer through."""
     if layer.padding == "valid":
         return (0, 0)
     if layer.padding == "same":
