@@ -38,7 +38,7 @@ def averaged(studies: list[study.Study]) -> Table:
 
 
 def latencies(studies: list[study.Study]) -> Table:
-    """Medians over the seeds' p50 and p99, float and integer of one row alternating in one process."""
+    """Means over the seeds of p50 and p99; float and integer of one row alternated in one process."""
     headers = ["network", "rounding"]
     for n in study.LATENCY_BATCHES:
         headers += [f"batch {n}: float p50 (ms)", "integer p50", "float p99", "integer p99", "float / integer"]
@@ -62,7 +62,7 @@ def section(studies: list[study.Study]) -> str:
     images = studies[0].held_out
     recipe = ", ".join(f"{name} {value}" for name, value in study.RECIPE.items())
     return f"""Seeds {seeds}; {images} held-out images; {study.CALIBRATION} training images for calibration; {recipe}.
-Machine: {facts["cpu"]}, {facts["threads"]} threads, {facts["instruction set"]}, torch {facts["torch"]}.
+Machine: {facts["cpu"]}, threads {facts["threads"]}, {facts["instruction set"]}, torch {facts["torch"]}.
 
 {averaged(studies).markdown()}
 

@@ -78,8 +78,11 @@ def quantize(
     """Quantizes a model, saves it, and reports what that changed."""
     import qk
     from qk import sources
+    from qk.files import writable_folder
 
     wanted = _recipe(recipe, change or [])
+    report = report or out / "report.html"
+    writable_folder(report.parent, "quantize")
     say = _say(as_json)
     floating = sources.load_model(model, weights)
     loaded = sources.load_data(data, batch_size)
@@ -96,7 +99,7 @@ def quantize(
         title=f"{model} on {data}",
         progress=not as_json,
     )
-    path = result.report.save(report or out / "report.html")
+    path = result.report.save(report)
     if as_json:
         _print_json({"checkpoint": str(out), "report": str(path), **result.report.to_dict()})
         return

@@ -9,9 +9,8 @@ from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table as RichTable
-
 from qk import tables
+from qk.errors import fail
 from qk.files import replace_file
 from qk.page import figures, page
 from qk.tables import Table
@@ -109,12 +108,10 @@ class Report:
         """Layers in float and why."""
         return Table("", ["left in float", "why"], [[x.name, x.reason] for x in self.layers if x.weights is None])
 
-    def table(self) -> RichTable:
-        return self.layer_table().rich()
-
     def tables(self) -> list[Table]:
-        """What a terminal shows: the model, its layers, what stayed in float."""
-        return [t for t in (self.summary(), self.layer_table(), self.kept_table()) if t.rows]
+        """What a terminal shows: the model, its layers, what stayed in float, notes."""
+        notes = Table("", ["notes"], [[note] for note in self.notes])
+        return [t for t in (self.summary(), self.layer_table(), self.kept_table(), notes) if t.rows]
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: what is not finite (the error ratio of a layer without error) is None."""
@@ -147,10 +144,16 @@ class Report:
         return "".join(parts)
 
     def save(self, path: str | Path) -> Path:
-        """Writes one self-contained HTML file, or JSON for a name that ends in .json. Returns the path."""
-        if str(path).endswith(".json"):
-            return replace_file(path, json.dumps(self.to_dict(), indent=1).encode())
-        return replace_file(path, page(self.title, self.section()).encode())
+        """Writes one self-contained HTML file, or JSON for a name that ends in .json. Returns the path.
+
+        Raises QkError for a place that cannot be written.
+        """
+        as_json = str(path).endswith(".json")
+        content = json.dumps(self.to_dict(), indent=1) if as_json else page(self.title, self.section())
+        try:
+            return replace_file(path, content.encode())
+        except OSError as error:
+            raise fail("report", str(path), "a file that can be written", error.strerror or error) from error
 
 
 def _plain(value: Any) -> Any:

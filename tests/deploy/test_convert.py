@@ -14,9 +14,9 @@ from qk import ops
 from qk.deploy import QConv2d, QLinear, convert, definition, float_bytes, layer_errors, measure_layers
 from qk.deploy.checkpoint import integer_layers
 from qk.errors import QkError
+from qk.inputs import feed
 from qk.prepare import prepare
 from qk.prepare.insert import from_kernel_order
-from qk.prepare.observe import run
 from qk.spec import Recipe
 
 WIDTHS = [(2, 4), (4, 4), (4, 8), (8, 8)]
@@ -26,7 +26,7 @@ ISAS = ("generic", "avx2", "avx512vnni")
 
 def outputs(model, batch):
     with torch.no_grad():
-        y = run(model, batch)
+        y = feed(model, batch)
     return y.last_hidden_state if hasattr(y, "last_hidden_state") else y
 
 
@@ -207,6 +207,6 @@ def test_measures_are_of_every_quantized_layer():
     assert left.float_bytes == (12 * 4 * 9 + 12) * 4
     # 36 codes of 4 bits in rows of 32 bytes, then step, zero and bias of each channel and of the input
     assert left.integer_bytes == 12 * 32 + 3 * 12 * 4 + 8
-    assert all(row.float_ms > 0 and row.integer_ms > 0 for row in rows)
+    assert all(row.times.float_ms > 0 and row.times.integer_ms > 0 for row in rows)
     assert not any(layer.quantized for layer in p.quant_layers().values())
     assert float_bytes(small_model()) > 4 * sum(v.numel() for v in small_model().parameters())

@@ -16,7 +16,7 @@ from torch import nn
 from qk import flow, machine, tables
 from qk.demo import digits
 from qk.deploy import definition, float_bytes
-from qk.files import replace_file
+from qk.files import replace_file, writable_folder
 from qk.page import page
 from qk.report import Latency, Report
 from qk.sources import predictions
@@ -113,7 +113,7 @@ def run(
     say: Callable[[str], None] = print,
 ) -> Study:
     """Trains (or finds in `cache`) the network, quantizes it; checkpoints, report.html, study.json go to `out`."""
-    out, data = Path(out), digits.load()
+    out, data = writable_folder(out, "demo"), digits.load()
     start = time.perf_counter()
     network = digits.trained(training or digits.Training(seed=seed), cache)
     train_seconds = time.perf_counter() - start
