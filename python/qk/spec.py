@@ -168,9 +168,9 @@ class Recipe:
         try:
             data = yaml.safe_load(Path(path).read_text())
         except (OSError, yaml.YAMLError) as error:
-            raise QkError(f"recipe: {path} must be a readable YAML file, got: {error}.") from error
+            raise fail("recipe", str(path), "a readable YAML file", error) from error
         if not isinstance(data, dict):
-            raise QkError(f"recipe: {path} must hold a mapping of Recipe's fields, got {type(data).__name__}.")
+            raise fail("recipe", str(path), "a mapping of Recipe's fields", type(data).__name__)
         return Recipe.from_dict(data)
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from qk.calibrate import calibrate
 from qk.errors import QkError
-from qk.prepare import apply_plan, prepare
+from qk.prepare import apply_plan, leave_in_float, prepare
 from qk.spec import Plan, QuantSpec, Recipe
 from small_nets import assert_same, inputs, residual_net
 
@@ -34,6 +35,28 @@ def test_another_plan_can_be_applied_and_float_layers_come_back():
     assert p.kept == {}
     assert p.units[1].layers == ("1.a", "1.b")
     assert_same(p.model, model, inputs())
+
+
+def test_layers_can_be_left_in_float_without_a_new_calibration():
+    model = residual_net()
+    p = prepare(model, inputs(), Recipe(weights=4))
+    calibrate(p, [inputs()])
+    before = {name: (layer.codes.clone(), layer.input.step.item()) for name, layer in p.quant_layers().items()}
+    leave_in_float(p, {"1.a": "slow", "2.b": "slow"})
+    assert p.calibrated
+    assert p.kept == {"1.a": "slow", "2.b": "slow"}
+    assert [unit.layers for unit in p.units] == [("0",), ("1.b",), ("2.a",), ("4",)]
+    after = p.quant_layers()
+    assert list(after) == ["0", "1.b", "2.a", "4"]
+    for name, layer in after.items():
+        assert torch.equal(layer.codes, before[name][0])
+        assert layer.input.step.item() == before[name][1]
+    assert_same(p.model, model, inputs())
+    plan = p.plan
+    for names, message in (after, "one that quantizes a layer"), (["fc"], "got unknown fc"):
+        with pytest.raises(QkError, match=f"qk.leave_in_float: plan must be .*{message}"):
+            leave_in_float(p, dict.fromkeys(names, "slow"))
+    assert p.plan is plan
 
 
 def test_k_is_counted_in_kernel_order_for_groups():
