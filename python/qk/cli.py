@@ -220,6 +220,7 @@ def _print_json(value: Any) -> None:
 
 
 def main() -> None:
+    """The command `qk`."""
     app(prog_name="qk")
 
 

@@ -39,6 +39,7 @@ td:last-child:not(.n){white-space:normal}p{color:var(--soft)}
 
 
 def page(title: str, body: str) -> str:
+    """A whole HTML document; body is HTML already."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'

@@ -38,6 +38,7 @@ class LayerReport:
 
     @property
     def width(self) -> str:
+        """W4A8, or float."""
         return "float" if self.weights is None else f"W{self.weights}A{self.activations}"
 
 
@@ -95,6 +96,7 @@ class Report:
         return Table("", ["whole model", "float", "quantized", "change"], rows)
 
     def layer_table(self) -> Table:
+        """Every layer: width, error, size and time before and after."""
         headers = ["layer", "kind", "width", "SQNR (dB)", "weight", "quantized", "float (ms)", "quantized (ms)"]
         rows = []
         for layer in self.layers:
@@ -119,6 +121,7 @@ class Report:
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Report:
+        """The report that to_dict was called on, but for what is not finite."""
         data = dict(data)
         data["layers"] = [LayerReport(**x) for x in data.get("layers", [])]
         data["latency"] = [Latency(**x) for x in data.get("latency", [])]

@@ -58,6 +58,7 @@ class QuantSpec:
 
     @property
     def is_float(self) -> bool:
+        """Whether the layer stays in float."""
         return self.weights is None
 
     @property
@@ -68,13 +69,16 @@ class QuantSpec:
 
     @property
     def weight_symmetric(self) -> bool:
+        """Whether every zero of the weight is the middle code."""
         return self.symmetric or self.weights == 8
 
     def describe(self) -> str:
+        """Widths in short: W4A8, or float."""
         return "float" if self.is_float else f"W{self.weights}A{self.activations}"
 
 
 def float_spec(reason: str) -> QuantSpec:
+    """Of a layer that stays in float, and why."""
     return QuantSpec(None, None, reason=reason)
 
 
@@ -89,10 +93,12 @@ class Plan:
         return self.layers[name]
 
     def to_dict(self) -> dict[str, Any]:
+        """As JSON and YAML hold it; from_dict gives an equal one back."""
         return TypeAdapter(Plan).dump_python(self, mode="json")
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Plan:
+        """Raises QkError for fields that do not fit, all of them named."""
         return _parse(Plan, data, "plan")
 
 
@@ -156,10 +162,12 @@ class Recipe:
         return _parse(QuantSpec, fields, f"recipe: overrides for {name}")
 
     def to_dict(self) -> dict[str, Any]:
+        """As JSON and YAML hold it; from_dict gives an equal one back."""
         return TypeAdapter(Recipe).dump_python(self, mode="json")
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Recipe:
+        """Raises QkError for fields that do not fit, all of them named."""
         return _parse(Recipe, data, "recipe")
 
     @staticmethod

@@ -50,6 +50,7 @@ class Digits:
 
 
 def load() -> Digits:
+    """Raises QkError where scikit-learn, which holds the images, is not installed."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -144,6 +145,7 @@ def train(data: Digits, config: Training) -> DigitsNet:
 
 
 def default_cache() -> Path:
+    """XDG_CACHE_HOME/qk, or ~/.cache/qk."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qk"
 
 

@@ -48,6 +48,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
+    """What the demo measured. train_seconds: next to nothing where the network was in the cache."""
+
     seed: int
     float_accuracy: float
     float_bytes: int
@@ -58,6 +60,7 @@ class Study:
     report_path: Path
 
     def table(self) -> Table:
+        """One row for each network; p50 and p99 of every batch size."""
         accuracy = tables.percent(self.float_accuracy)
         batches = [f"batch {n} p50/p99 ms" for n in LATENCY_BATCHES]
         headers = [
@@ -94,6 +97,7 @@ class Study:
         return f"{tables.ms(middle.float_p50)}/{tables.ms(middle.float_p99)}"
 
     def verdict(self) -> str:
+        """Whether the integer kernels kept their word, in a sentence."""
         wrong = sum(run.not_definition for run in self.runs)
         exact = "equal the definition on every image" if wrong == 0 else f"differ from the definition on {wrong} images"
         return f"Integer predictions {exact}. ≠ simulated counts images on which the float simulation says otherwise."

@@ -40,6 +40,7 @@ class ActQuantizer(nn.Module):
         self.calibrated = False
 
     def set_range(self, step: Tensor, zero: Tensor) -> None:
+        """step, zero: one value each."""
         with torch.no_grad():
             self.step.copy_(step.reshape(1))
             self.zero.copy_(zero.reshape(1))
@@ -81,10 +82,12 @@ class QuantLayer(nn.Module):
 
     @property
     def kind(self) -> str:
+        """As in Layer: linear or conv2d."""
         return "linear" if self.conv_args is None else "conv2d"
 
     @property
     def groups_along_k(self) -> int:
+        """How many steps a row of the weight has."""
         k = self.weight[0].numel()
         return 1 if self.spec.group_size is None else k // self.spec.group_size
 
