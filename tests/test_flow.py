@@ -179,6 +179,12 @@ def test_a_model_without_a_layer_to_quantize_raises(batches):
         qk.quantize(nn.Sequential(nn.Flatten(), nn.Tanh()), batches, quick())
 
 
+def test_a_layer_without_widths_in_the_recipe_has_a_reason_in_the_report(model, batches):
+    recipe = quick(method="nearest", overrides={"head": {"weights": None, "activations": None}})
+    report = qk.quantize(model, batches, recipe, measure=False).report
+    assert {x.name: x.reason for x in report.layers}["head"] == "the plan says so"
+
+
 def test_names_of_stages_are_functions_and_their_folders_import():
     from qk.calibrate.batches import hold
     from qk.prepare.insert import QuantLayer

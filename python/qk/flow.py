@@ -185,7 +185,7 @@ def _layers(p: Prepared, measured: list[LayerMeasure]) -> list[LayerReport]:
     for name, layer in p.layers.items():
         spec, m = p.plan[name], by_name.get(name)
         values = (m.sqnr_db, m.float_bytes, m.integer_bytes, m.times.float_ms, m.times.integer_ms) if m else ()
-        rows.append(LayerReport(name, layer.kind, spec.weights, spec.activations, spec.reason, *values))
+        rows.append(LayerReport(name, layer.kind, spec.weights, spec.activations, p.kept.get(name, ""), *values))
     others = [name for name in p.kept if name not in p.layers]
     return rows + [LayerReport(n, type(p.model.get_submodule(n)).__name__, reason=p.kept[n]) for n in others]
 

@@ -238,7 +238,7 @@ def _package(name: str, source: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         package = "pillow" if name.startswith("PIL") else name
-        raise QkError(f"{source}: {package} must be installed, got: {error}. pip install {package}") from error
+        raise fail(source, package, "installed", error, f"pip install {package}") from error
 
 
 def _call(name: str, source: str) -> Any:

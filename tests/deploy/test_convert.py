@@ -12,7 +12,7 @@ from deploy.small import minmax, one_layer, small_images, small_model, small_pre
 from models import VISION, images, minilm, tokens, vision_model
 from qk import ops
 from qk.deploy import QConv2d, QLinear, convert, definition, float_bytes, layer_errors, measure_layers
-from qk.deploy.checkpoint import integer_layers
+from qk.deploy.modules import integer_layers
 from qk.errors import QkError
 from qk.inputs import feed
 from qk.prepare import prepare
@@ -30,7 +30,7 @@ def outputs(model, batch):
     return y.last_hidden_state if hasattr(y, "last_hidden_state") else y
 
 
-def integer_model(name, weights, activations, isa):
+def integer_model(name, weights, activations):
     batch = tokens() if name == "minilm" else images()
     model = minilm() if name == "minilm" else vision_model(name)
     recipe = Recipe(weights=weights, activations=activations, first_last=None, method="nearest")
@@ -62,7 +62,7 @@ def test_the_integer_output_is_the_definitions(name, weights, activations, isa):
     before = qk.active_isa()
     qk.force_isa(isa)
     try:
-        p, model, batch = integer_model(name, weights, activations, isa)
+        p, model, batch = integer_model(name, weights, activations)
         assert set(integer_layers(model)) == set(p.quant_layers())
         assert {layer.spec.describe() for layer in integer_layers(model).values()} == {f"W{weights}A{activations}"}
         y = outputs(model, batch)

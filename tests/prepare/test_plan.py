@@ -76,7 +76,7 @@ def test_too_long_a_sum_stays_in_float_with_the_reason():
     assert list(p.quant_layers()) == ["1", "2"]
     assert not prepare(model, x, Recipe(first_last=None)).kept
     assert not prepare(model, x, Recipe(overrides={"0": {"group_size": 65794 // 2}})).kept
-    with pytest.raises(QkError, match=r"qk.apply_plan: plan must keep sums in int32. 0: K = 65794 could overflow"):
+    with pytest.raises(QkError, match=r"plan must be one whose sums stay in int32, got 0: K = 65794 could overflow"):
         apply_plan(p, Plan(dict.fromkeys(p.layers, QuantSpec(8, 8))))
 
 

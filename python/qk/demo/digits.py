@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from qk.errors import QkError
+from qk.errors import fail
 from qk.files import replace_file
 
 HELD_OUT = 500
@@ -54,7 +54,9 @@ def load() -> Digits:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise QkError("digits: scikit-learn must be installed, as it holds them. pip install qk-torch[demo]") from error
+        raise fail(
+            "digits", "scikit-learn, which holds them,", "installed", error, "pip install qk-torch[demo]"
+        ) from error
     images, labels = load_digits(return_X_y=True)
     x = torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
     y = torch.tensor(labels, dtype=torch.int64)

@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from qk.deploy.convert import Info
 from qk.deploy.manifest import ASK_AGAIN, FILE, FORMAT, STAGE, LayerConfig, Manifest, TensorFile, read_manifest
-from qk.deploy.modules import TENSORS, IntegerLayer, QConv2d, QLinear
+from qk.deploy.modules import TENSORS, IntegerLayer, QConv2d, QLinear, integer_layers
 from qk.errors import QkError, fail
 from qk.files import TEMPORARY, replace_file
 from qk.machine import qk_version
@@ -98,11 +98,6 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
         fingerprint=manifest.fingerprint,
     )
     return result
-
-
-def integer_layers(model: nn.Module) -> dict[str, IntegerLayer]:
-    """Name -> integer layer; of a layer with several names the first."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, IntegerLayer)}
 
 
 def checkpoint_bytes(folder: str | Path) -> int:

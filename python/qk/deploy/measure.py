@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qk.deploy.checkpoint import integer_layers
+from qk.deploy.modules import integer_layers
 from qk.errors import fail
 from qk.inputs import copied_to, device_of, feed
 from qk.prepare.insert import QuantLayer
