@@ -30,7 +30,7 @@ class Digits:
 
     def __init__(self, cache):
         data = load()
-        self.model = trained(Training(widths=(16, 32), epochs=10), cache)
+        self.model = trained(Training(widths=(16, 32, 32), epochs=10), cache)
         self.images, self.test_images, self.test_labels = data.train, data.test, data.test_labels
 
     def accuracy(self, model):
@@ -200,8 +200,8 @@ def test_plain_lines_name_unit_and_losses(digits, batches, capsys):
     recipe = Recipe(iterations=2)
     reconstruct(quantized_digits(digits, batches, recipe), batches, recipe, progress="lines")
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 4
-    assert lines[1].startswith("[2/4] layers.0: loss ")
+    assert len(lines) == 5
+    assert lines[1].startswith("[2/5] layers.0: loss ")
 
 
 @pytest.mark.parametrize("given", [[], iter(())])
@@ -284,7 +284,7 @@ def test_fisher_is_the_squared_gradient_of_each_sample(digits, batches):
             p.model(batch)
             handle.remove()
         output = seen[0].requires_grad_()
-        rest = p.model.fc(p.model.layers[1](output).mean((2, 3)))
+        rest = p.model.fc(p.model.layers[1:](output).mean((2, 3)))
         task_loss(rest, expected).backward()
         torch.testing.assert_close(together, output.grad.square())
 
