@@ -21,7 +21,7 @@ from qk.deploy import (
     check_state,
     checkpoint_bytes,
     convert,
-    float_bytes,
+    file_bytes,
     measure_layers,
     save,
 )
@@ -89,7 +89,7 @@ def quantize(
     report = Report(
         title=f"{title or type(model).__name__}: {_widths(p.plan)}, {recipe.method}",
         seconds=seconds,
-        size_bytes={"float": float_bytes(model)},
+        size_bytes={"float": file_bytes(model)},
         folds=dict(p.folds),
         links=list(p.links),
         recipe=recipe.to_dict(),
@@ -108,8 +108,7 @@ def quantize(
             reconstruct(p, held, recipe, progress="auto" if progress else "off")
     with _timed(seconds, "convert"):
         integer = convert(p)
-    if out is not None:
-        report.size_bytes["integer"] = checkpoint_bytes(save(integer, out))
+    report.size_bytes["integer"] = file_bytes(integer) if out is None else checkpoint_bytes(save(integer, out))
     if evaluate is not None:
         with _timed(seconds, "evaluate"):
             with p.quantized() as simulated:

@@ -122,7 +122,7 @@ def _curves(axes: Any, losses: dict[str, list[dict[str, float]]]) -> None:
     axes.set_ylabel("loss")
     axes.grid(color=BEFORE, alpha=0.3, linewidth=0.5)
     if len(losses) <= 12:
-        axes.legend(frameon=False, fontsize=7)
+        axes.legend(frameon=False, fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4)  # off the curves
 
 
 def _finite(value: float | None) -> float:

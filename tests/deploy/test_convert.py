@@ -11,7 +11,7 @@ import qk
 from deploy.small import minmax, one_layer, small_images, small_model, small_prepared
 from models import VISION, images, minilm, tokens, vision_model
 from qk import ops
-from qk.deploy import QConv2d, QLinear, convert, definition, float_bytes, layer_errors, measure_layers
+from qk.deploy import QConv2d, QLinear, convert, definition, file_bytes, layer_errors, measure_layers
 from qk.deploy.modules import integer_layers
 from qk.errors import QkError
 from qk.inputs import feed
@@ -209,4 +209,4 @@ def test_measures_are_of_every_quantized_layer():
     assert left.integer_bytes == 12 * 32 + 3 * 12 * 4 + 8
     assert all(row.times.float_ms > 0 and row.times.integer_ms > 0 for row in rows)
     assert not any(layer.quantized for layer in p.quant_layers().values())
-    assert float_bytes(small_model()) > 4 * sum(v.numel() for v in small_model().parameters())
+    assert file_bytes(small_model()) > 4 * sum(v.numel() for v in small_model().parameters())

@@ -15,7 +15,7 @@ from torch import nn
 
 from qk import flow, machine, tables
 from qk.demo import digits
-from qk.deploy import definition, float_bytes
+from qk.deploy import definition, file_bytes
 from qk.files import replace_file, writable_folder
 from qk.page import page
 from qk.report import Latency, Report
@@ -134,7 +134,7 @@ def run(
             say(f"{made.name} {method}: {100 * made.integer:.2f} % in integers ({made.seconds:.1f} s)")
     path = out / "report.html"
     facts = machine.fingerprint()
-    study = Study(seed, float_accuracy, float_bytes(network), train_seconds, len(data.test), runs, facts, path)
+    study = Study(seed, float_accuracy, file_bytes(network), train_seconds, len(data.test), runs, facts, path)
     replace_file(path, _page(study, reports).encode())
     replace_file(out / "study.json", json.dumps(study.to_dict(), indent=1).encode())
     return study

@@ -106,8 +106,8 @@ def checkpoint_bytes(folder: str | Path) -> int:
     return read_manifest(folder).tensors.bytes + (folder / FILE).stat().st_size
 
 
-def float_bytes(model: nn.Module) -> int:
-    """Size of a float model as one safetensors file: each dense tensor once, and the header."""
+def file_bytes(model: nn.Module) -> int:
+    """Size of a model as one safetensors file: each dense tensor once, and the header."""
     return len(tensor_bytes(unshared(model)[0]))
 
 
