@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
 import subprocess
 
 import pytest
+from rich.console import Console
 
+from qk.errors import QkError
 from qk.report import Latency, LayerReport, Report
-from qk.tables import Table, ms, percent, size
+from qk.tables import Table, ms, percent, show, size
 
 SLOWER = "slower in integers: 0.02 ms instead of 0.01 ms"
 
@@ -104,3 +107,22 @@ def test_units():
     assert [size(n) for n in (None, 12, 1234, 45_600_000, 7 * 10**9)] == [None, "12 B", "1.23 kB", "45.6 MB", "7 GB"]
     assert [ms(v) for v in (None, 0.1234, 12.34)] == [None, "0.123", "12.3"]
     assert percent(0.98765) == "98.77"
+
+
+def test_a_narrow_terminal_cuts_no_figure():
+    table = Table("", ["layer", "weight", "MACs"], [["encoder.layer.0.output.dense", "384x1536", "9,437,184"]])
+    for width in (20, 40, 120):
+        console = Console(file=io.StringIO(), force_terminal=True, width=width)
+        show(table, console)
+        shown = console.file.getvalue()
+        assert "384x1536" in shown
+        assert "9,437,184" in shown
+        assert ("│" in shown) == (width == 120)
+
+
+def test_a_report_that_cannot_be_written_is_a_qk_error(report, tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path, tmp_path / "file" / "report.html"):
+        with pytest.raises(QkError, match="must be a file that can be written"):
+            report.save(place)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]

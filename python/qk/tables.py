@@ -66,10 +66,12 @@ class Table:
 
 
 def show(table: Table, console: Console | None = None) -> None:
-    """Rich on a terminal, plain lines elsewhere."""
+    """Rich on a terminal that is wide enough, plain lines elsewhere: rich would cut figures to fit."""
     console = console or Console()
-    if console.is_terminal:
-        console.print(table.rich())
+    drawn = table.rich()
+    wanted = console.measure(drawn, options=console.options.update(width=10_000)).maximum
+    if console.is_terminal and wanted <= console.width:
+        console.print(drawn)
     else:
         console.file.write(table.plain() + "\n")
 
