@@ -10,6 +10,10 @@ namespace qk {
 QK_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 QK_HD constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+// Every size is below 2^31, so a product of two fits int64; a weight and a result have at most 2^47 values, which
+// leaves room for what a layout adds and for the bytes of a value.
+constexpr int64_t size_limit = int64_t{1} << 31, values_limit = int64_t{1} << 47;
+
 // A weight [n, kh, kw, c], c input channels of each of `groups`; a Linear is [n, 1, 1, K].
 struct WeightShape {
   int64_t n, kh, kw, c;

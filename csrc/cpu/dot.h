@@ -12,11 +12,6 @@
 #pragma GCC diagnostic pop
 #endif
 
-#ifndef QK_INLINE
-#define QK_INLINE inline __attribute__((always_inline))
-#endif
-#define QK_INLINE_LAMBDA __attribute__((always_inline))
-
 namespace qk::cpu::QK_ISA {
 namespace {
 

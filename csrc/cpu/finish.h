@@ -18,8 +18,6 @@ typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
 typedef uint8_t Codes __attribute__((vector_size(16)));
 
-#define QK_INLINE inline __attribute__((always_inline))
-
 template <class Vector, class T>
 QK_INLINE Vector load(const T* p) {
   Vector v;
