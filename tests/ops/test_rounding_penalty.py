@@ -102,6 +102,7 @@ def test_registration(device):
         (torch.ones(3), 0.5, r"beta must be a number of at least 1, finite in float32, got 0.5"),
         (torch.ones(3), math.nan, r"beta must be a number of at least 1, finite in float32, got nan"),
         (torch.ones(3), math.inf, r"beta must be a number of at least 1, finite in float32, got inf"),
+        (torch.ones(3), 1e39, r"beta must be a number of at least 1, finite in float32, got 1e\+39"),
     ],
 )
 def test_bad_input_is_refused(v, beta, message):
