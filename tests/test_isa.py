@@ -1,8 +1,10 @@
 """What is compiled for an instruction set runs only where that set was chosen."""
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,3 +24,17 @@ def test_no_other_code_can_be_linked_with_a_function_of_this_set(isa):
     names = re.findall(r"^[0-9a-f]+ \w (.+)$", listing, re.MULTILINE)
     assert f"qk::cpu::{isa}::gemm(qk::GemmArgs const&)" in names
     assert [name for name in names if not name.startswith(f"qk::cpu::{isa}::")] == []
+
+
+@pytest.mark.parametrize(("wanted", "answer"), [("generic", "generic\n"), ("sse9", None)])
+def test_the_environment_chooses_at_import_and_only_what_there_is(wanted, answer):
+    done = subprocess.run(
+        [sys.executable, "-c", "import qk; print(qk.active_isa())"],
+        env=os.environ | {"QK_ISA": wanted},
+        capture_output=True,
+        text=True,
+    )
+    if answer:
+        assert done.stdout == answer
+    else:
+        assert re.search(r"qk: QK_ISA must name an instruction set of this machine \(.*\), got sse9", done.stderr)
