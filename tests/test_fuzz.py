@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import qk
 
 SIZES = (0, 1, 1, 2, 3, 5, 8, 16, 17, 33)
+LONG = ([0, 2**31], [0, 2**62], [0, 2**31 - 1, 1, 2**31 - 1])  # shapes without a value
 INTS = (-(2**62), -1, 0, 1, 2, 3, 4, 7, 8, 9, 64, 2**62)
 FLOATS = (0.0, -1.0, 1.0, 2.4, 1e-45, 3e38, float("nan"), float("inf"))
 DTYPES = (torch.float32, torch.uint8, torch.int32, torch.float64, torch.float16, torch.int64, torch.bool, torch.int8)
@@ -61,6 +62,8 @@ def anything(rnd, kind):
     if kind.startswith("Optional"):
         return None if rnd.random() < 0.3 else anything(rnd, kind[len("Optional[") : -1])
     if kind == "Tensor":
+        if rnd.random() < 0.05:  # nothing, of any length
+            return torch.empty(rnd.choice(LONG), dtype=rnd.choice(DTYPES))
         x = strided(rnd, values(rnd, shape(rnd), rnd.choice(DTYPES)))
         return x.to("meta") if rnd.random() < 0.1 else x
     if kind == "List[int]":
