@@ -12,7 +12,7 @@ SOURCES := pyproject.toml CMakeLists.txt README.md $(shell find csrc python -typ
 LINTERS = $(shell grep -oE '"(ruff|clang-format)==[^"]+"' pyproject.toml)
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-all lint format dev install clean gpu
+.PHONY: demo test test-all lint format dev install emulated clean gpu
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/qk
@@ -40,6 +40,11 @@ install: $(VENV)/qk
 dev: $(VENV)/build-tools
 	$(BIN)/cmake -S . -B build/dev -G Ninja -DQK_INPLACE=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
 	$(BIN)/ninja -C build/dev
+
+# The CUDA kernels compiled for the host: where they were built, make test runs every operator's tests on them too.
+emulated: $(VENV)/build-tools
+	$(BIN)/cmake -S . -B build/emulated -G Ninja -DQK_CUDA=off -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
+	$(BIN)/ninja -C build/emulated qk_emulated
 
 clean:
 	rm -rf build $(VENV)/qk $(VENV)/tests

@@ -26,6 +26,17 @@ def regnet_links(stages):
     return [tuple(f"trunk_output.block{s}.block{s}-0.{end}" for end in ("proj.0", "f.a.0")) for s in stages]
 
 
+def is_batchnorm(module):
+    return isinstance(module, torch.nn.BatchNorm2d)
+
+
+def convolution_before(batchnorm: str) -> str:
+    """By torchvision's naming: bn2 follows conv2; elsewhere both stand in a Sequential, one after the other."""
+    parent, _, last = batchnorm.rpartition(".")
+    before = last.replace("bn", "conv") if last.startswith("bn") else str(int(last) - 1)
+    return f"{parent}.{before}" if parent else before
+
+
 # blocks, links, layers, folds, units that are single layers
 FOUND = {
     "resnet18": (names("layer", 2, 2, 2, 2), resnet_links([2, 3, 4]), 21, 20, ["conv1", "fc"]),
@@ -70,12 +81,13 @@ def case(request):
 
 
 def test_blocks_links_and_folds_are_found_by_name(case):
-    name, _, p = case
+    name, model, p = case
     blocks, links, layers, folds, single = FOUND[name]
     assert [unit.name for unit in p.blocks] == blocks
     assert [unit.name for unit in p.units if len(unit.layers) == 1] == single
     assert p.links == links
     assert (len(p.layers), len(p.folds)) == (layers, folds)
+    assert p.folds == {n: convolution_before(n) for n, m in model.named_modules() if is_batchnorm(m)}
     assert p.kept == {}
 
 

@@ -112,9 +112,12 @@ def _(
 ):
     check_operands("conv2d", x, weight_step, x_step, x_zero, weight, bias, out_step, out_zero, rank=4)
 
-    def pair(v):
-        return (v[0], v[0]) if len(v) == 1 else (v[0], v[1])
+    def pair(name, v):
+        if len(v) not in (1, 2) or (name == "stride" and min(v) < 1):
+            raise RuntimeError(f"qk::conv2d: {name} must be one or two values, positive for stride, got {list(v)}.")
+        return (v[0], v[-1])
 
-    sizes = zip(x.shape[1:3], pair(kernel), pair(stride), pair(padding), pair(dilation), strict=True)
+    named = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}
+    sizes = zip(x.shape[1:3], *(pair(*item) for item in named.items()), strict=True)
     oh, ow = ((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sizes)
     return x.new_empty((x.shape[0], oh, ow, weight_step.shape[0]), dtype=result_dtype(out_step))
