@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from qk import _core
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -38,3 +40,10 @@ def test_the_environment_chooses_at_import_and_only_what_there_is(wanted, answer
         assert done.stdout == answer
     else:
         assert re.search(r"qk: QK_ISA must name an instruction set of this machine \(.*\), got sse9", done.stderr)
+
+
+@pytest.mark.parametrize("rounds", [-1, 2**40 + 1])
+def test_a_probe_counts_its_rounds(rounds):
+    assert _core.probe_products(3) % 3 == 0
+    with pytest.raises(RuntimeError, match=rf"qk: rounds must be from 0 to 2\^40, got {rounds}"):
+        _core.probe_products(rounds)
