@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 from qk.demo import study
 from qk.files import replace_file
@@ -38,7 +38,7 @@ def averaged(studies: list[study.Study]) -> Table:
 
 
 def latencies(studies: list[study.Study]) -> Table:
-    """Medians over the seeds' p50 and p99, float and integer of one row alternating in one process."""
+    """Medians over the seeds of p50 and p99; float and integer of one row alternated in one process."""
     headers = ["network", "rounding"]
     for n in study.LATENCY_BATCHES:
         headers += [f"batch {n}: float p50 (ms)", "integer p50", "float p99", "integer p99", "float / integer"]
@@ -48,7 +48,7 @@ def latencies(studies: list[study.Study]) -> Table:
         for i in range(len(study.LATENCY_BATCHES)):
             timings = [run.latency[i] for run in runs]
             parts = {
-                name: mean(getattr(t, name) for t in timings)
+                name: median(getattr(t, name) for t in timings)
                 for name in ("float_p50", "integer_p50", "float_p99", "integer_p99")
             }
             row += [f"{v:.3f}" for v in parts.values()] + [f"{parts['float_p50'] / parts['integer_p50']:.2f}"]
@@ -62,7 +62,7 @@ def section(studies: list[study.Study]) -> str:
     images = studies[0].held_out
     recipe = ", ".join(f"{name} {value}" for name, value in study.RECIPE.items())
     return f"""Seeds {seeds}; {images} held-out images; {study.CALIBRATION} training images for calibration; {recipe}.
-Machine: {facts["cpu"]}, {facts["threads"]} threads, {facts["instruction set"]}, torch {facts["torch"]}.
+Machine: {facts["cpu"]}, threads {facts["threads"]}, {facts["instruction set"]}, torch {facts["torch"]}.
 
 {averaged(studies).markdown()}
 

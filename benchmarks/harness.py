@@ -9,7 +9,6 @@ import argparse
 import gc
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -20,6 +19,7 @@ from statistics import median
 import torch
 
 import qk
+from qk.machine import fingerprint
 
 Run = Callable[[], object]
 Clock = Callable[[], float]
@@ -84,21 +84,10 @@ def main(
 
 def machine(args: argparse.Namespace) -> dict[str, object]:
     """The fingerprint that a figure is worth nothing without."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    names = [line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")]
-    facts: dict[str, object] = {
-        "cpu": names[0] if names else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "isa": qk.active_isa(),
-        "torch": torch.__version__,
-        "compiler": qk.build_facts()["compiler"],
+    return fingerprint() | {
         "clock": "processor time" if args.cpu_time else "wall",
         "memory": "reused" if os.environ.get("MALLOC_MMAP_THRESHOLD_") else "fresh",
     }
-    if args.device == "cuda":
-        facts["gpu"] = torch.cuda.get_device_name()
-    return facts
 
 
 def measure(case: Case, args: argparse.Namespace) -> dict[str, object]:

@@ -9,6 +9,7 @@ import torch
 
 import qk
 from qk import _native
+from threads import threads
 
 _ISAS = ("generic", "avx2", "avx512vnni")
 
@@ -69,24 +70,21 @@ def each_isa_and_threads():
     def same(run):
         results = []
         for isa in qk.usable_isas():
-            for threads in (1, 3):
+            for count in (1, 3):
                 qk.force_isa(isa)
-                torch.set_num_threads(threads)
-                results.append((f"{isa}, {threads} threads", [t.view(torch.uint8) for t in run()]))
+                with threads(count):
+                    results.append((f"{isa}, {count} threads", [t.view(torch.uint8) for t in run()]))
         for name, tensors in results[1:]:
             for i, (one, first) in enumerate(zip(tensors, results[0][1], strict=True)):
                 assert torch.equal(one, first), f"result {i} of {name} differs from {results[0][0]}"
 
-    isa, threads = qk.active_isa(), torch.get_num_threads()
+    isa = qk.active_isa()
     yield same
     qk.force_isa(isa)
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
 def two_threads():
     """Runs a test with two threads, whatever the machine has."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    with threads(2):
+        yield

@@ -12,26 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from qk import sources
+
 VISION = ("resnet18", "resnet50", "mobilenet_v2", "regnet_x_400mf", "mnasnet1_0", "vgg16_bn", "efficientnet_b0")
-_libraries = []  # a torch.library.Library that is collected takes its operators with it
 
 
 @cache
 def import_torchvision() -> bool:
-    """Whether torchvision is there. Where its compiled operators do not load, the two it asks for are only declared.
-
-    transformers imports torchvision when it is installed, so this comes before it too.
-    """
+    """Whether torchvision is there. transformers imports it where it is installed, so this comes before it too."""
     if importlib.util.find_spec("torchvision") is None:
         return False
-    try:
-        import torchvision
-    except RuntimeError:
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _libraries.append(library)
-        import torchvision  # noqa: F401
+    sources.import_torchvision()
     return True
 
 

@@ -30,6 +30,9 @@ def data():
 def unlabelled():
     return data()[0], None
 
+def labelled():
+    return [(x, torch.zeros(6, dtype=torch.int64)) for x in data()[0]], None
+
 def wrong():
     return 3
 """
@@ -69,6 +72,12 @@ def test_quantize_eval_and_inspect_agree(run, tmp_path):
     assert held["bytes"] == report["size_bytes"]["integer"]
     assert "W4A8" in run("inspect", "out").stdout
 
+    other = run("eval", "--model", "MODEL?width=4", "--data", "DATA", "--checkpoint", "out", code=1)
+    assert "layer 0: weight shape must be" in other.stderr
+    (tmp_path / "out" / "qk.json").write_text("{")
+    for words in (["inspect", "out"], ["eval", "--model", "MODEL", "--data", "DATA", "--checkpoint", "out"]):
+        assert "qk.json must be JSON" in run(*words, code=1).stderr
+
 
 def test_quantize_shows_a_table_and_where_things_are(run, tmp_path):
     shown = run("quantize", "--model", "MODEL", "--data", "DATA", "--out", "o", "--report", "r.json", *QUICK).stdout
@@ -102,19 +111,26 @@ def test_inspect_names_folds(run):
         (["eval", "--model", "hf:nowhere", "--data", "DATA"], "config.json"),
         (["eval", "--model", "MODEL", "--data", "nothing"], "source must be digits"),
         (["eval", "--model", "MODEL", "--data", "python:cli_model:wrong"], "calibration batches in a list"),
-        (["eval", "--model", "MODEL", "--data", "python:cli_model:unlabelled"], "must have labels"),
+        (["eval", "--model", "MODEL", "--data", "python:cli_model:unlabelled"], "must be data with labels"),
         (["eval", "--model", "MODEL", "--data", "imagefolder:nowhere"], "class folders"),
         (["eval", "--model", "MODEL", "--data", "imagefolder:."], "no images"),
         (["eval", "--model", "MODEL", "--data", "DATA", "--weights", "none.pt"], "weights: none.pt must be a file"),
         (["eval", "--model", "MODEL", "--data", "DATA", "--weights", "cli_model.py"], "torch file of tensors"),
         (["eval", "--model", "MODEL", "--data", "DATA", "--checkpoint", "."], "qk.json"),
         (["inspect", "."], "qk.json"),
+        (["inspect", "nowhere"], "the target must be a checkpoint's folder, or a model"),
         (["inspect", "MODEL"], "--data or --shape"),
         (["inspect", "MODEL", "--shape", "1,a"], "positive numbers with commas"),
         (["quantize", "--model", "MODEL", "--data", "DATA", "--out", "o", "--set", "bits=4"], "bits"),
         (["quantize", "--model", "MODEL", "--data", "DATA", "--out", "o", "--set", "weights=5"], "weights"),
         (["quantize", "--model", "MODEL", "--data", "DATA", "--out", "o", "--set", "weights"], "FIELD=VALUE"),
         (["quantize", "--model", "MODEL", "--data", "DATA", "--out", "o", "--recipe", "no.yaml"], "no.yaml"),
+        (["quantize", "--model", "MODEL", "--data", "DATA", "--out", "cli_model.py"], "a folder that can be written"),
+        (
+            ["quantize", "--model", "MODEL", "--data", "DATA", "--out", "o", "--report", "cli_model.py/r.html"],
+            "a folder that can be written",
+        ),
+        (["demo", "--out", "cli_model.py"], "a folder that can be written"),
     ],
 )
 def test_bad_input_is_one_plain_line(run, words, message):
@@ -125,6 +141,12 @@ def test_bad_input_is_one_plain_line(run, words, message):
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
     assert result.stdout == ""
+
+
+def test_labels_among_the_calibration_data_are_named(run):
+    result = run("quantize", "--model", "MODEL", "--data", "python:cli_model:labelled", "--out", "o", code=1)
+    assert "error: qk.prepare: example must be input that the model accepts" in result.stderr
+    assert "The second looks like labels: pass inputs only" in result.stderr
 
 
 def test_debug_shows_where_an_error_came_from(run):

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 import qk
+from qk.deploy import LayerTimes, measure
 from qk.flow import resized
+from qk.prepare import QuantLayer
 
 
 class Net(nn.Module):
@@ -87,6 +89,63 @@ def test_nearest_learns_nothing(model, batches):
     assert result.report.latency == []
 
 
+def slow_in_integers(*names):
+    """In place of the clock: these layers take twice as long in integers, all others half."""
+    order = iter(["stem.0", "a.conv1", "a.conv2", "b.conv1", "b.conv2", "head"])
+    return lambda *_: LayerTimes(0.01, 0.02, True) if next(order) in names else LayerTimes(0.01, 0.005, False)
+
+
+def test_only_faster_leaves_slower_layers_in_float_and_says_so(model, batches, tmp_path, monkeypatch):
+    with monkeypatch.context() as m:
+        m.setattr(measure, "layer_times", slow_in_integers("a.conv1", "head"))
+        result = qk.quantize(model, batches, quick(only_faster=True), out=tmp_path, measure=False)
+    reason = "slower in integers: 0.020 ms instead of 0.010 ms"
+    reasons = {layer.name: layer.reason for layer in result.report.layers if layer.weights is None}
+    assert reasons == {"a.conv1": reason, "head": reason, "odd": "Conv1d has no integer kernel"}
+    assert result.prepared.kept == reasons
+    assert result.plan["head"].reason == result.model.qk_info.plan["head"].reason == reason
+    assert isinstance(result.model.get_submodule("a.conv1"), nn.Conv2d)
+    assert isinstance(result.model.get_submodule("a.conv2"), qk.deploy.QConv2d)
+    assert "head" not in result.prepared.history  # nothing was learned for it
+    assert reason in result.report.kept_table().plain()
+    with torch.no_grad():
+        found = result.model(batches[0])
+        with qk.deploy.definition():
+            assert torch.equal(found, result.model(batches[0]))
+        assert torch.equal(found, qk.load(tmp_path, model=model)(batches[0]))
+
+
+def test_without_only_faster_slower_layers_are_named(model, batches, monkeypatch):
+    monkeypatch.setattr(measure, "layer_times", slow_in_integers("b.conv2"))
+    report = qk.quantize(model, batches, quick(method="nearest"), latency_batches=()).report
+    assert {layer.name for layer in report.layers if layer.weights is None} == {"odd"}
+    assert [n for n in report.notes if "Slower in integers than in float, called alone: b.conv2;" in n]
+    assert "b.conv2; the recipe's only_faster leaves such layers in float" in report.tables()[-1].plain()
+
+
+def test_only_faster_that_leaves_nothing_raises_before_learning(model, batches, monkeypatch):
+    monkeypatch.setattr(measure, "layer_times", lambda *_: LayerTimes(0.01, 0.02, True))
+    monkeypatch.setattr(qk.flow, "reconstruct", lambda *_, **__: pytest.fail("learning began"))
+    with pytest.raises(qk.QkError, match=r"recipe.only_faster must be false, got 6 of 6 layers slower in integers"):
+        qk.quantize(model, batches, quick(only_faster=True))
+
+
+@pytest.mark.parametrize(
+    ("floats", "integers", "slower"),
+    [([1, 1, 1, 9], [2, 2, 2, 2], False), ([1, 1, 1, 1], [2, 2, 2, 2], True), ([1, 2, 3, 4], [2, 3, 4, 5], False)],
+)
+def test_slower_is_what_noise_does_not_explain(floats, integers, slower, monkeypatch):
+    monkeypatch.setattr(measure, "alternate", lambda *_, **__: [floats, integers])
+    layer = QuantLayer(nn.Linear(2, 2), qk.QuantSpec(), None)
+    times = measure.layer_times(layer, layer, (1, 2))
+    assert times == LayerTimes(sorted(floats)[2], sorted(integers)[2], slower)
+
+
+def test_units_that_learning_did_not_help_are_named(model, batches):
+    report = qk.quantize(model, batches, quick(weight_lr=50.0, iterations=3), measure=False, progress=False).report
+    assert [n for n in report.notes if "Nearest rounding was kept where learning did not lower the loss: " in n]
+
+
 def test_same_seed_same_bits(model, batches):
     def bits():
         return qk.quantize(model, batches, quick(), measure=False, progress=False).model.state_dict()
@@ -118,6 +177,12 @@ def test_bad_batches_are_named_before_work_is_lost(model, batches, message):
 def test_a_model_without_a_layer_to_quantize_raises(batches):
     with pytest.raises(qk.QkError, match="Conv2d or Linear"):
         qk.quantize(nn.Sequential(nn.Flatten(), nn.Tanh()), batches, quick())
+
+
+def test_a_layer_without_widths_in_the_recipe_has_a_reason_in_the_report(model, batches):
+    recipe = quick(method="nearest", overrides={"head": {"weights": None, "activations": None}})
+    report = qk.quantize(model, batches, recipe, measure=False).report
+    assert {x.name: x.reason for x in report.layers}["head"] == "the plan says so"
 
 
 def test_names_of_stages_are_functions_and_their_folders_import():

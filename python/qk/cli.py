@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from qk.errors import QkError
+from qk.errors import QkError, fail
 
 
 class _Group(TyperGroup):
@@ -78,8 +78,11 @@ def quantize(
     """Quantizes a model, saves it, and reports what that changed."""
     import qk
     from qk import sources
+    from qk.files import writable_folder
 
     wanted = _recipe(recipe, change or [])
+    report = report or out / "report.html"
+    writable_folder(report.parent, "quantize")
     say = _say(as_json)
     floating = sources.load_model(model, weights)
     loaded = sources.load_data(data, batch_size)
@@ -96,7 +99,7 @@ def quantize(
         title=f"{model} on {data}",
         progress=not as_json,
     )
-    path = result.report.save(report or out / "report.html")
+    path = result.report.save(report)
     if as_json:
         _print_json({"checkpoint": str(out), "report": str(path), **result.report.to_dict()})
         return
@@ -121,7 +124,7 @@ def evaluate(
 
     loaded = sources.load_data(data, batch_size)
     if loaded.evaluation is None:
-        raise QkError(f"eval: {data} must have labels, got calibration data alone.")
+        raise fail("eval", data, "data with labels", "calibration data alone")
     measured = sources.load_model(model, weights)
     if checkpoint is not None:
         measured = qk.load(checkpoint, model=measured)
@@ -147,6 +150,9 @@ def inspect(
 
     if Path(target).is_dir():
         facts, shown = inspection.of_checkpoint(Path(target))
+    elif ":" not in target:
+        expected = "a checkpoint's folder, or a model such as torchvision:resnet18"
+        raise fail("inspect", "the target", expected, repr(target))
     else:
         facts, shown = inspection.of_model(target, weights, data, shape, _recipe(recipe, change or []))
     if as_json:
@@ -184,11 +190,11 @@ def _recipe(path: Path | None, changes: list[str]) -> Any:
     for change in changes:
         name, equals, text = change.partition("=")
         if not equals or not name:
-            raise QkError(f"--set: it must be FIELD=VALUE, got {change!r}. For example --set weights=4.")
+            raise fail("recipe", "--set", "FIELD=VALUE", repr(change), "For example --set weights=4.")
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise QkError(f"--set: {name} must be a YAML value, got {text!r}.") from error
+            raise fail("recipe", f"--set {name}", "a YAML value", repr(text)) from error
         first, _, rest = name.partition(".")
         if first == "overrides" and "." in rest:
             pattern, _, field = rest.rpartition(".")
@@ -214,6 +220,7 @@ def _print_json(value: Any) -> None:
 
 
 def main() -> None:
+    """The command `qk`."""
     app(prog_name="qk")
 
 

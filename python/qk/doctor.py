@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ def examine() -> tuple[dict[str, Any], list[Table], bool]:
     """Facts for JSON, tables to show, and whether every check passed."""
     checks = {isa: _check(isa) for isa in _native.usable_isas()}
     facts = {
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: machine.installed_version(name) for name in PACKAGES},
         "machine": machine.fingerprint(),
         "build": _native.build_facts(),
         "instruction sets": {"usable": _native.usable_isas(), "active": _native.active_isa()},
@@ -73,10 +72,3 @@ def _check(isa: str) -> str:
     finally:
         _native.force_isa(before)
     return "equal" if same else "differs"
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

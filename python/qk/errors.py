@@ -9,4 +9,5 @@ class QkError(ValueError):
 
 def fail(stage: str, argument: str, expected: str, got: object, advice: str = "") -> QkError:
     """The error to raise. stage: the public function, such as "qk.calibrate"."""
-    return QkError(f"{stage}: {argument} must be {expected}, got {got}." + (f" {advice}" if advice else ""))
+    text = f"{stage}: {argument} must be {expected}, got {got}".rstrip(".")  # what got quotes may end in one
+    return QkError(f"{text}. {advice}".rstrip())

@@ -6,12 +6,19 @@ import os
 import tempfile
 from pathlib import Path
 
+from qk.errors import fail
+
+TEMPORARY = ".qk-"  # how the name of a file starts that is not in place yet
+
 
 def replace_file(path: str | Path, content: bytes) -> Path:
-    """Writes beside `path`, flushes to disk, renames. Folders are made. Returns the path."""
+    """Puts content at `path`: all of it or, if this dies, nothing. Folders are made. Returns the path.
+
+    Raises OSError for a place that cannot be written.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(prefix=TEMPORARY, dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
@@ -22,4 +29,21 @@ def replace_file(path: str | Path, content: bytes) -> Path:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+    folder = os.open(path.parent, os.O_RDONLY)  # so that the rename outlives a power cut
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
     return path
+
+
+def writable_folder(folder: str | Path, stage: str) -> Path:
+    """The folder, made where it is missing. Raises QkError when nothing can be written there."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(prefix=TEMPORARY, dir=folder):
+            pass
+    except OSError as error:
+        raise fail(stage, str(folder), "a folder that can be written", error.strerror or error) from error
+    return folder

@@ -1,27 +1,39 @@
-"""The whole flow on one screen: prepare, calibrate, reconstruct, convert, measure."""
+"""The whole flow on one screen: prepare, calibrate, reconstruct, convert, save, measure."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch import nn
 
 from qk import machine, timing
 from qk.calibrate import calibrate
 from qk.calibrate.batches import hold
-from qk.deploy import checkpoint_bytes, convert, float_bytes, measure_layers, save
+from qk.deploy import (
+    LayerMeasure,
+    all_layer_times,
+    check_state,
+    checkpoint_bytes,
+    convert,
+    file_bytes,
+    measure_layers,
+    save,
+)
+from qk.errors import fail
+from qk.files import writable_folder
+from qk.inputs import copied_to, device_of, feed, map_tensors
 from qk.methods import reconstruct
-from qk.prepare import Prepared, prepare
+from qk.prepare import Prepared, leave_in_float, prepare
 from qk.report import Latency, LayerReport, Report
-from qk.spec import Plan, Recipe
+from qk.spec import Plan, Recipe, checked_recipe
 
+STAGE = "qk.quantize"
 MEASURED_BATCHES = 2  # for the error of each layer
 
 
@@ -57,88 +69,137 @@ def quantize(
     evaluate: model -> share of labels met, in [0, 1]; called on the float, the simulated and the integer model.
     out: folder to save the checkpoint in. latency_batches: sizes at which the whole model is timed, with the example
     repeated or cut along its first axis. measure: False leaves out errors and times of layers, and latency.
-    Raises QkError for input that a stage cannot work with, before that stage changes anything.
+    Raises QkError for input that a stage cannot work with, before that stage changes anything; whatever can be checked
+    without learning is checked before it.
     """
-    recipe = recipe or Recipe()
+    recipe = checked_recipe(recipe, STAGE)
+    if evaluate is not None and not callable(evaluate):
+        raise fail(STAGE, "evaluate", "a function of a model", type(evaluate).__name__)
+    if out is not None:
+        writable_folder(out, STAGE)
     seconds: dict[str, float] = {}
-    held = hold(batches, "qk.quantize", None, recipe.memory_mb)
+    held = hold(batches, STAGE, None, recipe.memory_mb)
     example = held[0] if example is None else example
     with _timed(seconds, "prepare"):
         p = prepare(model, example, recipe, blocks=blocks)
-    with _timed(seconds, "calibrate"):
-        calibrate(p, held, ranges=recipe.ranges)
-    if recipe.method == "brecq":
-        with _timed(seconds, "reconstruct"):
-            reconstruct(p, held, recipe, progress="auto" if progress else "off")
-    with _timed(seconds, "convert"):
-        integer = convert(p)
+    if out is not None:
+        check_state(model, STAGE)
+    if measure:
+        _check_batches(p.model, example, latency_batches)
     report = Report(
         title=f"{title or type(model).__name__}: {_widths(p.plan)}, {recipe.method}",
         seconds=seconds,
-        losses={unit: [{"iteration": s["iteration"], "loss": s["loss"]} for s in h] for unit, h in p.history.items()},
+        size_bytes={"float": file_bytes(model)},
         folds=dict(p.folds),
         links=list(p.links),
         recipe=recipe.to_dict(),
         machine=machine.fingerprint(),
     )
-    report.size_bytes["float"] = float_bytes(model)
-    if out is not None:
-        report.size_bytes["integer"] = checkpoint_bytes(save(integer, out))
+    if evaluate is not None:  # now, so that an evaluation that fails costs no learning
+        with _timed(seconds, "evaluate"), _evaluating(model):
+            report.accuracy["float"] = _share(evaluate, model)
+    with _timed(seconds, "calibrate"):
+        calibrate(p, held, ranges=recipe.ranges)
+    if recipe.only_faster:
+        with _timed(seconds, "time layers"):
+            _leave_slower_in_float(p)
+    if recipe.method == "brecq":
+        with _timed(seconds, "reconstruct"):
+            reconstruct(p, held, recipe, progress="auto" if progress else "off")
+    with _timed(seconds, "convert"):
+        integer = convert(p)
+    report.size_bytes["integer"] = file_bytes(integer) if out is None else checkpoint_bytes(save(integer, out))
     if evaluate is not None:
         with _timed(seconds, "evaluate"):
-            report.accuracy = _accuracies(model, p, integer, evaluate)
+            with p.quantized() as simulated:
+                report.accuracy["simulated"] = _share(evaluate, simulated)
+            report.accuracy["integer"] = _share(evaluate, integer)
     with _timed(seconds, "measure"):
-        report.layers = _layers(p, integer, held if measure else None)
-        if measure:
-            report.latency = [latency(model, integer, example, n) for n in latency_batches]
+        measured = measure_layers(p, integer, held[:MEASURED_BATCHES]) if measure else []
+        report.latency = [latency(model, integer, example, n) for n in latency_batches] if measure else []
+    report.losses = {
+        unit: [{"iteration": s["iteration"], "loss": s["loss"]} for s in h] for unit, h in p.history.items()
+    }
+    report.layers = _layers(p, measured)
+    report.notes = _notes(p, measured)
     return Result(integer, p.plan, report, p)
 
 
 def latency(floating: nn.Module, integer: nn.Module, example: Any, batch: int, seconds: float = 1.0) -> Latency:
     """Both models on the example, repeated or cut to `batch`; alternating for about `seconds`."""
-    inputs = resized(example, batch)
+    inputs = copied_to(resized(example, batch), device_of(floating))
     with _evaluating(floating), torch.inference_mode():
-        times = timing.alternate([lambda: _call(floating, inputs), lambda: _call(integer, inputs)], seconds)
+        times = timing.alternate([lambda: feed(floating, inputs), lambda: feed(integer, inputs)], seconds)
     return Latency(batch, *(timing.quantile(side, share) for side in times for share in (0.5, 0.99)))
 
 
 def resized(example: Any, batch: int) -> Any:
     """Every tensor of the example repeated or cut to `batch` along its first axis."""
-
-    def one(x: Tensor) -> Tensor:
-        return x[torch.arange(batch, device=x.device) % x.shape[0]] if x.dim() else x
-
-    return tree_map_only(Tensor, one, dict(example) if isinstance(example, Mapping) else example)
+    return map_tensors(lambda x: x[torch.arange(batch, device=x.device) % x.shape[0]] if x.dim() else x, example)
 
 
-def _call(model: nn.Module, inputs: Any) -> Any:
-    if isinstance(inputs, Tensor):
-        return model(inputs)
-    return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+def _leave_slower_in_float(p: Prepared) -> None:
+    """By timing alone, which the codes do not change: so it comes before learning, which then knows what stays."""
+    times = all_layer_times(p, convert(p))
+    slower = {
+        name: f"slower in integers: {t.integer_ms:.3f} ms instead of {t.float_ms:.3f} ms"
+        for name, t in times.items()
+        if t.is_slower
+    }
+    if len(slower) == len(times):
+        got = f"{len(slower)} of {len(times)} layers slower in integers on this machine"
+        raise fail(STAGE, "recipe.only_faster", "false", got, "Set it so, or take a larger example.")
+    leave_in_float(p, slower)
 
 
-def _accuracies(
-    model: nn.Module, p: Prepared, integer: nn.Module, evaluate: Callable[[nn.Module], float]
-) -> dict[str, float]:
-    with _evaluating(model):
-        found = {"float": float(evaluate(model))}
-    with p.quantized() as simulated:
-        found["simulated"] = float(evaluate(simulated))
-    return found | {"integer": float(evaluate(integer))}
+def _check_batches(model: nn.Module, example: Any, sizes: Iterable[int]) -> None:
+    """Raises QkError for sizes at which the model cannot be timed."""
+    for n in sizes:
+        if not isinstance(n, int) or n < 1:
+            raise fail(STAGE, "latency_batches", "sizes of at least 1", n)
+        try:
+            with torch.no_grad():
+                feed(model, copied_to(resized(example, n), device_of(model)))
+        except Exception as error:
+            got = f"{n}, on which it raised {type(error).__name__}: {error}"
+            advice = "Pass the batch size of your data, or measure=False."
+            raise fail(STAGE, "latency_batches", "sizes that the model accepts", got, advice) from error
 
 
-def _layers(p: Prepared, integer: nn.Module, batches: list[Any] | None) -> list[LayerReport]:
+def _share(evaluate: Callable[[nn.Module], float], model: nn.Module) -> float:
+    found = evaluate(model)
+    try:
+        share = float(found)
+    except (TypeError, ValueError):
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise fail(STAGE, "evaluate", "a function that returns the share of labels met, from 0 to 1", repr(found)[:80])
+    return share
+
+
+def _layers(p: Prepared, measured: list[LayerMeasure]) -> list[LayerReport]:
     """Every layer that prepare found, then every other module with weights and why it stays in float."""
-    measured = {}
-    if batches is not None:
-        measured = {m.name: m for m in measure_layers(p, integer, batches[:MEASURED_BATCHES])}
+    by_name = {m.name: m for m in measured}
     rows = []
     for name, layer in p.layers.items():
-        spec, m = p.plan[name], measured.get(name)
-        values = (m.sqnr_db, m.float_bytes, m.integer_bytes, m.float_ms, m.integer_ms) if m else ()
-        rows.append(LayerReport(name, layer.kind, spec.weights, spec.activations, spec.reason, *values))
+        spec, m = p.plan[name], by_name.get(name)
+        values = (m.sqnr_db, m.float_bytes, m.integer_bytes, m.times.float_ms, m.times.integer_ms) if m else ()
+        rows.append(LayerReport(name, layer.kind, spec.weights, spec.activations, p.kept.get(name, ""), *values))
     others = [name for name in p.kept if name not in p.layers]
     return rows + [LayerReport(n, type(p.model.get_submodule(n)).__name__, reason=p.kept[n]) for n in others]
+
+
+def _notes(p: Prepared, measured: list[LayerMeasure]) -> list[str]:
+    """What the tables do not say aloud."""
+    notes = []
+    slower = [m.name for m in measured if m.times.is_slower]
+    if slower:
+        advice = "the recipe's only_faster leaves such layers in float"
+        notes.append(f"Slower in integers than in float, called alone: {', '.join(slower)}; {advice}.")
+    nearest = [unit or "the model" for unit, steps in p.history.items() if steps[-1]["kept"] == "nearest"]
+    if nearest:
+        notes.append(f"Nearest rounding was kept where learning did not lower the loss: {', '.join(nearest)}.")
+    return notes
 
 
 def _widths(plan: Plan) -> str:
@@ -149,9 +210,10 @@ def _widths(plan: Plan) -> str:
 
 @contextmanager
 def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Adds what it takes to seconds[stage]."""
     start = time.perf_counter()
     yield
-    seconds[stage] = time.perf_counter() - start
+    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
 @contextmanager

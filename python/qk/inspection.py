@@ -30,6 +30,7 @@ def of_model(
 
 
 def described(p: Prepared) -> tuple[dict[str, Any], list[Table]]:
+    """What prepare found: facts for JSON, tables to show."""
     unit_of = {layer: unit.name for unit in p.units for layer in unit.layers}
     layers = [
         {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from qk import _native
 
 
 def cpu_name() -> str:
+    """As the CPU calls itself."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -22,14 +24,17 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def version() -> str:
-    from importlib.metadata import PackageNotFoundError
-    from importlib.metadata import version as installed
-
+def installed_version(package: str) -> str | None:
+    """None where it is not installed."""
     try:
-        return installed("qk-torch")
-    except PackageNotFoundError:
-        return "not installed (run from its sources)"
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def qk_version() -> str:
+    """Of the package, or that it runs from its sources."""
+    return installed_version("qk-torch") or "source"
 
 
 def fingerprint() -> dict[str, str | int]:
@@ -42,7 +47,7 @@ def fingerprint() -> dict[str, str | int]:
         "instruction set": _native.active_isa(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "torch": torch.__version__,
-        "qk": version(),
+        "qk": qk_version(),
         "compiler": facts["compiler"],
         "python": sys.version.split()[0],
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",

@@ -39,6 +39,7 @@ td:last-child:not(.n){white-space:normal}p{color:var(--soft)}
 
 
 def page(title: str, body: str) -> str:
+    """A whole HTML document; body is HTML already."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -121,7 +122,7 @@ def _curves(axes: Any, losses: dict[str, list[dict[str, float]]]) -> None:
     axes.set_ylabel("loss")
     axes.grid(color=BEFORE, alpha=0.3, linewidth=0.5)
     if len(losses) <= 12:
-        axes.legend(frameon=False, fontsize=7)
+        axes.legend(frameon=False, fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4)  # off the curves
 
 
 def _finite(value: float | None) -> float:

@@ -9,9 +9,8 @@ from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table as RichTable
-
 from qk import tables
+from qk.errors import fail
 from qk.files import replace_file
 from qk.page import figures, page
 from qk.tables import Table
@@ -39,6 +38,7 @@ class LayerReport:
 
     @property
     def width(self) -> str:
+        """W4A8, or float."""
         return "float" if self.weights is None else f"W{self.weights}A{self.activations}"
 
 
@@ -96,6 +96,7 @@ class Report:
         return Table("", ["whole model", "float", "quantized", "change"], rows)
 
     def layer_table(self) -> Table:
+        """Every layer: width, error, size and time before and after."""
         headers = ["layer", "kind", "width", "SQNR (dB)", "weight", "quantized", "float (ms)", "quantized (ms)"]
         rows = []
         for layer in self.layers:
@@ -109,12 +110,10 @@ class Report:
         """Layers in float and why."""
         return Table("", ["left in float", "why"], [[x.name, x.reason] for x in self.layers if x.weights is None])
 
-    def table(self) -> RichTable:
-        return self.layer_table().rich()
-
     def tables(self) -> list[Table]:
-        """What a terminal shows: the model, its layers, what stayed in float."""
-        return [t for t in (self.summary(), self.layer_table(), self.kept_table()) if t.rows]
+        """What a terminal shows: the model, its layers, what stayed in float, notes."""
+        notes = Table("", ["notes"], [[note] for note in self.notes])
+        return [t for t in (self.summary(), self.layer_table(), self.kept_table(), notes) if t.rows]
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: what is not finite (the error ratio of a layer without error) is None."""
@@ -122,6 +121,7 @@ class Report:
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Report:
+        """The report that to_dict was called on, but for what is not finite."""
         data = dict(data)
         data["layers"] = [LayerReport(**x) for x in data.get("layers", [])]
         data["latency"] = [Latency(**x) for x in data.get("latency", [])]
@@ -147,10 +147,16 @@ class Report:
         return "".join(parts)
 
     def save(self, path: str | Path) -> Path:
-        """Writes one self-contained HTML file, or JSON for a name that ends in .json. Returns the path."""
-        if str(path).endswith(".json"):
-            return replace_file(path, json.dumps(self.to_dict(), indent=1).encode())
-        return replace_file(path, page(self.title, self.section()).encode())
+        """Writes one self-contained HTML file, or JSON for a name that ends in .json. Returns the path.
+
+        Raises QkError for a place that cannot be written.
+        """
+        as_json = str(path).endswith(".json")
+        content = json.dumps(self.to_dict(), indent=1) if as_json else page(self.title, self.section())
+        try:
+            return replace_file(path, content.encode())
+        except OSError as error:
+            raise fail("report", str(path), "a file that can be written", error.strerror or error) from error
 
 
 def _plain(value: Any) -> Any:

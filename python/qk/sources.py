@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -15,9 +16,9 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from qk.errors import QkError, fail
+from qk.inputs import copied_to, device_of, feed
 
 MODELS = "torchvision:NAME, timm:NAME, hf:PATH or python:MODULE:FUNCTION"
 DATA = "digits, imagefolder:DIR or python:MODULE:FUNCTION"
@@ -69,11 +70,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         raise fail("weights", str(path), "a file", "none there")
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise _unreadable(path, error) from error
-    except Exception as error:  # torch's unpickler has an error type of its own
-        if type(error).__name__ != "UnpicklingError":
-            raise
+    except (SafetensorError, UnpicklingError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
         raise _unreadable(path, error) from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
@@ -113,7 +110,10 @@ def accuracy(model: nn.Module, evaluation: Iterable[tuple[Any, Tensor]]) -> floa
     """Share of labels that the largest output meets."""
     met = total = 0
     for inputs, labels in evaluation:
-        met += int((predictions(model, inputs) == labels).sum())
+        found = predictions(model, inputs)
+        if found.shape != labels.shape:
+            raise fail("evaluation", "labels", f"{list(found.shape)}, one for each prediction", list(labels.shape))
+        met += int((found == labels.to(found.device)).sum())
         total += labels.numel()
     if total == 0:
         raise fail("evaluation", "data", "at least one batch with labels", "none")
@@ -123,18 +123,11 @@ def accuracy(model: nn.Module, evaluation: Iterable[tuple[Any, Tensor]]) -> floa
 def predictions(model: nn.Module, inputs: Any) -> Tensor:
     """The index of the largest output along the last axis."""
     with torch.no_grad():
-        if isinstance(inputs, Tensor):
-            result = model(inputs)
-        else:
-            result = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+        result = feed(model, copied_to(inputs, device_of(model)))
     result = getattr(result, "logits", result)
     if not isinstance(result, Tensor):
         raise fail("evaluation", "the model", "one that returns a tensor or .logits", type(result).__name__)
     return result.argmax(-1)
-
-
-def batch_of(inputs: Any) -> int:
-    return next(x.shape[0] for x in tree_leaves(inputs) if isinstance(x, Tensor))
 
 
 def import_torchvision() -> Any:
@@ -245,7 +238,7 @@ def _package(name: str, source: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         package = "pillow" if name.startswith("PIL") else name
-        raise QkError(f"{source}: {package} must be installed, got: {error}. pip install {package}") from error
+        raise fail(source, package, "installed", error, f"pip install {package}") from error
 
 
 def _call(name: str, source: str) -> Any:

@@ -4,23 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from functools import wraps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from qk.errors import QkError
+from qk.errors import QkError, fail
 
-WEIGHT_WIDTHS = (2, 3, 4, 8)  # as the kernels store them; 3 lies in 4
-ACTIVATION_WIDTHS = tuple(range(2, 9))
-
-WeightBits = Literal[2, 3, 4, 8]
+WeightBits = Literal[2, 3, 4, 8]  # as the kernels store them; 3 lies in 4
 ActivationBits = Literal[2, 3, 4, 5, 6, 7, 8]
-_strict = ConfigDict(extra="forbid", strict=False)
+Ranges = Literal["minmax", "percentile", "mse", "kl"]
+Exponent = Annotated[float, Field(ge=1)]  # of the rounding penalty; below 1 its slope has no bound
+_strict = ConfigDict(extra="forbid", strict=False, allow_inf_nan=False)
+Kind = TypeVar("Kind", bound=type)
 
 
+def _refuses_in_words(kind: Kind) -> Kind:
+    """Makes the constructor of a pydantic dataclass raise QkError for fields that do not fit."""
+    init = kind.__init__
+
+    @wraps(init)
+    def checked(self: Any, *args: Any, **fields: Any) -> None:
+        try:
+            init(self, *args, **fields)
+        except ValidationError as error:
+            raise _refusal(kind, error, kind.__name__) from None
+
+    kind.__init__ = checked
+    return kind
+
+
+@_refuses_in_words
 @dataclass(frozen=True, config=_strict)
 class QuantSpec:
     """Widths of one layer. Both None: the layer stays in float, and `reason` says why.
@@ -41,6 +58,7 @@ class QuantSpec:
 
     @property
     def is_float(self) -> bool:
+        """Whether the layer stays in float."""
         return self.weights is None
 
     @property
@@ -51,16 +69,20 @@ class QuantSpec:
 
     @property
     def weight_symmetric(self) -> bool:
+        """Whether every zero of the weight is the middle code."""
         return self.symmetric or self.weights == 8
 
     def describe(self) -> str:
+        """Widths in short: W4A8, or float."""
         return "float" if self.is_float else f"W{self.weights}A{self.activations}"
 
 
 def float_spec(reason: str) -> QuantSpec:
+    """Of a layer that stays in float, and why."""
     return QuantSpec(None, None, reason=reason)
 
 
+@_refuses_in_words
 @dataclass(frozen=True, config=_strict)
 class Plan:
     """Layer name -> QuantSpec, in the order in which the layers run."""
@@ -71,13 +93,16 @@ class Plan:
         return self.layers[name]
 
     def to_dict(self) -> dict[str, Any]:
+        """As JSON and YAML hold it; from_dict gives an equal one back."""
         return TypeAdapter(Plan).dump_python(self, mode="json")
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Plan:
+        """Raises QkError for fields that do not fit, all of them named."""
         return _parse(Plan, data, "plan")
 
 
+@_refuses_in_words
 @dataclass(frozen=True, config=_strict)
 class Recipe:
     """How to quantize. The defaults are BRECQ with learned activation steps.
@@ -91,16 +116,19 @@ class Recipe:
     penalty, the share of iterations without it, its exponent's start and end. drop: probability with which a value of
     the unit's input comes from the quantized prefix instead of the float one (QDrop); 1.0 is BRECQ's.
     memory_mb: for the cached inputs and outputs of a unit; beyond it they go to a file. seed: same seed, same bits.
+    only_faster: qk.quantize times each layer on this machine, at the shape of the example, and leaves it in float where
+    its integer call is slower by more than the noise. Off, because a layer alone pays for quantizing its input and
+    giving back float, which a fused network will not; and on, equal bits need equal timings.
     """
 
     weights: WeightBits = 4
     activations: ActivationBits = 8
-    first_last: Literal[2, 3, 4, 8] | None = 8
+    first_last: WeightBits | None = 8
     group_size: int | None = Field(default=None, gt=0)
     symmetric: bool = False
     skip: tuple[str, ...] = ()
     overrides: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    ranges: Literal["minmax", "percentile", "mse", "kl"] = "mse"
+    ranges: Ranges = "mse"
     method: Literal["nearest", "brecq"] = "brecq"
     granularity: Literal["layer", "block"] = "block"
     loss: Literal["mse", "fisher"] = "mse"
@@ -110,10 +138,11 @@ class Recipe:
     act_lr: float = Field(default=4e-5, ge=0)
     penalty: float = Field(default=0.01, ge=0)
     warmup: float = Field(default=0.2, ge=0, lt=1)
-    beta: tuple[float, float] = (20.0, 2.0)
+    beta: tuple[Exponent, Exponent] = (20.0, 2.0)
     drop: float = Field(default=0.5, ge=0, le=1)
     memory_mb: int = Field(default=1024, ge=1)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    only_faster: bool = False
 
     def spec_for(self, name: str, is_first_or_last: bool) -> QuantSpec:
         """The widths of one layer, before linked layers are made to agree."""
@@ -133,10 +162,12 @@ class Recipe:
         return _parse(QuantSpec, fields, f"recipe: overrides for {name}")
 
     def to_dict(self) -> dict[str, Any]:
+        """As JSON and YAML hold it; from_dict gives an equal one back."""
         return TypeAdapter(Recipe).dump_python(self, mode="json")
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Recipe:
+        """Raises QkError for fields that do not fit, all of them named."""
         return _parse(Recipe, data, "recipe")
 
     @staticmethod
@@ -145,17 +176,38 @@ class Recipe:
         try:
             data = yaml.safe_load(Path(path).read_text())
         except (OSError, yaml.YAMLError) as error:
-            raise QkError(f"recipe: {path} must be a readable YAML file, got: {error}.") from error
+            raise fail("recipe", str(path), "a readable YAML file", error) from error
         if not isinstance(data, dict):
-            raise QkError(f"recipe: {path} must hold a mapping of Recipe's fields, got {type(data).__name__}.")
+            raise fail("recipe", str(path), "a mapping of Recipe's fields", type(data).__name__)
         return Recipe.from_dict(data)
 
 
 def _parse(kind: Any, data: Mapping[str, Any], where: str) -> Any:
-    """data as `kind`, with every field that does not fit named in one QkError."""
+    """data as `kind`. Raises QkError for fields that do not fit."""
+    if not isinstance(data, Mapping):
+        raise fail(where, "it", f"a mapping of the fields of {kind.__name__}", type(data).__name__)
     try:
         return TypeAdapter(kind).validate_python(dict(data))
     except ValidationError as error:
-        known = ", ".join(kind.__dataclass_fields__)
-        lines = [f"{'.'.join(map(str, e['loc'])) or 'it'}: {e['msg']}, got {e['input']!r}" for e in error.errors()]
-        raise QkError(f"{where}: {'; '.join(lines)}. The fields are: {known}.") from error
+        raise _refusal(kind, error, where) from error
+
+
+def _refusal(kind: Any, error: ValidationError, where: str) -> QkError:
+    """Names every field that does not fit; for one that is unknown, those that there are."""
+    found = error.errors()
+    lines = []
+    for e in found:
+        name = ".".join(map(str, e["loc"]))
+        text = e["msg"].removeprefix("Value error, ").replace("Input should", "must", 1)
+        text = text.replace("Unexpected", "is an unexpected", 1)
+        lines.append(f"{name} {text[0].lower()}{text[1:]}, got {e['input']!r}" if name else text)
+    unknown = any(e["type"].startswith("unexpected") for e in found)
+    advice = f" The fields are: {', '.join(kind.__dataclass_fields__)}." if unknown else ""
+    return QkError(f"{where}: {'; '.join(lines)}.{advice}")
+
+
+def checked_recipe(recipe: Recipe | None, stage: str) -> Recipe:
+    """The recipe, or the default one. Raises QkError for what is no Recipe."""
+    if recipe is not None and not isinstance(recipe, Recipe):
+        raise fail(stage, "recipe", "a qk.Recipe", type(recipe).__name__, "qk.Recipe.from_dict makes one of a dict.")
+    return recipe or Recipe()

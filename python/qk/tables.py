@@ -19,13 +19,16 @@ class Table:
     rows: list[list[Any]] = field(default_factory=list)
 
     def cells(self) -> list[list[str]]:
+        """The rows as text."""
         return [["" if value is None else str(value) for value in row] for row in self.rows]
 
     def is_numeric(self, column: int) -> bool:
+        """Whether every filled cell of the column starts like a number."""
         values = [cells[column] for cells in self.cells() if cells[column]]
         return bool(values) and all(v[0].isdigit() or v[0] in "-+(" for v in values)
 
     def rich(self) -> RichTable:
+        """For a terminal."""
         table = RichTable(title=self.title or None, title_justify="left", header_style="bold")
         for i, header in enumerate(self.headers):
             table.add_column(header, justify="right" if self.is_numeric(i) else "left", no_wrap=i == 0)
@@ -34,6 +37,7 @@ class Table:
         return table
 
     def plain(self) -> str:
+        """Aligned lines without marks."""
         rows = [self.headers, *self.cells()]
         widths = [max(len(row[i]) for row in rows) for i in range(len(self.headers))]
         right = [self.is_numeric(i) for i in range(len(self.headers))]
@@ -44,11 +48,13 @@ class Table:
         return "\n".join(lines)
 
     def markdown(self) -> str:
+        """Without the title."""
         marks = ["---:" if self.is_numeric(i) else "---" for i in range(len(self.headers))]
         rows = [self.headers, marks, *([c.replace("|", r"\|") for c in cells] for cells in self.cells())]
         return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
     def html(self) -> str:
+        """With the title as a heading, in a box that scrolls sideways."""
         right = [' class="n"' if self.is_numeric(i) else "" for i in range(len(self.headers))]
         head = "".join(f"<th{r}>{escape(h)}</th>" for h, r in zip(self.headers, right, strict=True))
         body = "".join(
@@ -82,8 +88,10 @@ def size(n: int | None) -> str | None:
 
 
 def ms(value: float | None) -> str | None:
+    """Milliseconds as text: three digits after the point, one from 10 on."""
     return None if value is None else f"{value:.3f}" if value < 10 else f"{value:.1f}"
 
 
 def percent(share: float | None) -> str | None:
+    """A share of 1 as text, in percent with two digits."""
     return None if share is None else f"{100 * share:.2f}"

@@ -77,14 +77,14 @@ def test_the_same_data_gives_the_same_bits():
         (torch.zeros(2, 3, 8, 8), "Put a single batch in a list"),
         (None, "an iterable of batches, got NoneType"),
         (["text"], "batch 0 must be a tensor"),
-        ([torch.zeros(2, 3, 8, 8), torch.full((2, 3, 8, 8), torch.nan)], "batch 1: the input of 0 must be finite"),
-        ([torch.full((2, 3, 8, 8), torch.inf)], "batch 0: the input of 0 must be finite"),
+        ([torch.zeros(2, 3, 8, 8), torch.full((2, 3, 8, 8), torch.nan)], "batch 1, where it reaches 0, must be finite"),
+        ([torch.full((2, 3, 8, 8), torch.inf)], "batch 0, where it reaches 0, must be finite"),
         (
             [torch.zeros(2, 3, 8, 8), torch.zeros(2, 1, 8, 8)],
             r"batch 1 must be .*\[4, 3, 8, 8\].*got .*\[2, 1, 8, 8\]",
         ),
-        ([torch.zeros(2, 3, 9, 9)], r"batch 0 must be input that the model takes"),
-        ([(torch.zeros(2, 3, 8, 8), torch.zeros(2))], "batch 0 must be input that the model takes"),
+        ([torch.zeros(2, 3, 9, 9)], "batch 0 must be input that the model accepts"),
+        ([(torch.zeros(2, 3, 8, 8), torch.zeros(2).int())], "batch 0 must be input.*pass inputs only"),
         ([torch.zeros(0, 3, 8, 8)], "data that reaches 0"),
     ],
 )
@@ -117,6 +117,37 @@ def test_an_endless_iterable_stops_at_the_limit_and_says_so():
         assert len(list(take(itertools.repeat(torch.zeros(1)), "qk.calibrate", max_batches=5))) == 5
         assert len(list(take((torch.zeros(1) for _ in range(7)), "qk.calibrate"))) == 7
         assert len(list(take([torch.zeros(1)] * 100, "qk.calibrate"))) == 100
+
+
+class Endless:
+    """Has a length and does not keep it."""
+
+    def __len__(self):
+        return 3
+
+    def __iter__(self):
+        return itertools.repeat(torch.zeros(1))
+
+
+def test_an_iterable_that_goes_on_after_its_length_stops_there_and_says_so():
+    with pytest.warns(UserWarning, match="says that its length is 3 and goes on"):
+        assert len(list(take(Endless(), "qk.calibrate"))) == 3
+
+
+def test_a_model_that_writes_into_its_input_leaves_the_batches_alone():
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(3, 8, 3))
+    batches = data()
+    p = prepare(model, batches[0], Recipe())
+    calibrate(p, batches)
+    assert all(torch.equal(a, b) for a, b in zip(batches, data(), strict=True))
+
+
+def test_calibrating_anew_forgets_what_was_learned():
+    p = prepared()
+    calibrate(p, data())
+    p.history = {"0": [{"iteration": 1, "loss": 1.0}]}
+    calibrate(p, data())
+    assert p.history == {}
 
 
 def test_a_generator_is_held_within_the_memory_allowed():

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qk.inputs import feed
 from qk.prepare import Prepared, QuantLayer, prepare
-from qk.prepare.observe import run
 from qk.spec import QuantSpec, Recipe
 
 
@@ -83,7 +83,7 @@ def minmax(p: Prepared, batches: Iterable[Any]) -> Prepared:
     hooks = [layer.register_forward_pre_hook(watch) for layer in layers.values()]
     with p.quantized(set()) as model, torch.no_grad():
         for batch in batches:
-            run(model, batch)
+            feed(model, batch)
     for hook in hooks:
         hook.remove()
     for quantizer, ranges in seen.items():

@@ -15,7 +15,7 @@ from torch import nn
 
 from deploy.small import Small, minmax, one_layer, small_images, small_model, small_prepared
 from models import images, minilm, tokens, vision_model
-from qk.deploy import QLinear, checkpoint, checkpoint_bytes, convert, float_bytes, load, save
+from qk.deploy import QLinear, checkpoint, checkpoint_bytes, convert, file_bytes, load, save
 from qk.deploy.manifest import FORMAT, checksum
 from qk.errors import QkError
 from qk.prepare import prepare
@@ -121,7 +121,7 @@ def test_real_models_come_back(name, tmp_path):
             assert torch.equal(loaded(**batch).last_hidden_state, model(**batch).last_hidden_state)
         else:
             assert same(loaded, model, batch)
-            assert checkpoint_bytes(tmp_path) < 0.2 * float_bytes(floats)
+            assert checkpoint_bytes(tmp_path) < 0.2 * file_bytes(floats)
 
 
 def test_a_model_that_is_one_layer_comes_back(tmp_path):
@@ -392,7 +392,7 @@ def test_ties_that_the_checkpoint_does_not_have_are_refused(tmp_path):
 
 
 def test_a_model_on_meta_is_refused(folder):
-    with pytest.raises(QkError, match="on a device, got meta"):
+    with pytest.raises(QkError, match=r"qk.load: model must be on cpu or cuda, got stem.weight on meta"):
         load(folder, small_model().to("meta"))
 
 

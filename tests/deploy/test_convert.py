@@ -11,12 +11,12 @@ import qk
 from deploy.small import minmax, one_layer, small_images, small_model, small_prepared
 from models import VISION, images, minilm, tokens, vision_model
 from qk import ops
-from qk.deploy import QConv2d, QLinear, convert, definition, float_bytes, layer_errors, measure_layers
-from qk.deploy.checkpoint import integer_layers
+from qk.deploy import QConv2d, QLinear, convert, definition, file_bytes, layer_errors, measure_layers
+from qk.deploy.modules import integer_layers
 from qk.errors import QkError
+from qk.inputs import feed
 from qk.prepare import prepare
 from qk.prepare.insert import from_kernel_order
-from qk.prepare.observe import run
 from qk.spec import Recipe
 
 WIDTHS = [(2, 4), (4, 4), (4, 8), (8, 8)]
@@ -26,11 +26,11 @@ ISAS = ("generic", "avx2", "avx512vnni")
 
 def outputs(model, batch):
     with torch.no_grad():
-        y = run(model, batch)
+        y = feed(model, batch)
     return y.last_hidden_state if hasattr(y, "last_hidden_state") else y
 
 
-def integer_model(name, weights, activations, isa):
+def integer_model(name, weights, activations):
     batch = tokens() if name == "minilm" else images()
     model = minilm() if name == "minilm" else vision_model(name)
     recipe = Recipe(weights=weights, activations=activations, first_last=None, method="nearest")
@@ -62,7 +62,7 @@ def test_the_integer_output_is_the_definitions(name, weights, activations, isa):
     before = qk.active_isa()
     qk.force_isa(isa)
     try:
-        p, model, batch = integer_model(name, weights, activations, isa)
+        p, model, batch = integer_model(name, weights, activations)
         assert set(integer_layers(model)) == set(p.quant_layers())
         assert {layer.spec.describe() for layer in integer_layers(model).values()} == {f"W{weights}A{activations}"}
         y = outputs(model, batch)
@@ -207,6 +207,6 @@ def test_measures_are_of_every_quantized_layer():
     assert left.float_bytes == (12 * 4 * 9 + 12) * 4
     # 36 codes of 4 bits in rows of 32 bytes, then step, zero and bias of each channel and of the input
     assert left.integer_bytes == 12 * 32 + 3 * 12 * 4 + 8
-    assert all(row.float_ms > 0 and row.integer_ms > 0 for row in rows)
+    assert all(row.times.float_ms > 0 and row.times.integer_ms > 0 for row in rows)
     assert not any(layer.quantized for layer in p.quant_layers().values())
-    assert float_bytes(small_model()) > 4 * sum(v.numel() for v in small_model().parameters())
+    assert file_bytes(small_model()) > 4 * sum(v.numel() for v in small_model().parameters())

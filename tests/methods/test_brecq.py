@@ -5,29 +5,44 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from tests import digits as digits_module
 from torch import nn
 
 from qk.calibrate import calibrate
+from qk.demo.digits import Training, load, trained
 from qk.errors import QkError
 from qk.methods import brecq, reconstruct
 from qk.methods.cache import Room
 from qk.methods.engine import fisher, frozen, loss_scale, outputs_of, task_loss
 from qk.prepare import prepare
 from qk.spec import Recipe
+from threads import threads
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    """So small a network loses with more."""
+    with threads(1):
+        yield
+
+
+class Digits:
+    """The demo's network, smaller, trained once and kept in pytest's cache folder."""
+
+    def __init__(self, cache):
+        data = load()
+        self.model = trained(Training(widths=(16, 32, 32), epochs=10), cache)
+        self.images, self.test_images, self.test_labels = data.train, data.test, data.test_labels
+
+    def accuracy(self, model):
+        """Percent of the test images."""
+        with torch.no_grad():
+            return 100 * (model(self.test_images).argmax(1) == self.test_labels).float().mean().item()
 
 
 @pytest.fixture(scope="module")
-def digits(request):
-    return digits_module.load(request.config.cache.mkdir("qk-digits"))
+def digits(request, one_thread):
+    pytest.importorskip("sklearn")
+    return Digits(request.config.cache.mkdir("qk-digits"))
 
 
 @pytest.fixture
@@ -88,15 +103,15 @@ def test_two_bits_need_it(digits, batches):
 
 
 @pytest.mark.parametrize(
-    ("granularity", "threads"), [("layer", 1), ("block", 1), pytest.param("block", 2, marks=pytest.mark.slow)]
+    ("granularity", "count"), [("layer", 1), ("block", 1), pytest.param("block", 2, marks=pytest.mark.slow)]
 )
-def test_the_same_seed_gives_the_same_bits(digits, batches, granularity, threads):
-    torch.set_num_threads(threads)
+def test_the_same_seed_gives_the_same_bits(digits, batches, granularity, count):
     found = []
     for seed in (0, 0, 1):
         recipe = Recipe(weights=4, activations=4, iterations=12, granularity=granularity, seed=seed, weight_lr=0.1)
-        p = quantized_digits(digits, batches, recipe)
-        reconstruct(p, batches, recipe, progress="off")
+        with threads(count):
+            p = quantized_digits(digits, batches, recipe)
+            reconstruct(p, batches, recipe, progress="off")
         found.append(state(p))
     assert same(found[0], found[1])
     assert not same(found[0], found[2])
@@ -186,7 +201,7 @@ def test_plain_lines_name_unit_and_losses(digits, batches, capsys):
     reconstruct(quantized_digits(digits, batches, recipe), batches, recipe, progress="lines")
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 5
-    assert lines[1].startswith("[2/5] 3: loss ")
+    assert lines[1].startswith("[2/5] layers.0: loss ")
 
 
 @pytest.mark.parametrize("given", [[], iter(())])
@@ -204,7 +219,7 @@ def test_it_must_be_calibrated_first(digits, batches):
 
 def test_a_batch_of_another_shape_is_named(digits, batches):
     p = quantized_digits(digits, batches, Recipe())
-    with pytest.raises(QkError, match=r"qk.reconstruct: batch 1 must be input that the model takes"):
+    with pytest.raises(QkError, match=r"qk.reconstruct: batch 1 must be input that the model accepts"):
         reconstruct(p, [batches[0], torch.zeros(2, 3, 8, 8)], Recipe(iterations=1), progress="off")
 
 
@@ -269,8 +284,8 @@ def test_fisher_is_the_squared_gradient_of_each_sample(digits, batches):
             p.model(batch)
             handle.remove()
         output = seen[0].requires_grad_()
-        rest = nn.Sequential(*list(p.model)[list(p.model).index(module) + 1 :])
-        task_loss(rest(output), expected).backward()
+        rest = p.model.fc(p.model.layers[1:](output).mean((2, 3)))
+        task_loss(rest, expected).backward()
         torch.testing.assert_close(together, output.grad.square())
 
 

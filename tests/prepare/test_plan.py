@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from qk.calibrate import calibrate
 from qk.errors import QkError
-from qk.prepare import apply_plan, prepare
+from qk.prepare import apply_plan, leave_in_float, prepare
 from qk.spec import Plan, QuantSpec, Recipe
 from small_nets import assert_same, inputs, residual_net
 
@@ -36,6 +37,28 @@ def test_another_plan_can_be_applied_and_float_layers_come_back():
     assert_same(p.model, model, inputs())
 
 
+def test_layers_can_be_left_in_float_without_a_new_calibration():
+    model = residual_net()
+    p = prepare(model, inputs(), Recipe(weights=4))
+    calibrate(p, [inputs()])
+    before = {name: (layer.codes.clone(), layer.input.step.item()) for name, layer in p.quant_layers().items()}
+    leave_in_float(p, {"1.a": "slow", "2.b": "slow"})
+    assert p.calibrated
+    assert p.kept == {"1.a": "slow", "2.b": "slow"}
+    assert [unit.layers for unit in p.units] == [("0",), ("1.b",), ("2.a",), ("4",)]
+    after = p.quant_layers()
+    assert list(after) == ["0", "1.b", "2.a", "4"]
+    for name, layer in after.items():
+        assert torch.equal(layer.codes, before[name][0])
+        assert layer.input.step.item() == before[name][1]
+    assert_same(p.model, model, inputs())
+    plan = p.plan
+    for names, message in (after, "one that quantizes a layer"), (["fc"], "got unknown fc"):
+        with pytest.raises(QkError, match=f"qk.leave_in_float: plan must be .*{message}"):
+            leave_in_float(p, dict.fromkeys(names, "slow"))
+    assert p.plan is plan
+
+
 def test_k_is_counted_in_kernel_order_for_groups():
     model = nn.Sequential(nn.Conv2d(8, 4, 3, groups=2), nn.Conv2d(4, 4, 1))
     recipe = Recipe(overrides={"0": {"group_size": 12}})
@@ -53,7 +76,7 @@ def test_too_long_a_sum_stays_in_float_with_the_reason():
     assert list(p.quant_layers()) == ["1", "2"]
     assert not prepare(model, x, Recipe(first_last=None)).kept
     assert not prepare(model, x, Recipe(overrides={"0": {"group_size": 65794 // 2}})).kept
-    with pytest.raises(QkError, match=r"qk.apply_plan: plan must keep sums in int32. 0: K = 65794 could overflow"):
+    with pytest.raises(QkError, match=r"plan must be one whose sums stay in int32, got 0: K = 65794 could overflow"):
         apply_plan(p, Plan(dict.fromkeys(p.layers, QuantSpec(8, 8))))
 
 
@@ -81,7 +104,7 @@ def test_plans_for_other_models_are_refused():
             r"plan must be one that quantizes a layer, got float for all: named in the recipe's skip",
         ),
         (Recipe(group_size=32), r"group_size must be a divisor of K.*got 32 for 0 with K = 4, 32 for 1 with K = 4"),
-        (Recipe(overrides={"0": {"weights": 5}}), r"recipe: overrides for 0: weights: Input should be 2, 3, 4 or 8"),
+        (Recipe(overrides={"0": {"weights": 5}}), r"recipe: overrides for 0: weights must be 2, 3, 4 or 8, got 5"),
     ],
 )
 def test_recipes_that_fit_no_layer_are_refused(recipe, message):

@@ -135,9 +135,9 @@ class Uncopyable(nn.Linear):
         raise TypeError("it holds a lock")
 
 
-def with_nan():
+def with_nan(name):
     model = copy.deepcopy(LAYERS)
-    nn.init.constant_(model[2].weight, float("nan"))
+    nn.init.constant_(model.get_parameter(name), float("nan"))
     return model
 
 
@@ -163,7 +163,8 @@ def with_nan():
             Uncopyable(4, 4),
             "model must be a module that copy.deepcopy can copy, got Uncopyable, on which it raised TypeE",
         ),
-        (with_nan(), "the weight of 2 must be finite, got NaN or Inf in it"),
+        (with_nan("2.weight"), "the weight of 2 must be finite, got NaN or Inf in it"),
+        (with_nan("0.bias"), "the bias of 0 must be finite, got NaN or Inf in it"),
     ],
 )
 def test_models_that_cannot_be_prepared_are_refused(model, message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -11,18 +12,19 @@ from torch import Tensor
 from qk.calibrate import ranges as find
 from qk.calibrate.batches import call, take
 from qk.calibrate.observe import HistogramObserver, Observer
-from qk.errors import QkError, fail
+from qk.errors import fail
 from qk.prepare.insert import ActQuantizer, QuantLayer
-from qk.prepare.prepared import Prepared
+from qk.prepare.prepared import Prepared, check_prepared
+from qk.spec import Ranges
 
 __all__ = ["RANGES", "calibrate"]
 
-RANGES = ("minmax", "percentile", "mse", "kl")
+RANGES = get_args(Ranges)
 STAGE = "qk.calibrate"
 
 
 @torch.no_grad()
-def calibrate(p: Prepared, batches: Iterable, ranges: str = "mse", max_batches: int | None = None) -> None:
+def calibrate(p: Prepared, batches: Iterable, ranges: Ranges = "mse", max_batches: int | None = None) -> None:
     """Sets step and zero of every quantizer of p, in place, and the codes of the weights to the nearest ones.
 
     The float model runs once over the batches (tensors, tuples of positional arguments, or dicts of keywords). Memory
@@ -33,11 +35,12 @@ def calibrate(p: Prepared, batches: Iterable, ranges: str = "mse", max_batches: 
     Raises QkError for no batch, a batch that the model does not take, a NaN or infinity in the data or in a weight, and
     a model without a quantized layer. p is unchanged then.
     """
+    check_prepared(p, STAGE)
     if ranges not in RANGES:
         raise fail(STAGE, "ranges", f"one of {', '.join(RANGES)}", repr(ranges))
     layers = p.quant_layers()
     if not layers:
-        reasons = "; ".join(f"{name}: {why}" for name, why in p.kept.items()) or "it has no Conv2d or Linear that ran"
+        reasons = "; ".join(f"{name}: {why}" for name, why in p.kept.items())
         raise fail(STAGE, "p", "a model with a quantized layer", f"none ({reasons})")
     for name, layer in layers.items():
         if not torch.isfinite(layer.weight).all():
@@ -47,7 +50,7 @@ def calibrate(p: Prepared, batches: Iterable, ranges: str = "mse", max_batches: 
         quantizer.set_range(*_activation_range(observer, quantizer.bits, ranges))
     for layer in layers.values():
         layer.set_weight_range(*weight_range(layer, ranges))
-    p.calibrated = True
+    p.calibrated, p.history = True, {}  # what was learned went with the codes
 
 
 def weight_range(layer: QuantLayer, ranges: str) -> tuple[Tensor, Tensor]:
@@ -83,11 +86,12 @@ def _observe(
                 handle = layer.register_forward_pre_hook(_sees(observer), with_kwargs=True)
                 stack.callback(handle.remove)
         for index, batch in enumerate(take(batches, STAGE, max_batches)):
-            try:
-                call(p, batch, index, STAGE)
-            except QkError as error:
-                text = str(error)
-                raise error if text.startswith(STAGE) else QkError(f"{STAGE}: batch {index}: {text}.") from error
+            call(p, batch, index, STAGE)
+            spoilt = next((o.name for o in observers.values() if not o.is_finite), None)
+            if spoilt is not None:
+                advice = "Look for it in the batch, then in what the model computes before that layer."
+                where = f"batch {index}, where it reaches {spoilt or 'the model'},"
+                raise fail(STAGE, where, "finite", "NaN or infinity", advice)
     for observer in observers.values():
         if not observer.seen:
             raise fail(STAGE, "batches", f"data that reaches {observer.name}", "none that does")

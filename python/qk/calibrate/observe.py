@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from qk.calibrate.ranges import HISTOGRAM_BINS
-from qk.errors import QkError
 
 SAMPLE = 2**18  # values kept of a tensor, over all batches
 
@@ -21,21 +20,24 @@ class Observer:
     def __init__(self, name: str, limit: int = SAMPLE) -> None:
         self.name, self.limit = name, limit
         self.low, self.high = torch.inf, -torch.inf
+        self.is_finite = True
         self._kept = torch.empty(0)
         self._rate = 1.0
         self._generator = torch.Generator().manual_seed(0)
 
     @property
     def seen(self) -> bool:
+        """Whether a value reached it."""
         return self.low <= self.high
 
     def see(self, x: Tensor) -> None:
-        """Raises QkError for a NaN or an infinity."""
+        """Takes part of x in. A tensor with a NaN or an infinity is left out and makes is_finite False."""
         if x.numel() == 0:
             return
         low, high = (float(end) for end in torch.aminmax(x.detach()))
         if not (abs(low) < torch.inf and abs(high) < torch.inf):
-            raise QkError(f"the input of {self.name} must be finite, got NaN or infinity")
+            self.is_finite = False
+            return
         self.low, self.high = min(self.low, low), max(self.high, high)
         self._keep(x.detach().reshape(-1).float())
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from qk.errors import QkError
+from qk.errors import fail
 from qk.files import replace_file
 
 HELD_OUT = 500
@@ -50,10 +50,13 @@ class Digits:
 
 
 def load() -> Digits:
+    """Raises QkError where scikit-learn, which holds the images, is not installed."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise QkError("digits: scikit-learn must be installed, as it holds them. pip install qk-torch[demo]") from error
+        raise fail(
+            "digits", "scikit-learn, which holds them,", "installed", error, "pip install qk-torch[demo]"
+        ) from error
     images, labels = load_digits(return_X_y=True)
     x = torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
     y = torch.tensor(labels, dtype=torch.int64)
@@ -144,6 +147,7 @@ def train(data: Digits, config: Training) -> DigitsNet:
 
 
 def default_cache() -> Path:
+    """XDG_CACHE_HOME/qk, or ~/.cache/qk."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qk"
 
 

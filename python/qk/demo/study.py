@@ -15,8 +15,8 @@ from torch import nn
 
 from qk import flow, machine, tables
 from qk.demo import digits
-from qk.deploy import definition, float_bytes
-from qk.files import replace_file
+from qk.deploy import definition, file_bytes
+from qk.files import replace_file, writable_folder
 from qk.page import page
 from qk.report import Latency, Report
 from qk.sources import predictions
@@ -48,6 +48,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
+    """What the demo measured. train_seconds: next to nothing where the network was in the cache."""
+
     seed: int
     float_accuracy: float
     float_bytes: int
@@ -58,6 +60,7 @@ class Study:
     report_path: Path
 
     def table(self) -> Table:
+        """One row for each network; p50 and p99 of every batch size."""
         accuracy = tables.percent(self.float_accuracy)
         batches = [f"batch {n} p50/p99 ms" for n in LATENCY_BATCHES]
         headers = [
@@ -94,6 +97,7 @@ class Study:
         return f"{tables.ms(middle.float_p50)}/{tables.ms(middle.float_p99)}"
 
     def verdict(self) -> str:
+        """Whether the integer kernels kept their word, in a sentence."""
         wrong = sum(run.not_definition for run in self.runs)
         exact = "equal the definition on every image" if wrong == 0 else f"differ from the definition on {wrong} images"
         return f"Integer predictions {exact}. ≠ simulated counts images on which the float simulation says otherwise."
@@ -113,7 +117,7 @@ def run(
     say: Callable[[str], None] = print,
 ) -> Study:
     """Trains (or finds in `cache`) the network, quantizes it; checkpoints, report.html, study.json go to `out`."""
-    out, data = Path(out), digits.load()
+    out, data = writable_folder(out, "demo"), digits.load()
     start = time.perf_counter()
     network = digits.trained(training or digits.Training(seed=seed), cache)
     train_seconds = time.perf_counter() - start
@@ -130,7 +134,7 @@ def run(
             say(f"{made.name} {method}: {100 * made.integer:.2f} % in integers ({made.seconds:.1f} s)")
     path = out / "report.html"
     facts = machine.fingerprint()
-    study = Study(seed, float_accuracy, float_bytes(network), train_seconds, len(data.test), runs, facts, path)
+    study = Study(seed, float_accuracy, file_bytes(network), train_seconds, len(data.test), runs, facts, path)
     replace_file(path, _page(study, reports).encode())
     replace_file(out / "study.json", json.dumps(study.to_dict(), indent=1).encode())
     return study

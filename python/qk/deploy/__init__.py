@@ -1,20 +1,23 @@
 """From the prepared model to integer layers, and to a checkpoint and back."""
 
-from qk.deploy.checkpoint import checkpoint_bytes, float_bytes, load, save
+from qk.deploy.checkpoint import check_state, checkpoint_bytes, file_bytes, load, save
 from qk.deploy.convert import Info, convert
-from qk.deploy.measure import LayerMeasure, layer_errors, measure_layers
+from qk.deploy.measure import LayerMeasure, LayerTimes, all_layer_times, layer_errors, measure_layers
 from qk.deploy.modules import IntegerLayer, QConv2d, QLinear, definition
 
 __all__ = [
     "Info",
     "IntegerLayer",
     "LayerMeasure",
+    "LayerTimes",
     "QConv2d",
     "QLinear",
+    "all_layer_times",
+    "check_state",
     "checkpoint_bytes",
     "convert",
     "definition",
-    "float_bytes",
+    "file_bytes",
     "layer_errors",
     "load",
     "measure_layers",

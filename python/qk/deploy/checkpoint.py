@@ -7,11 +7,8 @@ content. A save that dies half-way leaves the checkpoint of before.
 from __future__ import annotations
 
 import copy
-import os
 import re
-import tempfile
 from hashlib import sha256
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +21,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from qk.deploy.convert import Info
 from qk.deploy.manifest import ASK_AGAIN, FILE, FORMAT, STAGE, LayerConfig, Manifest, TensorFile, read_manifest
-from qk.deploy.modules import TENSORS, IntegerLayer, QConv2d, QLinear
+from qk.deploy.modules import TENSORS, IntegerLayer, QConv2d, QLinear, integer_layers
 from qk.errors import QkError, fail
-from qk.prepare.insert import _padding
+from qk.files import TEMPORARY, replace_file
+from qk.machine import qk_version
+from qk.prepare.insert import padding_of
+from qk.prepare.source import check_device
 
 KINDS = {"linear": (nn.Linear, QLinear), "conv2d": (nn.Conv2d, QConv2d)}
 
@@ -43,12 +43,13 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     layers = integer_layers(model) if isinstance(info, Info) else {}
     if not layers:
         raise fail("qk.save", "model", "the result of qk.convert or qk.load", type(model).__name__)
+    check_state(model, "qk.save")
     tensors, tied = unshared(model)
     content = tensor_bytes(tensors)
     file = TensorFile(bytes=len(content), sha256=sha256(content).hexdigest())
     manifest = Manifest(
         format=FORMAT,
-        qk=_version(),
+        qk=qk_version(),
         torch=torch.__version__,
         tensors=file,
         plan=info.plan,
@@ -62,11 +63,11 @@ def save(model: nn.Module, folder: str | Path) -> Path:
         fingerprint=info.fingerprint,
     )
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / file.name, content)
-        _replace(folder / FILE, manifest.to_text().encode())
+        replace_file(folder / file.name, content)
+        replace_file(folder / FILE, manifest.to_text().encode())
+        ours = rf"model-[0-9a-f]{{16}}\.safetensors|{re.escape(TEMPORARY)}\w+"
         for old in folder.iterdir():  # of earlier saves, whole or not
-            if old.name != file.name and re.fullmatch(r"model-[0-9a-f]{16}\.safetensors|\.qk-\w+", old.name):
+            if old.name != file.name and re.fullmatch(ours, old.name):
                 old.unlink(missing_ok=True)
     except OSError as error:
         raise fail("qk.save", str(folder), "a folder that can be written", error.strerror or error) from error
@@ -99,36 +100,39 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
     return result
 
 
-def integer_layers(model: nn.Module) -> dict[str, IntegerLayer]:
-    """Name -> integer layer; of a layer with several names the first."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, IntegerLayer)}
-
-
 def checkpoint_bytes(folder: str | Path) -> int:
     """Size on disk of a checkpoint."""
     folder = Path(folder)
     return read_manifest(folder).tensors.bytes + (folder / FILE).stat().st_size
 
 
-def float_bytes(model: nn.Module) -> int:
-    """Size of a float model as one safetensors file: each tensor once, and the header."""
+def file_bytes(model: nn.Module) -> int:
+    """Size of a model as one safetensors file: each dense tensor once, and the header."""
     return len(tensor_bytes(unshared(model)[0]))
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
+def check_state(model: nn.Module, stage: str) -> None:
+    """Raises QkError for state that a checkpoint cannot hold."""
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            advice = f"Save the extra state of {name.rpartition('.')[0]} on your own."
+            raise fail(stage, f"state {name}", "a tensor", type(tensor).__name__, advice)
+        if not _is_dense(tensor):
+            raise fail(stage, f"state {name}", "a dense tensor with values", f"{tensor.layout} on {tensor.device}")
+
+
 def unshared(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The state on the CPU with each tensor once, and name -> stored name of the others: safetensors shares nothing."""
+    """The dense tensors of the state on the CPU, each once, and name -> stored name of the others: safetensors shares
+    nothing."""
     stored: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     first: dict[Any, str] = {}
     for name, tensor in model.state_dict().items():
-        if not isinstance(tensor, Tensor):
-            advice = f"Save the extra state of {name.rpartition('.')[0]} on your own."
-            raise fail("qk.save", f"state {name}", "a tensor", type(tensor).__name__, advice)
-        if tensor.is_meta or tensor.layout != torch.strided:
-            raise fail("qk.save", f"state {name}", "a dense tensor with values", f"{tensor.layout} on {tensor.device}")
+        if not _is_dense(tensor):
+            continue
         place = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
         if tensor.numel() and place in first:
             tied[name] = first[place]
@@ -136,6 +140,10 @@ def unshared(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             first[place] = name
             stored[name] = tensor.detach().to("cpu", copy=True).contiguous()
     return stored, tied
+
+
+def _is_dense(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
 
 
 def _config(layer: IntegerLayer) -> LayerConfig:
@@ -148,33 +156,6 @@ def _config(layer: IntegerLayer) -> LayerConfig:
 
 def _classes(model: nn.Module) -> dict[str, str]:
     return {name: type(module).__name__ for name, module in model.named_modules(remove_duplicate=False)}
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Puts content at path: all of it or, if this dies, nothing."""
-    handle, temporary = tempfile.mkstemp(prefix=".qk-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)  # so that the rename outlives a power cut
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
-def _version() -> str:
-    try:
-        return metadata.version("qk-torch")
-    except metadata.PackageNotFoundError:  # run from the sources
-        return "source"
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -204,6 +185,7 @@ def _check_modules(folder: Path, manifest: Manifest, model: nn.Module) -> None:
         raise fail(STAGE, "model", "the float nn.Module that was quantized", type(model).__name__)
     if integer_layers(model):
         raise fail(STAGE, "model", "the float model", "one with integer layers", "Build it anew.")
+    check_device(model, STAGE)
     there = dict(model.named_modules(remove_duplicate=False))
     where, kind_of_model = f"{folder / FILE}: modules", type(model).__name__
     advice = "Is the checkpoint of another model?"
@@ -240,7 +222,7 @@ def _check_layer(folder: Path, name: str, config: LayerConfig, module: nn.Module
     if isinstance(module, nn.Conv2d):
         got |= {
             "stride": module.stride,
-            "padding": _padding(module),
+            "padding": padding_of(module),
             "dilation": module.dilation,
             "groups": module.groups,
         }
@@ -283,8 +265,6 @@ def _fill(path: Path, manifest: Manifest, tensors: dict[str, Tensor], result: nn
         expected, got = ("there", "nothing") if name in state else ("a tensor of the model", "one without a place")
         raise fail(STAGE, f"{path}: tensor {name}", expected, got, advice)
     for name, tensor in state.items():
-        if tensor.is_meta:
-            raise fail(STAGE, f"model: {name}", "on a device", "meta, without memory", "Build the model without meta.")
         want, have = (tensor.dtype, list(tensor.shape)), (given[name].dtype, list(given[name].shape))
         if want != have:
             raise fail(STAGE, f"{path}: tensor {name}", f"{want[0]} {want[1]}", f"{have[0]} {have[1]}", advice)

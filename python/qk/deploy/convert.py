@@ -15,7 +15,7 @@ from qk import ops
 from qk.deploy.modules import IntegerLayer, QConv2d, QLinear
 from qk.errors import fail
 from qk.prepare.insert import QuantLayer, from_kernel_order
-from qk.prepare.prepared import Prepared
+from qk.prepare.prepared import Prepared, check_prepared
 from qk.spec import Plan
 
 
@@ -41,6 +41,7 @@ def convert(p: Prepared) -> nn.Module:
     The result is in eval mode and has `qk_info` (Info). Layers that the plan leaves in float stay float.
     Raises QkError when p is not calibrated, a layer's rounding is still being learned, or nothing is quantized.
     """
+    check_prepared(p, "qk.convert")
     layers = p.quant_layers()
     if not layers:
         raise fail("qk.convert", "p", "a model with a quantized layer", f"{len(p.kept)} layers, all float")

@@ -46,6 +46,7 @@ class LayerConfig:
             raise ValueError("stride, dilation and groups must be positive and padding not negative")
 
     def conv_args(self) -> dict[str, Any]:
+        """The arguments of QConv2d beyond the weight's shape; none for a linear layer."""
         names = ("stride", "padding", "dilation", "groups")
         return {} if self.kind == "linear" else {name: getattr(self, name) for name in names}
 
@@ -59,6 +60,7 @@ class TensorFile:
 
     @property
     def name(self) -> str:
+        """Of the file in the checkpoint's folder."""
         return f"model-{self.sha256[:16]}.safetensors"
 
 
@@ -97,6 +99,7 @@ class Manifest:
                 raise ValueError(f"folds names {norm} -> {layer}, which modules does not have")
 
     def to_text(self) -> str:
+        """What qk.json holds, checksum included."""
         fields = TypeAdapter(Manifest).dump_python(self, mode="json")
         return json.dumps(fields | {"checksum": checksum(fields)}, indent=1) + "\n"
 

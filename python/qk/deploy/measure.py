@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import inf, log10
@@ -12,11 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qk.deploy.checkpoint import integer_layers
+from qk.deploy.modules import integer_layers
 from qk.errors import fail
+from qk.inputs import copied_to, device_of, feed
 from qk.prepare.insert import QuantLayer
-from qk.prepare.observe import run
 from qk.prepare.prepared import Prepared
+from qk.timing import alternate, quantile
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """Milliseconds of a call (medians). is_slower: three quarters of the integer calls took longer than three quarters
+    of the float ones, which noise alone does not do."""
+
+    float_ms: float
+    integer_ms: float
+    is_slower: bool
 
 
 @dataclass(frozen=True)
@@ -24,7 +33,7 @@ class LayerMeasure:
     """One quantized layer.
 
     sqnr_db: of its output, quantized against float on the same float input. float_bytes, integer_bytes: of weight,
-    bias, steps and zeros. float_ms, integer_ms: a call on the shape that it saw when the model was prepared (medians).
+    bias, steps and zeros. times: of a call on the shape that it saw when the model was prepared.
     """
 
     name: str
@@ -32,21 +41,19 @@ class LayerMeasure:
     sqnr_db: float
     float_bytes: int
     integer_bytes: int
-    float_ms: float
-    integer_ms: float
+    times: LayerTimes
 
 
 def measure_layers(p: Prepared, model: nn.Module, batches: Iterable[Any], rounds: int = 15) -> list[LayerMeasure]:
     """Every quantized layer of p, in running order. model: qk.convert(p). batches: inputs of the model."""
     errors = layer_errors(p, batches)
+    times = all_layer_times(p, model, rounds)
     integer = integer_layers(model)
     out = []
     for name, layer in p.quant_layers().items():
-        module = integer[name]
-        float_ms, integer_ms = layer_times(layer, module, p.layers[name].input_shape, rounds)
         own = layer.weight.nbytes + (0 if layer.bias is None else layer.bias.nbytes)
-        packed = sum(tensor.nbytes for tensor in module.state_dict().values())
-        out.append(LayerMeasure(name, layer.spec.describe(), errors[name], own, packed, float_ms, integer_ms))
+        packed = sum(tensor.nbytes for tensor in integer[name].state_dict().values())
+        out.append(LayerMeasure(name, layer.spec.describe(), errors[name], own, packed, times[name]))
     return out
 
 
@@ -72,7 +79,7 @@ def layer_errors(p: Prepared, batches: Iterable[Any]) -> dict[str, float]:
     try:
         with p.quantized(set()) as model, torch.no_grad():
             for count, batch in enumerate(batches, 1):  # noqa: B007
-                run(model, batch)
+                feed(model, copied_to(batch, device_of(model)))
     finally:
         for hook in hooks:
             hook.remove()
@@ -88,30 +95,26 @@ def sqnr(signal: float, noise: float) -> float:
     return 10 * log10(signal / noise) if signal > 0 else -inf
 
 
-def layer_times(layer: QuantLayer, module: nn.Module, shape: tuple[int, ...], rounds: int = 15) -> tuple[float, float]:
-    """Milliseconds of a call, float and integer, on random input: medians of alternated rounds.
+def all_layer_times(p: Prepared, model: nn.Module, rounds: int = 15) -> dict[str, LayerTimes]:
+    """Layer name -> times of each quantized layer of p. model: qk.convert(p)."""
+    integer = integer_layers(model)
+    layers = p.quant_layers().items()
+    return {name: layer_times(layer, integer[name], p.layers[name].input_shape, rounds) for name, layer in layers}
+
+
+def layer_times(layer: QuantLayer, module: nn.Module, shape: tuple[int, ...], rounds: int = 15) -> LayerTimes:
+    """Both layers on the same random input, alternating.
 
     Each side gets the memory format in which its own network hands a convolution's input on: contiguous, channels_last.
     """
-    x = torch.randn(shape, device=layer.weight.device)
+    device = layer.weight.device
+    x = torch.randn(shape, generator=torch.Generator(device).manual_seed(0), device=device)
     xq = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
-    times: tuple[list[float], list[float]] = ([], [])
     before, layer.quantized = layer.quantized, False
     try:
         with torch.inference_mode():
-            for i in range(rounds + 1):
-                for side, (side_run, value) in enumerate(((layer, x), (module, xq))):
-                    _wait(x)
-                    start = time.perf_counter()
-                    side_run(value)
-                    _wait(x)
-                    if i:  # the first call warms up
-                        times[side].append((time.perf_counter() - start) * 1e3)
+            floats, integers = alternate([lambda: layer(x), lambda: module(xq)], seconds=0, rounds=rounds)
     finally:
         layer.quantized = before
-    return statistics.median(times[0]), statistics.median(times[1])
-
-
-def _wait(x: Tensor) -> None:
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)
+    is_slower = quantile(integers, 0.25) > quantile(floats, 0.75)
+    return LayerTimes(quantile(floats, 0.5), quantile(integers, 0.5), is_slower)

@@ -222,6 +222,11 @@ class QConv2d(IntegerLayer):
         return f"{self.in_channels}, {self.out_features}, {words}, {_widths(self.spec)}"
 
 
+def integer_layers(model: nn.Module) -> dict[str, IntegerLayer]:
+    """Name -> integer layer; of a layer with several names the first."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, IntegerLayer)}
+
+
 TENSORS = ("packed", "weight_step", "weight_zero", "bias", "input_step", "input_zero")
 
 

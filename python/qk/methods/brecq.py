@@ -19,8 +19,8 @@ from qk.methods.cache import Cache, Room, Sample
 from qk.methods.engine import STAGE, fill_cache, frozen, loss_on_all, outputs_of, unit_loss, units_of
 from qk.methods.progress import Progress
 from qk.prepare.insert import ActQuantizer, QuantLayer
-from qk.prepare.prepared import Prepared, Unit
-from qk.spec import Recipe
+from qk.prepare.prepared import Prepared, Unit, check_prepared
+from qk.spec import Recipe, checked_recipe
 
 RECORDS = 100  # points of a loss curve
 SMALLEST = 1e-3  # a learned step stays above this part of the one it started from, so it stays positive
@@ -46,11 +46,14 @@ def reconstruct(
     there, with the same bits as an uninterrupted run. Same seed, data and number of threads: same bits.
     Raises QkError for p that is not calibrated and for bad batches.
     """
-    recipe = recipe or Recipe()
+    check_prepared(p, STAGE)
+    recipe = checked_recipe(recipe, STAGE)
     if not p.calibrated:
         raise fail(STAGE, "p", "calibrated", "one that is not", "Call qk.calibrate(p, batches) first.")
     units = units_of(p, recipe.granularity)
     held = hold(batches, STAGE, max_batches, recipe.memory_mb)
+    if not resume:
+        p.history = {}
     finished: set[str] = set()
     learned: set[ActQuantizer] = set()
     with frozen(p.model), Progress(progress, STAGE, len(units), recipe.iterations) as shown:

@@ -47,6 +47,7 @@ class Room:
         return mapped.view(shape)
 
     def hold(self, tensor: Tensor) -> Tensor:
+        """A copy of the tensor in this room."""
         held = self.empty(tuple(tensor.shape), tensor.dtype)
         return held.copy_(tensor.detach())
 
@@ -60,8 +61,8 @@ class Call:
 
     @staticmethod
     def of(args: tuple, kwargs: dict) -> Call:
+        """The call with copies of its tensors: the unit, or what follows it, may work in place."""
         leaves, spec = tree_flatten((args, kwargs))
-        # Copies: the unit, or what follows it, may work in place.
         return Call([leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
 
 

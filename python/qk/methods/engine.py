@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from qk import ops
-from qk.calibrate.batches import Stop, call, device_of
+from qk.calibrate.batches import Stop, call
 from qk.errors import fail
+from qk.inputs import device_of
 from qk.methods.cache import Cache, Call, Room, Sample
 from qk.prepare.insert import QuantLayer
 from qk.prepare.prepared import Prepared, Unit
@@ -24,7 +25,7 @@ STAGE = "qk.reconstruct"
 def units_of(p: Prepared, granularity: str) -> list[Unit]:
     """p.units, or each layer by itself."""
     if granularity == "block":
-        return [unit for unit in p.units if unit.layers]
+        return p.units
     return [Unit(name, (name,)) for name in p.quant_layers()]
 
 
@@ -69,12 +70,18 @@ def fill_cache(
     mixed: bool = True,
 ) -> Cache:
     """Inputs from the prefix quantized and from the float model, outputs of the float model; with `outputs`, the float
-    model's own for each batch, also Fisher weights. mixed: False leaves the float inputs out."""
+    model's own for each batch, also Fisher weights. mixed: False leaves the float inputs out.
+
+    Raises QkError for a batch on which the unit's output is not finite.
+    """
     module = p.model.get_submodule(unit.name)
     cache = Cache(room, device_of(p.model))
     for index, batch in enumerate(batches):
         with p.quantized(set()):
             plain, target = _watch(p, module, unit, batch, index)
+        if not torch.isfinite(target).all():
+            where = f"batch {index}, where it leaves {unit.name or 'the model'} in float,"
+            raise fail(STAGE, where, "finite", "NaN or infinity", "Look for it in the batch, then in the model.")
         with p.quantized(prefix):
             quantized = _watch(p, module, unit, batch, index, inputs_only=True)[0] if prefix else plain
         weight = None

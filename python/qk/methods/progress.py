@@ -36,14 +36,17 @@ class Progress:
             self._bar.stop()
 
     def unit(self, name: str) -> None:
+        """A unit begins."""
         self.name, self._began = name or "model", time.perf_counter()
         self._bar.update(self._task, description=f"{self.name} ({self.done + 1} of {self.units})")
 
     def at(self, iteration: int, loss: float) -> None:
+        """How far the unit is."""
         if self.kind == "bar":
             self._bar.update(self._task, completed=self.done * self.iterations + iteration, loss=f"{loss:.4g}")
 
     def end(self, before: float, after: float, kept: str) -> None:
+        """The unit is done. kept: learned or nearest."""
         self.done += 1
         if self.kind == "lines":
             seconds = time.perf_counter() - self._began

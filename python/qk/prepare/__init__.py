@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from qk.errors import fail
-from qk.prepare.apply import apply_plan
+from qk.prepare.apply import apply_plan, leave_in_float
 from qk.prepare.blocks import find_units
 from qk.prepare.fold import fold_batchnorms
 from qk.prepare.insert import ActQuantizer, QuantLayer
@@ -20,9 +20,9 @@ from qk.prepare.plan import plan_from
 from qk.prepare.prepared import Layer, Prepared, Unit
 from qk.prepare.source import STAGE, check_example, check_model, copy_of, run
 from qk.prepare.support import sort_modules
-from qk.spec import Plan, Recipe, float_spec
+from qk.spec import Plan, Recipe, checked_recipe, float_spec
 
-__all__ = ["ActQuantizer", "Layer", "Prepared", "QuantLayer", "Unit", "apply_plan", "prepare"]
+__all__ = ["ActQuantizer", "Layer", "Prepared", "QuantLayer", "Unit", "apply_plan", "leave_in_float", "prepare"]
 
 
 def prepare(
@@ -37,7 +37,7 @@ def prepare(
     Raises QkError for an example that is empty, not finite or not accepted by the model, a model that is wrapped, lazy
     or on another device, a recipe that fits no layer, and when there is nothing to quantize.
     """
-    recipe = recipe or Recipe()
+    recipe = checked_recipe(recipe, STAGE)
     check_model(model)
     check_example(example)
     copied = copy_of(model)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from qk.prepare.blocks import quantized_units
 from qk.prepare.insert import ActQuantizer, QuantLayer
 from qk.prepare.plan import checked
 from qk.prepare.prepared import Prepared
 from qk.prepare.tree import replace_module
-from qk.spec import Plan
+from qk.spec import Plan, float_spec
 
 
 def apply_plan(p: Prepared, plan: Plan) -> None:
@@ -26,12 +28,33 @@ def apply_plan(p: Prepared, plan: Plan) -> None:
             if group not in quantizers:
                 quantizers[group] = ActQuantizer(spec.activations).to(original.weight.device)
             new = QuantLayer(original, spec, quantizers[group]).train(p.model.training)
-        if name:
-            replace_module(p.model, p.model.get_submodule(name), new)
-        else:  # the model is itself a layer
-            p.model = new
+        _put(p, name, new)
+    _record(p, plan)
+    p.calibrated, p.history = False, {}
+
+
+def leave_in_float(p: Prepared, reasons: dict[str, str]) -> None:
+    """Puts the float layers of these names back, each with its reason; every other one keeps its steps and codes.
+
+    Raises QkError, before anything changes, for a name that is no layer, and when nothing would be quantized any more.
+    """
+    specs = p.plan.layers | {name: float_spec(reason) for name, reason in reasons.items()}
+    plan = checked(Plan(specs), p.layers, [], "qk.leave_in_float")  # a link keeps the width that it was calibrated for
+    for name in reasons:
+        _put(p, name, p.originals[name])
+    _record(p, plan)
+
+
+def _put(p: Prepared, name: str, module: nn.Module) -> None:
+    if name:
+        replace_module(p.model, p.model.get_submodule(name), module)
+    else:  # the model is itself a layer
+        p.model = module
+
+
+def _record(p: Prepared, plan: Plan) -> None:
+    """Makes what p says about itself follow from the plan."""
     p.plan = plan
     p.units = quantized_units(p.all_units, plan)
     in_float = {name: spec.reason or "the plan says so" for name, spec in plan.layers.items() if spec.is_float}
     p.kept = {name: reason for name, reason in p.kept.items() if name not in p.layers} | in_float
-    p.calibrated, p.history = False, {}

@@ -53,6 +53,7 @@ def layers_inside(seen: Observation, layers: dict[str, Layer]) -> dict[str, list
 
 
 def found_blocks(model: nn.Module, seen: Observation, held: dict[str, list[str]]) -> list[str]:
+    """Names of the blocks, as the page above says, in running order. held: of layers_inside."""
     kind = {name: type(module) for name, module in model.named_modules()}
     instances = Counter(kind.values())
     candidates = [

@@ -40,6 +40,7 @@ class ActQuantizer(nn.Module):
         self.calibrated = False
 
     def set_range(self, step: Tensor, zero: Tensor) -> None:
+        """step, zero: one value each."""
         with torch.no_grad():
             self.step.copy_(step.reshape(1))
             self.zero.copy_(zero.reshape(1))
@@ -71,7 +72,7 @@ class QuantLayer(nn.Module):
         self.conv_args: dict | None = None
         if isinstance(layer, nn.Conv2d):
             self.conv_args = {"stride": layer.stride, "dilation": layer.dilation, "groups": layer.groups}
-            self.conv_args["padding"] = _padding(layer)
+            self.conv_args["padding"] = padding_of(layer)
         self.spec = spec
         self.input = quantizer
         self.quantized = False
@@ -81,10 +82,12 @@ class QuantLayer(nn.Module):
 
     @property
     def kind(self) -> str:
+        """As in Layer: linear or conv2d."""
         return "linear" if self.conv_args is None else "conv2d"
 
     @property
     def groups_along_k(self) -> int:
+        """How many steps a row of the weight has."""
         k = self.weight[0].numel()
         return 1 if self.spec.group_size is None else k // self.spec.group_size
 
@@ -118,8 +121,8 @@ class QuantLayer(nn.Module):
         return F.conv2d(x, weight, self.bias, **self.conv_args)
 
 
-def _padding(layer: nn.Conv2d) -> tuple[int, int]:
-    """padding as numbers; "same" is symmetric where prepare lets a layer through."""
+def padding_of(layer: nn.Conv2d) -> tuple[int, int]:
+    """The layer's padding as numbers; "same" is symmetric where prepare lets a layer through."""
     if layer.padding == "valid":
         return (0, 0)
     if layer.padding == "same":

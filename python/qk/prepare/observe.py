@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qk.inputs import tensors_in
 from qk.prepare.source import run
-from qk.prepare.tree import tensors_in
 
 
 class Value(NamedTuple):

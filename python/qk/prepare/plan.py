@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
-from qk.errors import QkError, fail
+from qk.errors import fail
 from qk.prepare.links import agree
 from qk.prepare.prepared import Layer
 from qk.prepare.source import STAGE
@@ -50,7 +50,8 @@ def checked(plan: Plan, layers: Mapping[str, Layer], links: list[tuple[str, ...]
         raise fail(stage, "group_size", expected, ", ".join(uneven), "Give them another one, or null, in overrides.")
     long = [f"{n}: {reason}" for n in layers if (reason := too_long(layers[n], plan[n]))]
     if long:
-        raise QkError(f"{stage}: plan must keep sums in int32. {'; '.join(long)}. Use fewer bits or leave it in float.")
+        advice = "Use fewer bits, or leave it in float."
+        raise fail(stage, "plan", "one whose sums stay in int32", "; ".join(long), advice)
     return plan
 
 

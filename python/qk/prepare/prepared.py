@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from qk.errors import fail
 from qk.prepare.insert import QuantLayer
 from qk.spec import Plan
 
@@ -61,7 +62,7 @@ class Prepared:
     plan: Plan
     all_units: list[Unit] = field(default_factory=list)
     originals: dict[str, nn.Module] = field(default_factory=dict, repr=False)
-    calibrated: bool = False
+    calibrated: bool = False  # every step is set
     history: dict[str, list[dict]] = field(default_factory=dict)  # unit name -> [{"iteration", "loss"}], for the report
 
     @property
@@ -86,3 +87,9 @@ class Prepared:
         finally:
             for name, layer in layers.items():
                 layer.quantized = before[name]
+
+
+def check_prepared(p: object, stage: str) -> None:
+    """Raises QkError for what qk.prepare did not return, such as the float model itself."""
+    if not isinstance(p, Prepared):
+        raise fail(stage, "p", "the result of qk.prepare", type(p).__name__, "Call qk.prepare(model, example) first.")

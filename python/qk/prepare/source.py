@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
+from qk import _native
 from qk.errors import fail
-from qk.prepare.tree import tensors_in
+from qk.inputs import KINDS, advice_on, copied_to, describe, device_of, feed, tensors_in
 
 STAGE = "qk.prepare"
 
@@ -36,13 +35,24 @@ def check_model(model: nn.Module) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if nn.parameter.is_lazy(tensor):
             raise fail(STAGE, "model", "initialized", f"lazy parameter {name}", "Run the model once before.")
+    check_device(model, STAGE)
+
+
+def check_device(model: nn.Module, stage: str) -> None:
+    """Raises QkError for a tensor of the model on a device for which no kernels are loaded."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.device.type not in ("cpu", "cuda"):
-            raise fail(STAGE, "model", "on cpu or cuda", f"{name} on {tensor.device}", "Move the model there first.")
+            raise fail(stage, "model", "on cpu or cuda", f"{name} on {tensor.device}", "Build or move it there first.")
+        if tensor.device.type == "cuda" and _native.cuda_error is not None:
+            got = f"{name} on {tensor.device} and no CUDA kernels: {_native.cuda_error}"
+            raise fail(
+                stage, "model", "on a device with kernels", got, "Use model.cpu(); qk doctor shows what is there."
+            )
 
 
 def check_example(example: Any) -> None:
     """Raises QkError for an example of the wrong kind, without values, or with NaN or Inf."""
-    if not isinstance(example, (Tensor, tuple, list, Mapping)):
+    if not isinstance(example, KINDS):
         raise fail(STAGE, "example", "a tensor, a tuple of arguments or a dict of keywords", type(example).__name__)
     tensors = list(tensors_in(example))
     if not tensors or any(t.numel() == 0 for t in tensors):
@@ -71,36 +81,9 @@ def copy_of(model: nn.Module) -> nn.Module:
 
 
 def run(model: nn.Module, example: Any) -> Any:
-    """The model on one example: a tensor, a tuple or list of positional arguments or a mapping of keywords."""
-    example = _copied(example)  # a model may write into its input
+    """The model on one example, on its own device. What it raises becomes a QkError."""
     try:
-        if isinstance(example, Tensor):
-            return model(example)
-        return model(**example) if isinstance(example, Mapping) else model(*example)
+        return feed(model, copied_to(example, device_of(model)))
     except Exception as error:
         got = f"{describe(example)}, on which it raised {type(error).__name__}: {error}"
-        advice = "A tensor is the only argument, a tuple holds positional ones, a dict keywords."
-        raise fail(STAGE, "example", "input that the model accepts", got, advice) from error
-
-
-def describe(x: Any) -> str:
-    """Shapes and types of an example, for messages."""
-    if isinstance(x, Tensor):
-        return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
-    if isinstance(x, Mapping):
-        return "{" + ", ".join(f"{k}: {describe(v)}" for k, v in x.items()) + "}"
-    if isinstance(x, (tuple, list)):
-        return "(" + ", ".join(describe(v) for v in x) + ")"
-    return type(x).__name__
-
-
-def _copied(example: Any) -> Any:
-    """The example with its own tensors; what was one tensor stays one."""
-    copies: dict[int, Tensor] = {}
-
-    def one(x: Tensor) -> Tensor:
-        if id(x) not in copies:
-            copies[id(x)] = x.detach().clone()
-        return copies[id(x)]
-
-    return tree_map_only(Tensor, one, dict(example) if isinstance(example, Mapping) else example)
+        raise fail(STAGE, "example", "input that the model accepts", got, advice_on(example)) from error

@@ -42,8 +42,10 @@ def sort_modules(model: nn.Module, seen: Observation) -> tuple[dict[str, Layer],
 
 def _layer(name: str, module: nn.Module, order: int, calls: list[Call]) -> Layer:
     weight: Tensor = module.weight
-    if not torch.isfinite(weight).all():
-        raise fail(STAGE, f"the weight of {name}", "finite", "NaN or Inf in it", "Load the trained weights again.")
+    for what, tensor in (("weight", weight), ("bias", module.bias)):
+        if tensor is not None and not torch.isfinite(tensor).all():
+            where = f"the {what} of {name or 'the model'}"
+            raise fail(STAGE, where, "finite", "NaN or Inf in it", "Load the trained weights again.")
     outputs = [call.outputs[0] for call in calls]
     return Layer(
         name=name,
