@@ -8,13 +8,23 @@
 
 namespace py = pybind11;
 
+// What prepack's face accepts. The products are formed in double, which no size overflows.
+static bool is_weight(const qk::WeightShape& w) {
+  for (int64_t size : {w.n, w.kh, w.kw, w.c, w.groups, w.k_groups})
+    if (size < 1 || size >= qk::size_limit) return false;
+  const double k = static_cast<double>(w.kh) * w.kw * w.c;
+  return k < qk::size_limit && k * w.n <= qk::values_limit && w.n % w.groups == 0 && w.k() % w.k_groups == 0;
+}
+
 // A prepacked weight: where its parts begin. shape [N, K] or [N, kh, kw, C / groups].
-static py::dict packed_layout(const std::vector<int64_t>& shape, int bits, int64_t groups, int64_t k_groups,
+static py::dict packed_layout(const std::vector<int64_t>& shape, int64_t bits, int64_t groups, int64_t k_groups,
                               bool cuda) {
   const bool conv = shape.size() == 4;
-  if ((!conv && shape.size() != 2) || !qk::is_storage_width(bits) || groups < 1 || k_groups < 1)
-    throw std::invalid_argument("packed_layout: not a weight");
-  const qk::WeightShape w{shape[0], conv ? shape[1] : 1, conv ? shape[2] : 1, shape.back(), groups, k_groups, bits};
+  qk::WeightShape w{};
+  if (shape.size() == 2 || conv)
+    w = {shape[0], conv ? shape[1] : 1, conv ? shape[2] : 1, shape.back(), groups, k_groups, static_cast<int>(bits)};
+  if (!qk::is_storage_width(bits) || !is_weight(w))
+    throw std::invalid_argument("qk: packed_layout's arguments must be those of a weight. Look at qk.ops.prepack.");
   const qk::PackedLayout p = cuda ? qk::cuda::packed_layout(w) : qk::cpu::packed_layout(w);
   py::dict parts;
   parts["stored_bits"] = p.stored_bits;

@@ -22,8 +22,12 @@ struct Bits {
   static constexpr int per_byte = 8 / B, mask = (1 << B) - 1;
 };
 
-// Bytes of a packed row at rest: a multiple of 16, so that a kernel may read whole vectors.
-QK_HD constexpr int64_t packed_row_bytes(int64_t cols, int64_t bits) { return (cols * bits + 127) / 128 * 16; }
+// Bytes of a packed row at rest: a multiple of 16, so that a kernel may read whole vectors. No cols overflows: rows
+// that are not there may have any length.
+QK_HD constexpr int64_t packed_row_bytes(int64_t cols, int64_t bits) {
+  const uint64_t per_vector = static_cast<uint64_t>(128 / bits);
+  return static_cast<int64_t>((static_cast<uint64_t>(cols) + per_vector - 1) / per_vector * 16);
+}
 
 QK_HD constexpr int top_code(int64_t bits) { return (1 << bits) - 1; }
 

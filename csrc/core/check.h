@@ -81,31 +81,17 @@ inline void check_bits(const char* op, int64_t bits) {
   check(is_fake_quant_width(bits), op, "bits", "a width from 2 to 8", bits);
 }
 
+// Kernels take numbers as float32.
+inline bool finite_float(double number) { return std::isfinite(static_cast<float>(number)); }
+
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-
-// A tensor is seen as [rows, numel / rows], one step and zero for each row (docs/numerics.md).
-struct Rows {
-  int64_t rows, cols;
-};
-
-inline Rows check_rows(const char* op, const Tensor& x, const Tensor& step, const Tensor& zero,
-                       const char* name = "x") {
-  check_dtype(op, "step", step, ScalarType::Float);
-  check_dtype(op, "zero", zero, ScalarType::Int);
-  const int64_t rows = step.numel();
-  if (rows < 1 || (x.numel() % rows) != 0)
-    fail(op, "step", std::string("one value, or one for each row of ") + name + " seen as [step.numel(), -1]",
-         describe(step) + " for " + name + " " + describe(x));
-  if (zero.numel() != rows) fail(op, "zero", "one value for each step, " + describe(step), describe(zero));
-  return {rows, x.numel() / rows};
-}
 
 // On the CPU the values themselves are checked: a step of 0 or NaN would make every code meaningless.
 // On CUDA that would wait for the device, so the kernels only promise not to crash.
 inline void check_step_values(const char* op, const char* argument, const Tensor& step) {
   if (!step.is_cpu()) return;
   const float* s = step.const_data_ptr<float>();
-  for (int64_t i = 0; i < step.numel(); ++i)
+  for (int64_t i = 0, n = step.numel(); i < n; ++i)
     if (!(s[i] > 0) || std::isinf(s[i]))
       fail(op, argument, "positive and finite", std::to_string(s[i]) + " at " + std::to_string(i),
            "Calibrate again on data without NaN, Inf or all-zero ranges.");
@@ -114,10 +100,31 @@ inline void check_step_values(const char* op, const char* argument, const Tensor
 inline void check_zero_values(const char* op, const char* argument, const Tensor& zero, int64_t bits) {
   if (!zero.is_cpu()) return;
   const int32_t* z = zero.const_data_ptr<int32_t>();
-  const int32_t top = (1 << bits) - 1;
-  for (int64_t i = 0; i < zero.numel(); ++i)
+  const int32_t top = top_code(bits);
+  for (int64_t i = 0, n = zero.numel(); i < n; ++i)
     if (z[i] < 0 || z[i] > top)
       fail(op, argument, "a code from 0 to " + std::to_string(top), std::to_string(z[i]) + " at " + std::to_string(i));
+}
+
+// A tensor is seen as [rows, numel / rows], one step and zero for each row (docs/numerics.md).
+struct Rows {
+  int64_t rows, cols;
+  Tensor step, zero;  // dense
+};
+
+inline Rows check_rows(const char* op, const Tensor& x, const Tensor& step, const Tensor& zero, int64_t bits,
+                       const char* name = "x") {
+  check_dtype(op, "step", step, ScalarType::Float);
+  check_dtype(op, "zero", zero, ScalarType::Int);
+  const int64_t rows = step.numel();
+  if (rows < 1 || (x.numel() % rows) != 0)
+    fail(op, "step", std::string("one value, or one for each row of ") + name + " seen as [step.numel(), -1]",
+         describe(step) + " for " + name + " " + describe(x));
+  if (zero.numel() != rows) fail(op, "zero", "one value for each step, " + describe(step), describe(zero));
+  Rows r{rows, x.numel() / rows, dense(step), dense(zero)};
+  check_step_values(op, "step", r.step);
+  check_zero_values(op, "zero", r.zero, bits);
+  return r;
 }
 
 }  // namespace qk

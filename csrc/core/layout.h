@@ -10,6 +10,10 @@ namespace qk {
 QK_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 QK_HD constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+// Every size is below 2^31, so a product of two fits int64; a weight and a result have at most 2^47 values, which
+// leaves room for what a layout adds and for the bytes of a value.
+constexpr int64_t size_limit = int64_t{1} << 31, values_limit = int64_t{1} << 47;
+
 // A weight [n, kh, kw, c], c input channels of each of `groups`; a Linear is [n, 1, 1, K].
 struct WeightShape {
   int64_t n, kh, kw, c;
@@ -41,12 +45,12 @@ static_assert(sizeof(PackedHeader) == 64, "the codes behind it start on a cache 
 constexpr int32_t packed_magic = 0x31304b51;  // "QK01": change it with the layout
 
 // Blocks of 16 output channels; a convolution's groups start a new block. Inside a block K goes in steps of 4:
-// 16 channels x 4 codes. A vector of 64 bytes holds 8 / bits steps, step j of channel i at byte 4 i + k % 4, bit j *
-// bits. 8-bit codes are stored as u - 128 (int8). Each group of K fills whole vectors; what is added to fill them has
-// the code zero[n, group] and so the value 0. A depthwise weight is seen as [n, taps] and stored in 8 bits as u - zero
-// (int8).
-//   header | codes [blocks][k_groups][vectors][64] | sums int32 [blocks][k_groups][16] | zeros uint8
-//   [blocks][k_groups][16]
+// 16 channels x 4 codes. A vector of 64 bytes holds 8 / bits steps, step j of channel i at byte 4 i + k % 4,
+// bit j * bits. 8-bit codes are stored as u - 128 (int8). Each group of K fills whole vectors; what is added to fill
+// them has the code zero[n, group] and so the value 0. A depthwise weight is seen as [n, taps] and stored in 8 bits as
+// u - zero (int8).
+//   header | codes [blocks][k_groups][vectors][64] | sums int32 [blocks][k_groups][16] |
+//   zeros uint8 [blocks][k_groups][16] | 0 up to whole cache lines
 // sums: of u - zero over the group. zeros: only below 8 bits.
 struct PackedLayout {
   static constexpr int64_t block = 16, step = 4, vector = 64;
@@ -65,11 +69,6 @@ struct PackedLayout {
     const int64_t per = 8 / stored_bits;
     return codes_at + block_index * block_bytes + k_pos / (step * per) * vector + i * step + k_pos % step;
   }
-  QK_HD constexpr int shift_of(int64_t k_pos) const {
-    return static_cast<int>(k_pos / step % (8 / stored_bits)) * stored_bits;
-  }
-  // Position of k in the padded K.
-  QK_HD constexpr int64_t padded(int64_t k_pos) const { return k_pos / group_k * group_padded + k_pos % group_k; }
 };
 
 namespace cpu {

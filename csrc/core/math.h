@@ -58,7 +58,7 @@ QK_HD static inline float log2_of(float a) {
   return p * r + static_cast<float>(from >> 23);
 }
 
-// a^power for a >= 0 and power > 0, relative error below (4 + power |log2(a)|) 2^-23; 0 for a below 2^-126, NaN for
+// a^power for a >= 0 and power >= 0, relative error below (4 + power |log2(a)|) 2^-23; 0 for a below 2^-126, NaN for
 // NaN.
 QK_HD static inline float power_of(float a, float power) {
   const float value = exp2_of(power * log2_of(a));
@@ -66,8 +66,7 @@ QK_HD static inline float power_of(float a, float power) {
 }
 
 // u(v) = 2 h(v) - 1 with h(v) = clamp(1.2 sigmoid(v) - 0.1, 0, 1), AdaRound's rectified sigmoid: 1.2 tanh(v / 2)
-// clamped to
-// [-1, 1], an odd polynomial on the part that is not clamped (|v| < ln 11). Error below 5 * 2^-24.
+// clamped to [-1, 1], an odd polynomial on the part that is not clamped (|v| < ln 11). Error below 5 * 2^-24.
 QK_HD static inline float soft_sign(float v) {
   v = limit(v, -2.5f, 2.5f);
   const float w = v * v;

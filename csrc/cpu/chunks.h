@@ -1,10 +1,18 @@
-// The two loops that the training kernels share. Included by *.simd.cpp only, see simd.h.
+// The loops over values and their sums. Included by *.simd.cpp only, see simd.h.
 #pragma once
 #include "core/chunks.h"
 #include "cpu/simd.h"
 
 namespace qk::cpu::QK_ISA {
 namespace {
+
+// body(row) for each row of `cols` values.
+template <class F>
+void each_row(int64_t rows, int64_t cols, const F& body) {
+  parallel_for(rows, most<int64_t>(1, grain_values / most<int64_t>(1, cols)), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) body(row);
+  });
+}
 
 // body(row, at, n, job) for each chunk of each row: n values from `at`; job counts chunks, row by row.
 template <class F>

@@ -48,12 +48,11 @@ void prepare(const Conv2dArgs& a, const Plan& p, uint8_t* memory) {
   float* steps = reinterpret_cast<float*>(memory + p.steps_at);
   float* bias = reinterpret_cast<float*>(memory + p.bias_at);
   uint32_t* sums = reinterpret_cast<uint32_t*>(memory + p.sums_at);
-  const int32_t* stored = reinterpret_cast<const int32_t*>(a.weight + l.sums_at);
   for (int64_t i = 0; i < p.strips * strip; ++i) {
     const bool there = i < p.channels;
     steps[i] = there ? *a.epilogue.x_step * a.epilogue.weight_step[i] : 0.0f;
-    bias[i] = there && a.epilogue.bias ? a.epilogue.bias[i] : 0.0f;
-    sums[i] = there ? static_cast<uint32_t>(stored[i]) * zero : 0;
+    bias[i] = there && a.epilogue.bias ? a.epilogue.bias[i] : -0.0f;  // -0 leaves every sum alone
+    sums[i] = there ? load4(a.weight + l.sums_at + i * 4) * zero : 0;
   }
   std::memset(memory + p.zeros_at, static_cast<int>(zero), static_cast<size_t>(p.strips * strip));
 }

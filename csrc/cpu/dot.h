@@ -12,11 +12,6 @@
 #pragma GCC diagnostic pop
 #endif
 
-#ifndef QK_INLINE
-#define QK_INLINE inline __attribute__((always_inline))
-#endif
-#define QK_INLINE_LAMBDA __attribute__((always_inline))
-
 namespace qk::cpu::QK_ISA {
 namespace {
 
@@ -187,7 +182,7 @@ struct Bytes {
   int8_t v[64];
 };
 struct Lanes {
-  int32_t v[16];
+  uint32_t v[16];  // wraps, as the vectors of the others do
 };
 struct Four {
   int32_t v[4];
@@ -222,7 +217,7 @@ QK_INLINE Four broadcast4(const uint8_t* p) { return {{p[0], p[1], p[2], p[3]}};
 template <bool small>
 QK_INLINE Lanes dot4(Lanes acc, const Four& x, const Bytes& w) {
   for (int i = 0; i < 16; ++i)
-    for (int j = 0; j < 4; ++j) acc.v[i] += x.v[j] * w.v[4 * i + j];
+    for (int j = 0; j < 4; ++j) acc.v[i] += static_cast<uint32_t>(x.v[j] * w.v[4 * i + j]);
   return acc;
 }
 QK_INLINE void store(int32_t* p, const Lanes& v) { std::memcpy(p, &v, 64); }

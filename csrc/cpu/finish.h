@@ -18,8 +18,6 @@ typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
 typedef uint8_t Codes __attribute__((vector_size(16)));
 
-#define QK_INLINE inline __attribute__((always_inline))
-
 template <class Vector, class T>
 QK_INLINE Vector load(const T* p) {
   Vector v;
@@ -57,8 +55,7 @@ class Finish {
         code_high_(codes_ ? static_cast<float>(top_code(e.out_bits) - *e.out_zero) : 0.0f),
         zero_(codes_ ? *e.out_zero : 0) {}
 
-  // y with bias -> `valid` results from index `at` of out on. NaN passes the limits, as in torch, and has the code
-  // zero.
+  // y with bias -> `valid` results from index `at` of out on. NaN passes the limits, as in torch; its code is the zero.
   QK_INLINE void write(const Floats& result, void* out, int64_t at, int64_t valid) const {
     const Floats nothing = {}, low = nothing + low_, high = nothing + high_;
     Floats y = result < low ? low : result;

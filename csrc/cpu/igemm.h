@@ -8,8 +8,8 @@
 namespace qk::cpu::QK_ISA {
 namespace {
 
-constexpr int64_t panel_budget = 256 * 1024;           // of L2 (1 MB and more), beside one column of unpacked weights
-constexpr int64_t work_per_thread = int64_t{1} << 20;  // products; below this a second thread costs more than it saves
+constexpr int64_t panel_budget = 256 * 1024;  // of L2 (1 MB and more), beside one column of unpacked weights
+constexpr double work_per_thread = 1 << 20;   // products; below this a second thread costs more than it saves
 
 // How the work is cut: units of one block of rows x one column of tiles, in the order outer, row block, column.
 struct Cut {
@@ -27,8 +27,8 @@ constexpr Cut cut(int64_t rows, const PackedLayout& p, int64_t threads) {
   c.row_blocks = ceil_div(rows, c.block_rows);
   c.units = p.outer * c.row_blocks * c.columns;
   const double work = static_cast<double>(rows) * p.outer * p.blocks_per_outer * PackedLayout::block * p.k_padded;
-  const int64_t useful = work > 1e15 ? threads : static_cast<int64_t>(work) / work_per_thread;
-  c.workers = most<int64_t>(1, least(least(threads, c.units), useful));
+  const double useful = least(work / work_per_thread, static_cast<double>(threads));
+  c.workers = most<int64_t>(1, least(c.units, static_cast<int64_t>(useful)));
   return c;
 }
 
@@ -50,14 +50,13 @@ struct Room {
 template <int B, bool small>
 class Worker {
  public:
-  Worker(const Product& p, const Cut& c, const Room& room)
+  Worker(const Product& p, const Room& room)
       : p_(p),
         l_(p.layout),
-        c_(c),
         room_(room),
         finish_(p.epilogue),
         codes_(p.weight + l_.codes_at),
-        sums_(reinterpret_cast<const int32_t*>(p.weight + l_.sums_at)),
+        sums_(p.weight + l_.sums_at),
         zeros_(p.weight + l_.zeros_at) {}
 
   // Column `column` of group `outer` against rows [first, first + count), which lie in the panels.
@@ -105,10 +104,11 @@ class Worker {
   }
 
  private:
-  // Steps and bias of a column of tiles, 0 for channels that are not there.
+  // Steps and bias of a column of tiles, 0 for channels that are not there. No bias is -0, which leaves every sum
+  // alone.
   void load_steps(int64_t n_first, int64_t n_valid) {
     const Epilogue& e = p_.epilogue;
-    for (int i = 0; i < tile_blocks * block; ++i) bias_[i] = e.bias && i < n_valid ? e.bias[n_first + i] : 0.0f;
+    for (int i = 0; i < tile_blocks * block; ++i) bias_[i] = e.bias && i < n_valid ? e.bias[n_first + i] : -0.0f;
     for (int64_t g = 0; g < l_.k_groups; ++g)
       for (int i = 0; i < tile_blocks * block; ++i)
         room_.steps[g * tile_blocks * block + i] = i < n_valid ? e.weight_step[(n_first + i) * l_.k_groups + g] : 0.0f;
@@ -126,7 +126,7 @@ class Worker {
     const int64_t n = p_.n;
     const bool first = g == 0, last = g + 1 == l_.k_groups;
     for (int64_t b = 0; b < blocks; ++b) {
-      const Words sums = load<Words>(sums_ + ((at + b) * l_.k_groups + g) * block);
+      const Words sums = load<Words>(sums_ + ((at + b) * l_.k_groups + g) * sizeof(Words));
       const Floats steps = load<Floats>(room_.steps + (g * tile_blocks + b) * block);
       const Floats bias = load<Floats>(bias_ + b * block);
       const int64_t valid = n_valid - b * block;
@@ -151,11 +151,10 @@ class Worker {
 
   const Product& p_;
   const PackedLayout& l_;
-  const Cut& c_;
   Room room_;
   Finish finish_;
   const uint8_t* codes_;
-  const int32_t* sums_;
+  const uint8_t* sums_;  // bytes: a view may begin anywhere
   const uint8_t* zeros_;
   float bias_[tile_blocks * block];
 };
@@ -171,7 +170,7 @@ void multiply_stored(const Product& p, const Pack& pack) {
   parallel_for(c.workers, 1, [&](int64_t begin, int64_t end) {
     uint8_t* memory = static_cast<uint8_t*>(thread_scratch(panels + unpacked + steps));
     const Room room{memory, memory + panels, reinterpret_cast<float*>(memory + panels + unpacked)};
-    Worker<B, small> worker(p, c, room);
+    Worker<B, small> worker(p, room);
     int64_t packed = -1;
     for (int64_t unit = c.units * begin / c.workers; unit < c.units * end / c.workers; ++unit) {
       const int64_t rows = unit / c.columns, outer = rows / c.row_blocks;

@@ -1,17 +1,13 @@
 #include "ops/lsq.h"
 
 #include "cpu/chunks.h"
+#include "cpu/codes.h"
 
 namespace qk::cpu::QK_ISA {
 namespace {
 
-struct Row {
-  float inverse, step, low, high;
-  Row(float s, int32_t zero, int bits) : inverse(1.0f / s), step(s), low(-zero), high(top_code(bits) - zero) {}
-};
-
 void fake_quantize(const float* __restrict x, float* __restrict out, int64_t n, Row r) {
-  for (int64_t i = 0; i < n; ++i) out[i] = round_even(clamp_units(x[i] * r.inverse, r.low, r.high)) * r.step;
+  for (int64_t i = 0; i < n; ++i) out[i] = units_of(x[i], r) * r.step;
 }
 
 // d out / d step is round(t) - t inside, the limit outside; d out / d x is 1 inside, 0 outside (LSQ, section 2.1).
@@ -24,7 +20,7 @@ float gradients(const float* __restrict grad, const float* __restrict x, float* 
     // go to the even neighbour).
     const float wide = by_code ? round_even(clamp_units(t, r.low - 1, r.high + 1)) : 0.0f;
     const bool inside = by_code ? (wide >= r.low) & (wide <= r.high) & (t == t) : (t > r.low) & (t < r.high);
-    const float d = inside ? code - t : (t == t ? code : 0.0f);
+    const float d = inside ? code - t : code;  // code is 0 for NaN
     grad_x[i] = inside ? grad[i] : 0.0f;
     return grad[i] * d;
   });

@@ -8,7 +8,7 @@ namespace qk::cpu::QK_ISA {
 
 void quantize(const QuantizeArgs& a) {
   each_chunk(a.rows, a.cols, [&](int64_t row, int64_t at, int64_t n, int64_t) {
-    to_codes(a.x + at, a.codes + at, n, Coder(a.step[row], a.zero[row], a.bits));
+    to_codes(a.x + at, a.codes + at, n, Row(a.step[row], a.zero[row], a.bits));
   });
 }
 
@@ -16,7 +16,7 @@ void quantize(const QuantizeArgs& a) {
 // once, and the four groups of channels of a cache line of codes are written while that line is near.
 void quantize_transposed(const QuantizeTransposedArgs& a) {
   constexpr int64_t strip = 64;
-  const Coder coder(a.step[0], a.zero[0], a.bits);
+  const Row r(*a.step, *a.zero, a.bits);
   const float* end_of_x = a.x + a.images * a.channels * a.pixels;
   const int64_t strips = (a.pixels + strip - 1) / strip;
   const int64_t grain = most<int64_t>(1, grain_values / (strip * most<int64_t>(1, a.channels)));
@@ -32,7 +32,7 @@ void quantize_transposed(const QuantizeTransposedArgs& a) {
         for (int64_t c = 0; c < group; ++c) {
           // Whole vectors where x goes on behind the strip: the codes too many stay in the tile.
           const float* from = x + (channel + c) * a.pixels;
-          to_codes(from, tile + c * strip, end_of_x - from >= strip ? strip : n, coder);
+          to_codes(from, tile + c * strip, end_of_x - from >= strip ? strip : n, r);
         }
         if (group == 16)
           for (int64_t p = 0; p < n; p += 16)

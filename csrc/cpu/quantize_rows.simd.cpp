@@ -1,5 +1,6 @@
 #include "ops/quantize_rows.h"
 
+#include "cpu/chunks.h"
 #include "cpu/codes.h"
 
 namespace qk::cpu::QK_ISA {
@@ -31,17 +32,14 @@ Range range_of(const float* x, int64_t n) {
 }  // namespace
 
 void quantize_rows(const QuantizeRowsArgs& a) {
-  const int64_t grain = most<int64_t>(1, grain_values / most<int64_t>(1, a.cols));
-  parallel_for(a.rows, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const float* x = a.x + row * a.cols;
-      const Range range = range_of(x, a.cols);
-      const float step = step_of_range(range.low, range.high, a.bits);
-      const int32_t zero = zero_of_range(range.low, step, a.bits);
-      a.step[row] = step;
-      a.zero[row] = zero;
-      to_codes(x, a.codes + row * a.cols, a.cols, Coder(step, zero, a.bits));
-    }
+  each_row(a.rows, a.cols, [&](int64_t row) {
+    const float* x = a.x + row * a.cols;
+    const Range range = range_of(x, a.cols);
+    const float step = step_of_range(range.low, range.high, a.bits);
+    const int32_t zero = zero_of_range(range.low, step, a.bits);
+    a.step[row] = step;
+    a.zero[row] = zero;
+    to_codes(x, a.codes + row * a.cols, a.cols, Row(step, zero, a.bits));
   });
 }
 

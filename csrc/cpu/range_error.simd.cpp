@@ -2,6 +2,7 @@
 
 #include "core/math.h"
 #include "cpu/chunks.h"
+#include "cpu/codes.h"
 
 namespace qk::cpu::QK_ISA {
 namespace {
@@ -11,10 +12,9 @@ constexpr int64_t block = 16;  // a chunk is padded to whole blocks of the sum's
 enum class Power { one, two, any };
 
 template <Power kind>
-float error(const float* __restrict x, int64_t n, float step, int32_t zero, int bits, float power) {
-  const float inverse = 1.0f / step, low = -zero, high = top_code(bits) - zero;
+float error(const float* __restrict x, int64_t n, Row r, float power) {
   return sum_of(n, [=](int64_t i) {
-    const float a = __builtin_fabsf(round_even(clamp_units(x[i] * inverse, low, high)) * step - x[i]);
+    const float a = __builtin_fabsf(units_of(x[i], r) * r.step - x[i]);
     return kind == Power::one ? a : kind == Power::two ? a * a : power_of(a, power);
   });
 }
@@ -33,7 +33,7 @@ void errors(const RangeErrorArgs& a) {
           for (int64_t i = n; i < padded; ++i) x[i] = 0.0f;  // 0 is exact in every range and adds no error
           for (int64_t c = 0; c < a.candidates; ++c) {
             const int64_t at = row * a.candidates + c;
-            a.partial[job * a.candidates + c] = error<kind>(x, padded, a.step[at], a.zero[at], a.bits, a.power);
+            a.partial[job * a.candidates + c] = error<kind>(x, padded, Row(a.step[at], a.zero[at], a.bits), a.power);
           }
         }
       });

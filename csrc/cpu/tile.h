@@ -12,9 +12,9 @@ struct TileArgs {
   const uint8_t* zeros;   // [16] of the first block; only with unpacking
   int64_t zeros_pitch;
   int64_t k_begin, k_end;  // padded K, whole vectors
-  const uint8_t*
-      ahead;     // what is needed after this column of tiles: one line of it is fetched into L2 with each vector
-  int32_t* acc;  // [rows][blocks * 16]
+  int32_t* acc;            // [rows][blocks * 16]
+  // What is needed after this column of tiles: one line of it is fetched into L2 with each vector.
+  const uint8_t* ahead;
 };
 
 // B: stored width; below 8 the weights are unpacked in registers. Every loop over the sums is unrolled: else gcc keeps
@@ -37,7 +37,7 @@ void tile(const TileArgs& a) {
 #pragma GCC unroll 4
     for (int c = 0; c < blocks; ++c) zero[c] = spread16(a.zeros + c * a.zeros_pitch);
   }
-  const auto vector = [&](const uint8_t* x, const uint8_t* w, int first) QK_INLINE_LAMBDA {
+  const auto vector = [&](const uint8_t* x, const uint8_t* w, int first) __attribute__((always_inline)) {
     Bytes raw[blocks];
 #pragma GCC unroll 4
     for (int c = 0; c < blocks; ++c) raw[c] = load64(w + c * a.weight_pitch);

@@ -1,6 +1,6 @@
 #include "ops/unpack.h"
 
-#include "cpu/simd.h"
+#include "cpu/chunks.h"
 
 namespace qk::cpu::QK_ISA {
 namespace {
@@ -38,12 +38,7 @@ void unpack_row(const UnpackArgs& a, int64_t row) {
 }  // namespace
 
 void unpack(const UnpackArgs& a) {
-  with_bits(a.bits, [&](auto bits) {
-    const int64_t grain = most<int64_t>(1, grain_values / most<int64_t>(1, a.cols));
-    parallel_for(a.rows, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) unpack_row<bits>(a, row);
-    });
-  });
+  with_bits(a.bits, [&](auto bits) { each_row(a.rows, a.cols, [&](int64_t row) { unpack_row<bits>(a, row); }); });
 }
 
 }  // namespace qk::cpu::QK_ISA

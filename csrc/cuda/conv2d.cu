@@ -58,7 +58,9 @@ __global__ void __launch_bounds__(block_threads, 3) convolve_kernel(Conv2dArgs a
     if (static_cast<int>(threadIdx.x) < count)
       token[threadIdx.x] = token_at(a, token0 + threadIdx.x, outer * a.shape.c);
 
-    float y[per_thread] = {};
+    float y[per_thread];
+#pragma unroll
+    for (float& value : y) value = -0.0f;  // leaves the first group's sum alone
     for (int64_t group = 0; group < layout.k_groups; ++group) {
       const uint8_t* codes = a.weight + layout.codes_at + block * layout.block_bytes +
                              group * group_vectors * PackedLayout::vector + channel * PackedLayout::step;
@@ -133,7 +135,8 @@ __global__ void depthwise_kernel(Conv2dArgs a, int64_t all) {
       const int32_t code = gather<1>(a, token, k).v[0];
       sum += static_cast<uint32_t>((code - token.x_zero) * static_cast<int8_t>(a.weight[at]));
     }
-    finish(a.epilogue, add_group(0, static_cast<int32_t>(sum), token.x_step, a.epilogue.weight_step[n]), n, a.out, i);
+    finish(a.epilogue, add_group(-0.0f, static_cast<int32_t>(sum), token.x_step, a.epilogue.weight_step[n]), n, a.out,
+           i);
   }
 }
 

@@ -24,7 +24,7 @@ __global__ void rounding_penalty_kernel(RoundingPenaltyArgs a) {
 // d/dv (1 - |u|^beta) = -beta |u|^(beta - 1) sign(u) du/dv, du/dv = 2 dh/dv.
 template <int team>
 __global__ void rounding_penalty_backward_kernel(RoundingPenaltyBackwardArgs a) {
-  const float scale = 2.0f * a.beta * *a.grad;
+  const float scale = -2.0f * a.beta * *a.grad;
   each_chunk<team>(1, a.n, [&](int64_t, int64_t at, int64_t count, int64_t) {
     const float* v = a.v + at;
     float* grad_v = a.grad_v + at;
@@ -32,8 +32,8 @@ __global__ void rounding_penalty_backward_kernel(RoundingPenaltyBackwardArgs a) 
       auto vs = load<width>(v + i);
 #pragma unroll
       for (float& value : vs.v) {
-        const float u = soft_sign(value), slope = power_of(fabsf(u), a.beta - 1.0f) * soft_slope(u);
-        value = scale * (u < 0 ? slope : -slope);
+        const float u = soft_sign(value);
+        value = scale * copysignf(power_of(fabsf(u), a.beta - 1.0f) * soft_slope(u), u);
       }
       store(grad_v + i, vs);
     });

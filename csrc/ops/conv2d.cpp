@@ -5,9 +5,10 @@
 #include "ops/integer.h"
 
 namespace qk {
+namespace {
 
 void check_pair(const char* argument, const std::vector<int64_t>& pair, int64_t lowest) {
-  check(pair.size() == 2, "conv2d", argument, "two numbers", std::to_string(pair.size()));
+  check(pair.size() == 2, "conv2d", argument, "two numbers", pair.size());
   for (int64_t value : pair) check_size("conv2d", argument, value, lowest);
 }
 
@@ -19,6 +20,8 @@ int64_t out_size(const char* axis, int64_t size, int64_t kernel, int64_t stride,
          std::to_string(padded));
   return (padded - reach) / stride + 1;
 }
+
+}  // namespace
 
 template <void (*run)(const Conv2dArgs&)>
 Tensor conv2d(const Tensor& x, const Tensor& x_step, const Tensor& x_zero, const Tensor& weight,

@@ -9,10 +9,8 @@ template <void (*kernel)(const DequantizeArgs&)>
 Tensor dequantize(const Tensor& codes, const Tensor& step, const Tensor& zero) {
   check_device("dequantize", codes, {{"step", &step}, {"zero", &zero}});
   check_dtype("dequantize", "codes", codes, ScalarType::Byte);
-  const auto [rows, cols] = check_rows("dequantize", codes, step, zero, "codes");
-  const Tensor us = dense(codes), steps = dense(step), zeros = dense(zero);
-  check_step_values("dequantize", "step", steps);
-  check_zero_values("dequantize", "zero", zeros, 8);
+  const auto [rows, cols, steps, zeros] = check_rows("dequantize", codes, step, zero, 8, "codes");
+  const Tensor us = dense(codes);
   Tensor out = torch::stable::new_empty(us, us.sizes(), ScalarType::Float);
   QK_DEVICE_GUARD(codes);
   kernel({us.const_data_ptr<uint8_t>(), steps.const_data_ptr<float>(), zeros.const_data_ptr<int32_t>(),

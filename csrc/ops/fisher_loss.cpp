@@ -15,7 +15,7 @@ void check_loss(const char* op, const Tensor& output, const Tensor& target, cons
   check_dtype(op, "output", output, ScalarType::Float);
   check_dtype(op, "target", target, ScalarType::Float);
   check_same_shape(op, "target", target, "output", output);
-  check(std::isfinite(scale), op, "scale", "finite", scale);
+  check(finite_float(scale), op, "scale", "finite in float32", scale);
   if (!weight) return;
   check_device(op, output, {{"weight", &*weight}});
   check_dtype(op, "weight", *weight, ScalarType::Float);

@@ -11,9 +11,6 @@
 
 namespace qk {
 
-// Every size is below 2^31, so a product of two fits int64; longer products are formed by `product`.
-constexpr int64_t size_limit = int64_t{1} << 31;
-
 inline void check_size(const char* op, const char* argument, int64_t value, int64_t lowest) {
   check(value >= lowest && value < size_limit, op, argument,
         lowest ? "positive and below 2^31" : "0 or more and below 2^31", value);
@@ -22,7 +19,7 @@ inline void check_size(const char* op, const char* argument, int64_t value, int6
 inline int64_t product(const char* op, const char* what, std::initializer_list<int64_t> sizes) {
   int64_t all = 1;
   for (int64_t size : sizes)
-    if (__builtin_mul_overflow(all, size, &all) || all > (int64_t{1} << 47))
+    if (__builtin_mul_overflow(all, size, &all) || all > values_limit)
       fail(op, what, "at most 2^47 values", "more", "Check the sizes.");
   return all;
 }
@@ -70,6 +67,7 @@ inline int64_t check_weight_step(const char* op, const Tensor& step, int64_t k) 
     fail(op, "weight_step", "float32 [N], or [N, groups along K] with groups that divide K = " + std::to_string(k),
          describe(step));
   check_size(op, "weight_step's N", step.size(0), 1);
+  product(op, "N times K", {step.size(0), k});
   return step.dim() == 1 ? 1 : step.size(1);
 }
 

@@ -5,17 +5,23 @@
 #include "core/result.h"
 
 namespace qk {
+namespace {
+
+Rows check_lsq(const char* op, const Tensor& x, const Tensor& step, const Tensor& zero, int64_t bits,
+               const std::string& boundary) {
+  check_device(op, x, {{"step", &step}, {"zero", &zero}});
+  check_dtype(op, "x", x, ScalarType::Float);
+  check_bits(op, bits);
+  check(boundary == "paper" || boundary == "torch", op, "boundary", "paper or torch", boundary);
+  return check_rows(op, x, step, zero, bits);
+}
+
+}  // namespace
 
 template <void (*kernel)(const LsqArgs&)>
 Tensor lsq(const Tensor& x, const Tensor& step, const Tensor& zero, int64_t bits, double, const std::string& boundary) {
-  check_device("lsq", x, {{"step", &step}, {"zero", &zero}});
-  check_dtype("lsq", "x", x, ScalarType::Float);
-  check_bits("lsq", bits);
-  check(boundary == "paper" || boundary == "torch", "lsq", "boundary", "paper or torch", boundary);
-  const auto [rows, cols] = check_rows("lsq", x, step, zero);
-  const Tensor xs = dense(x), steps = dense(step), zeros = dense(zero);
-  check_step_values("lsq", "step", steps);
-  check_zero_values("lsq", "zero", zeros, bits);
+  const auto [rows, cols, steps, zeros] = check_lsq("lsq", x, step, zero, bits, boundary);
+  const Tensor xs = dense(x);
   Tensor out = result_like(xs);
   QK_DEVICE_GUARD(x);
   kernel({xs.const_data_ptr<float>(), steps.const_data_ptr<float>(), zeros.const_data_ptr<int32_t>(),
@@ -26,14 +32,11 @@ Tensor lsq(const Tensor& x, const Tensor& step, const Tensor& zero, int64_t bits
 template <void (*kernel)(const LsqBackwardArgs&)>
 std::tuple<Tensor, Tensor> lsq_backward(const Tensor& grad, const Tensor& x, const Tensor& step, const Tensor& zero,
                                         int64_t bits, double grad_scale, const std::string& boundary) {
-  check_device("lsq_backward", x, {{"grad", &grad}, {"step", &step}, {"zero", &zero}});
-  check_dtype("lsq_backward", "x", x, ScalarType::Float);
+  const auto [rows, cols, steps, zeros] = check_lsq("lsq_backward", x, step, zero, bits, boundary);
+  check_device("lsq_backward", x, {{"grad", &grad}});
   check_dtype("lsq_backward", "grad", grad, ScalarType::Float);
   check_same_shape("lsq_backward", "grad", grad, "x", x);
-  check_bits("lsq_backward", bits);
-  check(boundary == "paper" || boundary == "torch", "lsq_backward", "boundary", "paper or torch", boundary);
-  const auto [rows, cols] = check_rows("lsq_backward", x, step, zero);
-  const Tensor grads = dense(grad), xs = dense(x), steps = dense(step), zeros = dense(zero);
+  const Tensor grads = dense(grad), xs = dense(x);
   Tensor grad_x = result_like(xs);
   Tensor grad_step = result_like(steps);
   Tensor partial = torch::stable::new_empty(xs, {rows * sum_chunks(cols)});

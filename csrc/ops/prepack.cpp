@@ -5,6 +5,7 @@
 #include "ops/integer.h"
 
 namespace qk {
+namespace {
 
 WeightShape shape_for_prepack(const Tensor& zero, int64_t bits, const std::vector<int64_t>& sizes, int64_t groups) {
   check_storage_bits("prepack", bits);
@@ -28,9 +29,13 @@ WeightShape shape_for_prepack(const Tensor& zero, int64_t bits, const std::vecto
              ", groups along K] with groups that divide K = " + std::to_string(k),
          describe(zero));
   const int64_t k_groups = zero.dim() == 1 ? 1 : zero.size(1);
+  check(k / k_groups <= longest_k(2, bits), "prepack", "K", "short enough for a sum in int32", k / k_groups,
+        "Use zeros and steps by groups along K.");
   if (conv) return {n, sizes[1], sizes[2], sizes[3], groups, k_groups, static_cast<int>(bits)};
   return {n, 1, 1, k, 1, k_groups, static_cast<int>(bits)};
 }
+
+}  // namespace
 
 template <void (*kernel)(const PrepackArgs&)>
 Tensor prepack(const Tensor& packed, const Tensor& zero, int64_t bits, const std::vector<int64_t>& sizes,
@@ -45,15 +50,14 @@ Tensor prepack(const Tensor& packed, const Tensor& zero, int64_t bits, const std
          "Make it with torch.ops.qk.pack from codes [N, K].");
   const Tensor codes = dense(packed), zeros = dense(zero);
   check_zero_values("prepack", "zero", zeros, bits);
+  const int32_t* z = zeros.const_data_ptr<int32_t>();
   if (bits == 8 && zeros.is_cpu())
-    for (int64_t i = 0; i < zeros.numel(); ++i)
-      check(zeros.const_data_ptr<int32_t>()[i] == 128, "prepack", "zero", "128 for 8-bit weights",
-            zeros.const_data_ptr<int32_t>()[i], "Quantize 8-bit weights symmetrically.");
+    for (int64_t i = 0, all = zeros.numel(); i < all; ++i)
+      check(z[i] == 128, "prepack", "zero", "128 for 8-bit weights", z[i], "Quantize 8-bit weights symmetrically.");
   const PackedLayout layout = QK_DEVICE::packed_layout(shape);
   Tensor out = torch::stable::new_empty(codes, {layout.bytes});
   QK_DEVICE_GUARD(packed);
-  kernel({codes.const_data_ptr<uint8_t>(), zeros.const_data_ptr<int32_t>(), out.mutable_data_ptr<uint8_t>(), row_bytes,
-          shape, layout});
+  kernel({codes.const_data_ptr<uint8_t>(), z, out.mutable_data_ptr<uint8_t>(), row_bytes, shape, layout});
   return out;
 }
 

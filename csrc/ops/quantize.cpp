@@ -28,10 +28,7 @@ Tensor quantize(const Tensor& x, const Tensor& step, const Tensor& zero, int64_t
   check_device("quantize", x, {{"step", &step}, {"zero", &zero}});
   check_dtype("quantize", "x", x, ScalarType::Float);
   check_bits("quantize", bits);
-  const auto [rows, cols] = check_rows("quantize", x, step, zero);
-  const Tensor steps = dense(step), zeros = dense(zero);
-  check_step_values("quantize", "step", steps);
-  check_zero_values("quantize", "zero", zeros, bits);
+  const auto [rows, cols, steps, zeros] = check_rows("quantize", x, step, zero, bits);
   Tensor codes = torch::stable::new_empty(x, x.sizes(), ScalarType::Byte);
   QK_DEVICE_GUARD(x);
   if (rows == 1 && !x.is_contiguous() && lies_channels_first(x)) {

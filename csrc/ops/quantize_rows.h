@@ -23,8 +23,7 @@ QK_HD static inline float step_of_range(float low, float high, int bits) {
   return step > 1.17549435e-38f ? step : 1.17549435e-38f;
 }
 
-// clamp(rint(-low / step), 0, top). Adding 2^23 leaves no fraction bits, ties to even; the value is from 0 to top +
-// 1/2.
+// clamp(rint(-low / step), 0, top). Adding 2^23 leaves no fraction bits, ties to even; the value is at most top + 1/2.
 QK_HD static inline int32_t zero_of_range(float low, float step, int bits) {
   const float top = static_cast<float>(top_code(bits)), units = -low * (1.0f / step);
   const float zero = (units + 8388608.0f) - 8388608.0f;

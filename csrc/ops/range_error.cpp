@@ -16,7 +16,7 @@ Tensor range_error(const Tensor& x, const Tensor& step, const Tensor& zero, int6
   check_tensor(step.dim() == 2 && step.size(0) == x.size(0), op, "step", "[rows of x, candidates]", step);
   check_same_shape(op, "zero", zero, "step", step);
   check_bits(op, bits);
-  check(power > 0 && std::isfinite(power), op, "power", "positive and finite", power);
+  check(static_cast<float>(power) > 0 && finite_float(power), op, "power", "positive and finite in float32", power);
   const Tensor xs = dense(x), steps = dense(step), zeros = dense(zero);
   check_step_values(op, "step", steps);
   check_zero_values(op, "zero", zeros, bits);

@@ -9,7 +9,7 @@ namespace {
 
 void check_penalty(const char* op, const Tensor& v, double beta) {
   check_dtype(op, "v", v, ScalarType::Float);
-  check(beta >= 1 && std::isfinite(beta), op, "beta", "a number of at least 1", beta);
+  check(beta >= 1 && finite_float(beta), op, "beta", "a number of at least 1, finite in float32", beta);
 }
 
 }  // namespace

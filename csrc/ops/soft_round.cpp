@@ -14,17 +14,15 @@ Rows check_soft_round(const char* op, const Tensor& weight, const Tensor& v, con
   check_dtype(op, "v", v, ScalarType::Float);
   check_same_shape(op, "v", v, "weight", weight);
   check_bits(op, bits);
-  return check_rows(op, weight, step, zero, "weight");
+  return check_rows(op, weight, step, zero, bits, "weight");
 }
 
 }  // namespace
 
 template <void (*kernel)(const SoftRoundArgs&)>
 Tensor soft_round(const Tensor& weight, const Tensor& v, const Tensor& step, const Tensor& zero, int64_t bits) {
-  const auto [rows, cols] = check_soft_round("soft_round", weight, v, step, zero, bits);
-  const Tensor weights = dense(weight), vs = dense(v), steps = dense(step), zeros = dense(zero);
-  check_step_values("soft_round", "step", steps);
-  check_zero_values("soft_round", "zero", zeros, bits);
+  const auto [rows, cols, steps, zeros] = check_soft_round("soft_round", weight, v, step, zero, bits);
+  const Tensor weights = dense(weight), vs = dense(v);
   Tensor out = result_like(weights);
   QK_DEVICE_GUARD(weight);
   kernel({weights.const_data_ptr<float>(), vs.const_data_ptr<float>(), steps.const_data_ptr<float>(),
@@ -35,11 +33,11 @@ Tensor soft_round(const Tensor& weight, const Tensor& v, const Tensor& step, con
 template <void (*kernel)(const SoftRoundBackwardArgs&)>
 Tensor soft_round_backward(const Tensor& grad, const Tensor& weight, const Tensor& v, const Tensor& step,
                            const Tensor& zero, int64_t bits) {
-  const auto [rows, cols] = check_soft_round("soft_round_backward", weight, v, step, zero, bits);
+  const auto [rows, cols, steps, zeros] = check_soft_round("soft_round_backward", weight, v, step, zero, bits);
   check_device("soft_round_backward", weight, {{"grad", &grad}});
   check_dtype("soft_round_backward", "grad", grad, ScalarType::Float);
   check_same_shape("soft_round_backward", "grad", grad, "weight", weight);
-  const Tensor grads = dense(grad), weights = dense(weight), vs = dense(v), steps = dense(step), zeros = dense(zero);
+  const Tensor grads = dense(grad), weights = dense(weight), vs = dense(v);
   Tensor grad_v = result_like(weights);
   QK_DEVICE_GUARD(weight);
   kernel({grads.const_data_ptr<float>(), weights.const_data_ptr<float>(), vs.const_data_ptr<float>(),

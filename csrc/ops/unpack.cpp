@@ -11,9 +11,9 @@ Tensor unpack(const Tensor& packed, int64_t bits, int64_t cols) {
   check_tensor(packed.dim() == 2, "unpack", "packed", "[rows, row_bytes]", packed);
   check(is_storage_width(bits), "unpack", "bits", "2, 4 or 8", bits, "3-bit codes are stored in 4.");
   const int64_t rows = packed.size(0), row_bytes = packed.size(1);
-  // The upper bound comes first: the bytes of an absurd cols would overflow.
-  check(cols >= 0 && cols <= row_bytes * 8 / bits && packed_row_bytes(cols, bits) == row_bytes, "unpack", "cols",
-        ("the length of rows that pack into " + std::to_string(row_bytes) + " bytes").c_str(), cols);
+  if (cols < 0 || packed_row_bytes(cols, bits) != row_bytes)
+    fail("unpack", "cols", "the length of rows that pack into " + std::to_string(row_bytes) + " bytes",
+         std::to_string(cols));
   const Tensor bytes = dense(packed);
   Tensor codes = torch::stable::new_empty(bytes, {rows, cols});
   QK_DEVICE_GUARD(packed);

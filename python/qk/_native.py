@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from pathlib import Path
 
@@ -34,7 +33,6 @@ def _load_cuda() -> str | None:
 
 
 cuda_error = _load_cuda()
-if os.environ.get("QK_ISA"):
-    active_isa()  # a name that cannot run here is an error now, not at the first operator
+active_isa()  # chosen now: a QK_ISA that cannot run here is an error at once, and no operator reads the environment
 
 __all__ = ["active_isa", "build_facts", "cuda_error", "force_isa", "usable_isas"]

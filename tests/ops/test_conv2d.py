@@ -103,6 +103,15 @@ def test_no_images_give_no_images(device, make_weight):
         assert got.shape[0] == 0
 
 
+@pytest.mark.parametrize("name", ["3x3", "depthwise"])
+def test_a_result_that_underflows_keeps_its_sign(name, device, make_weight):
+    inputs, w, _, geometry = case(name, 4, device, make_weight)
+    inputs[1], w.step = inputs[1] * 1e-30, w.step * 1e-30
+    got, want = both(inputs, w, None, geometry)
+    assert want.signbit().any()
+    assert torch.equal(got.signbit(), want.signbit())
+
+
 def test_channels_first_strides(device, make_weight):
     inputs, w, bias, geometry = case("3x3", 4, device, make_weight)
     inputs[0] = inputs[0].permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)

@@ -86,7 +86,8 @@ ONES = torch.ones(5, 8)
         ({"target": ONES.int()}, r"target must be Float, got Int"),
         ({"target": ONES[:1]}, r"target must be of the shape of output, Float \[5, 8\], got Float \[1, 8\]"),
         ({"weight": ONES[0]}, r"weight must be of the shape of output, Float \[5, 8\], got Float \[8\]"),
-        ({"scale": math.nan}, r"scale must be finite, got nan"),
+        ({"scale": math.nan}, r"scale must be finite in float32, got nan"),
+        ({"scale": 1e39}, r"scale must be finite in float32, got 1e\+39"),
     ],
 )
 def test_bad_input_is_refused(change, message):

@@ -105,6 +105,26 @@ def test_leading_axes_and_strides(device, make_weight):
     assert torch.equal(qk.ops.gemm(x[5], x_step, x_zero, w.prepacked, w.step, bias, 4), want[5])
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_result_that_underflows_keeps_its_sign(groups, device, make_weight):
+    # No bias is no addition: 0 added to -0 would be +0.
+    w = make_weight((17, 24), 4, device, k_groups=groups)
+    (x, _, x_zero), _ = problem(5, 24, w, device)
+    w.step = w.step * 1e-30
+    got, want = both([x, torch.full((1,), 1e-30, device=device), x_zero], w, None)
+    assert want.signbit().any()
+    assert torch.equal(got.signbit(), want.signbit())
+
+
+@pytest.mark.parametrize("offset", [1, 2, 3])
+def test_weight_may_begin_at_any_byte(offset, make_weight):
+    w = make_weight((24, 40), 4)
+    inputs, bias = problem(5, 40, w, "cpu")
+    moved = torch.cat([torch.zeros(offset, dtype=torch.uint8), w.prepacked])[offset:]
+    want = reference(*inputs, w.codes, w.zero, w.step, bias)
+    assert torch.equal(qk.ops.gemm(*inputs, moved, w.step, bias, 4), want)
+
+
 def test_threads_and_instruction_sets_change_no_bit(each_isa_and_threads, make_weight):
     for m, n in [(1, 4096), (700, 20), (150, 300)]:
         w = make_weight((n, 400), 4)

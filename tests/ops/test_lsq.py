@@ -192,6 +192,12 @@ def test_bad_input_is_refused(change, message):
         qk.ops.lsq(**({"x": X, "step": STEP, "zero": ZERO, "bits": 4} | change))
 
 
+@pytest.mark.parametrize("zero", [-(2**31), -1, 16, 2**31 - 1])
+def test_zero_that_is_no_code_has_no_gradient(zero):
+    with pytest.raises(RuntimeError, match=r"qk::lsq_backward: zero must be a code from 0 to 15"):
+        torch.ops.qk.lsq_backward(X, X, STEP, torch.full_like(ZERO, zero), 4, 1.0, "paper")
+
+
 def test_gradient_of_another_shape_is_refused():
     with pytest.raises(RuntimeError, match=r"qk::lsq_backward: grad must be of the shape of x"):
         torch.ops.qk.lsq_backward(X.t(), X, STEP, ZERO, 4, 1.0, "paper")

@@ -45,6 +45,13 @@ def test_a_code_that_does_not_fit_is_refused_with_its_place(bits, col):
     qk.force_isa("")
 
 
+@pytest.mark.parametrize("cols", [2**31, 2**61, 2**62])
+def test_rows_that_are_not_there_may_have_any_length(cols):
+    packed = pack(torch.empty(0, cols, dtype=torch.uint8), 4)
+    assert packed.shape == (0, cols // 2)
+    assert qk.ops.unpack(packed, 4, cols).shape == (0, cols)
+
+
 def test_any_strides_work(device):
     codes = problem((40, 66), 4, device)
     for seen in (codes.t(), codes[:, ::2], codes[1:, 1:], codes[:1].expand(5, 66)):

@@ -108,6 +108,10 @@ def test_registration(device, make_weight):
         ({"shape": (9, 0)}, "every size of shape must be positive"),
         ({"shape": (9, -20)}, "every size of shape must be positive"),
         ({"shape": (9, 2**30, 2**30, 2**30)}, "K must be at most"),
+        (
+            {"shape": (9, 2**26)},
+            "K must be short enough for a sum in int32, got 67108864. Use zeros and",
+        ),
         ({"shape": (9, 2**62)}, "every size of shape must be positive and below"),
         ({"groups": 3}, "groups must be 1 for a weight"),
         ({"shape": (9, 1, 1, 20), "groups": 2}, "groups must be a divisor of N"),

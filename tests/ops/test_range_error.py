@@ -100,8 +100,10 @@ X, STEP, ZERO = torch.ones(5, 8), torch.ones(5, 3), torch.zeros(5, 3, dtype=torc
         ({"zero": ZERO[:, :2]}, r"zero must be of the shape of step, Float \[5, 3\], got Int \[5, 2\]"),
         ({"zero": ZERO - 1}, r"zero must be a code from 0 to 15, got -1 at 0"),
         ({"bits": 1}, r"bits must be a width from 2 to 8, got 1"),
-        ({"power": 0.0}, r"power must be positive and finite, got 0"),
-        ({"power": math.nan}, r"power must be positive and finite, got nan"),
+        ({"power": 0.0}, r"power must be positive and finite in float32, got 0"),
+        ({"power": math.nan}, r"power must be positive and finite in float32, got nan"),
+        ({"power": 1e39}, r"power must be positive and finite in float32, got 1e\+39"),
+        ({"power": 1e-50}, r"power must be positive and finite in float32, got 1e-50"),
     ],
 )
 def test_bad_input_is_refused(change, message):

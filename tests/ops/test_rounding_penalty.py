@@ -99,9 +99,10 @@ def test_registration(device):
     ("v", "beta", "message"),
     [
         (torch.ones(3).double(), 2.0, r"qk::rounding_penalty: v must be Float, got Double \[3\]"),
-        (torch.ones(3), 0.5, r"beta must be a number of at least 1, got 0.5"),
-        (torch.ones(3), math.nan, r"beta must be a number of at least 1, got nan"),
-        (torch.ones(3), math.inf, r"beta must be a number of at least 1, got inf"),
+        (torch.ones(3), 0.5, r"beta must be a number of at least 1, finite in float32, got 0.5"),
+        (torch.ones(3), math.nan, r"beta must be a number of at least 1, finite in float32, got nan"),
+        (torch.ones(3), math.inf, r"beta must be a number of at least 1, finite in float32, got inf"),
+        (torch.ones(3), 1e39, r"beta must be a number of at least 1, finite in float32, got 1e\+39"),
     ],
 )
 def test_bad_input_is_refused(v, beta, message):

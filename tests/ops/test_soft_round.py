@@ -155,3 +155,9 @@ W, STEP, ZERO = torch.ones(5, 8), torch.ones(5), torch.zeros(5, dtype=torch.int3
 def test_bad_input_is_refused(change, message):
     with pytest.raises(RuntimeError, match=message):
         qk.ops.soft_round(**({"weight": W, "v": W, "step": STEP, "zero": ZERO, "bits": 4} | change))
+
+
+@pytest.mark.parametrize("zero", [-(2**31), -1, 16, 2**31 - 1])
+def test_zero_that_is_no_code_has_no_gradient(zero):
+    with pytest.raises(RuntimeError, match=r"qk::soft_round_backward: zero must be a code from 0 to 15"):
+        torch.ops.qk.soft_round_backward(W, W, W, STEP, torch.full_like(ZERO, zero), 4)

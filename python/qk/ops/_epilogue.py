@@ -37,11 +37,9 @@ def finish(
     return codes(y, out_step.reshape(1), out_zero.reshape(1), out_bits).to(torch.uint8).reshape(y.shape)
 
 
-def check_operands(
-    op: str, x: Tensor, x_step: Tensor, x_zero: Tensor, weight: Tensor, weight_step: Tensor, bias: Tensor | None, rank=0
-) -> None:
+def check_operands(op: str, x: Tensor, weight_step: Tensor, *others: Tensor | None, rank: int = 0) -> None:
     """For fakes: what the shape of the result hangs on. rank: of x; 0 is any but a scalar."""
-    on_one_device(op, x, x_step, x_zero, weight, weight_step, *([] if bias is None else [bias]))
+    on_one_device(op, x, weight_step, *others)
     if x.dim() != rank if rank else x.dim() == 0:
         raise RuntimeError(f"qk::{op}: x must have {rank or 'at least 1'} dimensions, got {list(x.shape)}.")
     if weight_step.dim() not in (1, 2):

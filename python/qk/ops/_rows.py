@@ -29,7 +29,7 @@ def fake_quantize(x: Tensor, step: Tensor, zero: Tensor, bits: int) -> Tensor:
     return ((codes(x, step, zero, bits) - z) * step.reshape(-1, 1)).reshape(x.shape)
 
 
-def on_one_device(op: str, *tensors: Tensor) -> None:
+def on_one_device(op: str, *tensors: Tensor | None) -> None:
     """For fakes: one tensor on meta would otherwise turn a call with CPU tensors into one without a result."""
-    if len(devices := {str(t.device) for t in tensors}) > 1:
+    if len(devices := {str(t.device) for t in tensors if t is not None}) > 1:
         raise RuntimeError(f"qk::{op}: tensors must be on one device, got {', '.join(sorted(devices))}.")

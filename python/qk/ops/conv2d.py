@@ -110,7 +110,7 @@ def _(
     out_zero=None,
     out_bits=8,
 ):
-    check_operands("conv2d", x, x_step, x_zero, weight, weight_step, bias, rank=4)
+    check_operands("conv2d", x, weight_step, x_step, x_zero, weight, bias, out_step, out_zero, rank=4)
 
     def pair(name, v):
         if len(v) not in (1, 2) or (name == "stride" and min(v) < 1):

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qk.ops._rows import on_one_device
+
 
 def fisher_loss(output: Tensor, target: Tensor, weight: Tensor | None = None, scale: float = 1.0) -> Tensor:
     """scale * sum of weight * (output - target)^2, with a gradient for output only.
@@ -42,6 +44,7 @@ def reference(
 
 @torch.library.register_fake("qk::fisher_loss")
 def _(output, target, weight, scale):
+    on_one_device("fisher_loss", output, target, weight)
     return output.new_empty(()), torch.empty_like(output, memory_format=torch.contiguous_format)
 
 

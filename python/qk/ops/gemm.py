@@ -76,5 +76,5 @@ def _(
     out_zero=None,
     out_bits=8,
 ):
-    check_operands("gemm", x, x_step, x_zero, weight, weight_step, bias)
+    check_operands("gemm", x, weight_step, x_step, x_zero, weight, bias, out_step, out_zero)
     return x.new_empty((*x.shape[:-1], weight_step.shape[0]), dtype=result_dtype(out_step))

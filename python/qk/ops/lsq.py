@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qk.ops._rows import as_rows, fake_quantize, units
+from qk.ops._rows import as_rows, fake_quantize, on_one_device, units
 
 
 def lsq(x: Tensor, step: Tensor, zero: Tensor, bits: int, grad_scale: float = 1.0, boundary: str = "paper") -> Tensor:
@@ -56,11 +56,13 @@ def reference_backward(
 
 @torch.library.register_fake("qk::lsq")
 def _(x, step, zero, bits, grad_scale=1.0, boundary="paper"):
+    on_one_device("lsq", x, step, zero)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("qk::lsq_backward")
 def _(grad, x, step, zero, bits, grad_scale, boundary):
+    on_one_device("lsq_backward", grad, x, step, zero)
     contiguous = torch.contiguous_format
     return torch.empty_like(x, memory_format=contiguous), torch.empty_like(step, memory_format=contiguous)
 

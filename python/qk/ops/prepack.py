@@ -16,7 +16,8 @@ def prepack(packed: Tensor, zero: Tensor, bits: int, shape: tuple[int, ...], gro
     128 for 8-bit weights. bits: 2, 4 or 8. shape: (N, K) for gemm; (N, kh, kw, C / groups) for conv2d, which makes
     K = kh * kw * C / groups. groups: of the convolution.
     Returns uint8 [bytes], good for every instruction set of the device it lies on; never store it, store `packed`.
-    Raises RuntimeError for another shape, dtype or width, groups that do not divide N, or a zero that is no code.
+    Raises RuntimeError for another shape, dtype or width, groups that do not divide N, a zero that is no code, or a K
+    so long that no sum could stay in int32.
     """
     return torch.ops.qk.prepack(packed, zero, bits, shape, groups)
 

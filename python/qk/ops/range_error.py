@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qk.ops._rows import on_one_device
+
 
 def range_error(x: Tensor, step: Tensor, zero: Tensor, bits: int, power: float = 2.0) -> Tensor:
     """For each row of x and each of its candidates: the sum over the row of |fake_quantized(x) - x|^power.
@@ -31,4 +33,5 @@ def reference(x: Tensor, step: Tensor, zero: Tensor, bits: int, power: float = 2
 
 @torch.library.register_fake("qk::range_error")
 def _(x, step, zero, bits, power):
+    on_one_device("range_error", x, step, zero)
     return torch.empty_like(step, memory_format=torch.contiguous_format)

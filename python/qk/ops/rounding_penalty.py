@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qk.ops._rows import on_one_device
 from qk.ops.soft_round import HIGH, LOW, fraction
 
 
@@ -42,6 +43,7 @@ def _(v, beta):
 
 @torch.library.register_fake("qk::rounding_penalty_backward")
 def _(grad, v, beta):
+    on_one_device("rounding_penalty_backward", grad, v)
     return torch.empty_like(v, memory_format=torch.contiguous_format)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qk.ops._rows import as_rows, units
+from qk.ops._rows import as_rows, on_one_device, units
 
 LOW, HIGH = -0.1, 1.1  # the paper's gamma and zeta: they let the sigmoid reach 0 and 1
 
@@ -56,11 +56,13 @@ def reference_backward(grad: Tensor, weight: Tensor, v: Tensor, step: Tensor, ze
 
 @torch.library.register_fake("qk::soft_round")
 def _(weight, v, step, zero, bits):
+    on_one_device("soft_round", weight, v, step, zero)
     return torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("qk::soft_round_backward")
 def _(grad, weight, v, step, zero, bits):
+    on_one_device("soft_round_backward", grad, weight, v, step, zero)
     return torch.empty_like(v, memory_format=torch.contiguous_format)
 
 
