@@ -303,3 +303,28 @@ def test_a_report_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(qk.QkError, match=r"report: .*r.html must be a file that can be written, got"):
         report.save(tmp_path / "file" / "r.html")
+
+
+def test_a_model_that_is_quantized_already_is_named():
+    result = qk.quantize(net(), [inputs(4, 4, 6, 6)], quick(), measure=False)
+    with pytest.raises(qk.QkError, match="must be a float model, got one that qk quantized already"):
+        qk.quantize(result.model, [inputs(4, 4, 6, 6)], quick())
+
+
+def test_half_precision_is_told_the_way_out():
+    with pytest.raises(qk.QkError, match=r"model.float\(\) gives it float32 weights"):
+        qk.quantize(net().half(), [inputs(4, 4, 6, 6).half()], quick())
+
+
+def test_callers_modes_do_not_reach_learning():
+    batches, recipe = [inputs(4, 4, 6, 6)], quick(method="brecq")
+    with torch.no_grad():
+        assert qk.quantize(net(), batches, recipe, measure=False, progress=False).prepared.history
+    with torch.inference_mode(), pytest.raises(qk.QkError, match=r"must be outside torch\.inference_mode"):
+        qk.quantize(net(), batches, recipe, measure=False, progress=False)
+    torch.set_default_dtype(torch.double)
+    try:
+        floats = net().float()
+        assert qk.quantize(floats, batches, recipe, measure=False, progress=False).prepared.history
+    finally:
+        torch.set_default_dtype(torch.float32)

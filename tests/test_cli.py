@@ -124,6 +124,8 @@ def test_inspect_names_folds(run):
         (["quantize", "--model", "MODEL", "--data", "DATA", "--out", "o", "--set", "bits=4"], "bits"),
         (["quantize", "--model", "MODEL", "--data", "DATA", "--out", "o", "--set", "weights=5"], "weights"),
         (["quantize", "--model", "MODEL", "--data", "DATA", "--out", "o", "--set", "weights"], "FIELD=VALUE"),
+        (["quantize", "--model", "MODEL", "--data", "DATA", "--out", "o", "--set", "overrides.3=8"], "PATTERN.FIELD"),
+        (["eval", "--model", "MODEL?depth=3", "--data", "DATA"], "arguments that it takes"),
         (["quantize", "--model", "MODEL", "--data", "DATA", "--out", "o", "--recipe", "no.yaml"], "no.yaml"),
         (["quantize", "--model", "MODEL", "--data", "DATA", "--out", "cli_model.py"], "a folder that can be written"),
         (

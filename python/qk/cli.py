@@ -37,8 +37,19 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Images in a batch.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from qk import machine
+
+        typer.echo(machine.qk_version())
+        raise typer.Exit
+
+
 @app.callback()
-def _options(debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False) -> None:
+def _options(
+    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True)] = False,
+) -> None:
     pass
 
 
@@ -196,7 +207,11 @@ def _recipe(path: Path | None, changes: list[str]) -> Any:
         except yaml.YAMLError as error:
             raise fail("recipe", f"--set {name}", "a YAML value", repr(text)) from error
         first, _, rest = name.partition(".")
-        if first == "overrides" and "." in rest:
+        if first == "overrides" and rest and "." not in rest:
+            raise fail(
+                "recipe", "--set", "overrides.PATTERN.FIELD=VALUE", repr(change), "Name a field, such as weights."
+            )
+        if first == "overrides" and rest:
             pattern, _, field = rest.rpartition(".")
             fields["overrides"].setdefault(pattern, {})[field] = value
         else:

@@ -117,8 +117,8 @@ def quantize(
     with _timed(seconds, "measure"):
         measured = measure_layers(p, integer, held[:MEASURED_BATCHES]) if measure else []
         report.latency = [latency(model, integer, example, n) for n in latency_batches] if measure else []
-    report.losses = {
-        unit: [{"iteration": s["iteration"], "loss": s["loss"]} for s in h] for unit, h in p.history.items()
+    report.losses = {  # without the last entry, which is of another kind: over all data, with weights rounded
+        unit: [{"iteration": s["iteration"], "loss": s["loss"]} for s in h[:-1]] for unit, h in p.history.items()
     }
     report.layers = _layers(p, measured)
     report.notes = _notes(p, measured)

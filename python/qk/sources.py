@@ -44,16 +44,16 @@ def load_model(source: str, weights: str | Path | None = None) -> nn.Module:
         models = import_torchvision().models
         if name not in models.list_models():
             raise fail("model", source, "a name in torchvision.models.list_models()", repr(name))
-        model = models.get_model(name, weights=None, **arguments)
+        model = _made(source, models.get_model, name, weights=None, **arguments)
     elif kind == "timm":
         timm = _package("timm", source)
         if name not in timm.list_models():
             raise fail("model", source, "a name in timm.list_models()", repr(name))
-        model = timm.create_model(name, pretrained=False, **arguments)
+        model = _made(source, timm.create_model, name, pretrained=False, **arguments)
     elif kind == "hf":
         model = _transformer(name, source)
     elif kind == "python":
-        model = _call(name, source)(**arguments)
+        model = _made(source, _call(name, source), **arguments)
     else:
         raise fail("model", "source", MODELS, repr(source))
     if not isinstance(model, nn.Module):
@@ -96,7 +96,7 @@ def load_data(source: str, batch_size: int = 32) -> Data:
         except TypeError as error:
             raise fail("data", source, "options size, resize, calibration, seed", str(error)) from error
     if kind == "python":
-        made = _call(name, source)(**arguments)
+        made = _made(source, _call(name, source), **arguments)
         if isinstance(made, tuple) and len(made) == 2:
             made = Data(*made)
         if not isinstance(made, Data) or not isinstance(made.calibration, (list, tuple)):
@@ -231,6 +231,16 @@ def _arguments(text: str) -> tuple[str, dict[str, Any]]:
     name, _, options = text.partition("?")
     pairs = [option.partition("=") for option in options.split("&") if option]
     return name, {key: yaml.safe_load(value) for key, _, value in pairs}
+
+
+def _made(source: str, function: Any, *args: Any, **kwargs: Any) -> Any:
+    """function(*args, **kwargs) with arguments that the user named."""
+    try:
+        return function(*args, **kwargs)
+    except TypeError as error:
+        if "argument" not in str(error):
+            raise
+        raise fail("model", source, "called with arguments that it takes, as NAME?key=value", error) from error
 
 
 def _package(name: str, source: str) -> Any:

@@ -175,7 +175,7 @@ class Recipe:
         """Raises QkError for a file that is missing, is not YAML, or has an unknown or impossible field."""
         try:
             data = yaml.safe_load(Path(path).read_text())
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise fail("recipe", str(path), "a readable YAML file", error) from error
         if not isinstance(data, dict):
             raise fail("recipe", str(path), "a mapping of Recipe's fields", type(data).__name__)

@@ -21,7 +21,7 @@ class Observer:
         self.name, self.limit = name, limit
         self.low, self.high = torch.inf, -torch.inf
         self.is_finite = True
-        self._kept = torch.empty(0)
+        self._kept = torch.empty(0, dtype=torch.float32)
         self._rate = 1.0
         self._generator = torch.Generator().manual_seed(0)
 

@@ -45,7 +45,7 @@ class Rounding:
     @torch.no_grad()
     def codes(self) -> Tensor:
         """Up where h(v) >= 0.5, that is v >= 0; uint8 in the kernels' order."""
-        decided = torch.where(self.v >= 0, DECIDED, -DECIDED)
+        decided = torch.where(self.v >= 0, DECIDED, -DECIDED).to(self.v.dtype)
         hard = ops.soft_round(self.weight, decided, self.step, self.zero, self.bits)
         codes = ops.quantize(hard, self.step, self.zero, self.bits)
         return codes if self.kernel_order else to_kernel_order(codes)

@@ -56,7 +56,9 @@ def reconstruct(
         p.history = {}
     finished: set[str] = set()
     learned: set[ActQuantizer] = set()
-    with frozen(p.model), Progress(progress, STAGE, len(units), recipe.iterations) as shown:
+    if torch.is_inference_mode_enabled():
+        raise fail(STAGE, "the call", "outside torch.inference_mode", "inside it", "Learning needs gradients.")
+    with torch.enable_grad(), frozen(p.model), Progress(progress, STAGE, len(units), recipe.iterations) as shown:
         outputs = outputs_of(p, held, Room(recipe.memory_mb)) if recipe.loss == "fisher" else None
         for number, unit in enumerate(units):
             shown.unit(unit.name)

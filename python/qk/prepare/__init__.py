@@ -45,7 +45,9 @@ def prepare(
     layers, kept = sort_modules(copied, seen)
     if not layers:
         reasons = "; ".join(f"{name or 'the model'}: {reason}" for name, reason in list(kept.items())[:5])
-        raise fail(STAGE, "model", "one with a Conv2d or Linear that can be quantized", reasons or "none with weights")
+        advice = "model.float() gives it float32 weights." if "float32" in reasons else ""
+        expected = "one with a Conv2d or Linear that can be quantized"
+        raise fail(STAGE, "model", expected, reasons or "none with weights", advice)
     folds, unfolded = fold_batchnorms(copied, seen, layers)
     kept = {name: unfolded.get(name, reason) for name, reason in kept.items() if name not in folds}
     links = find_links(seen, layers)

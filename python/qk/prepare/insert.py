@@ -35,7 +35,7 @@ class ActQuantizer(nn.Module):
     def __init__(self, bits: int) -> None:
         super().__init__()
         self.bits = bits
-        self.step = nn.Parameter(torch.ones(1))
+        self.step = nn.Parameter(torch.ones(1, dtype=torch.float32))
         self.register_buffer("zero", torch.zeros(1, dtype=torch.int32))
         self.calibrated = False
 

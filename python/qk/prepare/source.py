@@ -28,6 +28,8 @@ def check_model(model: nn.Module) -> None:
         raise fail(STAGE, "model", "an nn.Module", type(model).__name__)
     if isinstance(model, torch.jit.ScriptModule):
         raise fail(STAGE, "model", "a Python nn.Module", "a ScriptModule", "Give the model it was made from.")
+    if getattr(model, "qk_info", None) is not None:
+        raise fail(STAGE, "model", "a float model", "one that qk quantized already", "Give the one it was made from.")
     for name, module in model.named_modules():
         kind, place = type(module).__name__, f"model.{name}" if name else "model"
         if kind in WRAPPERS:
