@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from statistics import mean, median
 
+from pages import fill
 from qk.demo import study
 from qk.files import replace_file
 from qk.tables import Table, percent, size
@@ -70,14 +71,6 @@ Machine: {facts["cpu"]}, threads {facts["threads"]}, {facts["instruction set"]},
 that of the operators' definitions in torch, and from that of the float simulation of the same quantization.
 
 {latencies(studies).markdown()}"""
-
-
-def fill(page: Path, mark: str, text: str) -> None:
-    """Puts text between the comments `mark: begin` and `mark: end` of a page."""
-    begin, end = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
-    before, _, rest = page.read_text().partition(begin)
-    after = rest.partition(end)[2]
-    replace_file(page, f"{before}{begin}\n{text}\n{end}{after}".encode())
 
 
 def main() -> None:
