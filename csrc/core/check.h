@@ -81,6 +81,10 @@ inline void check_bits(const char* op, int64_t bits) {
   check(is_fake_quant_width(bits), op, "bits", "a width from 2 to 8", bits);
 }
 
+inline void check_storage_bits(const char* op, int64_t bits) {
+  check(is_storage_width(bits), op, "bits", "2, 4 or 8", bits, "3-bit codes are stored in 4.");
+}
+
 // Kernels take numbers as float32.
 inline bool finite_float(double number) { return std::isfinite(static_cast<float>(number)); }
 

@@ -9,8 +9,8 @@
 namespace qk {
 namespace {
 
-void check_loss(const char* op, const Tensor& output, const Tensor& target, const std::optional<Tensor>& weight,
-                double scale) {
+void check_loss(const Tensor& output, const Tensor& target, const std::optional<Tensor>& weight, double scale) {
+  const char* op = "fisher_loss";
   check_device(op, output, {{"target", &target}});
   check_dtype(op, "output", output, ScalarType::Float);
   check_dtype(op, "target", target, ScalarType::Float);
@@ -27,7 +27,7 @@ void check_loss(const char* op, const Tensor& output, const Tensor& target, cons
 template <void (*kernel)(const FisherLossArgs&)>
 std::tuple<Tensor, Tensor> fisher_loss(const Tensor& output, const Tensor& target, const std::optional<Tensor>& weight,
                                        double scale) {
-  check_loss("fisher_loss", output, target, weight, scale);
+  check_loss(output, target, weight, scale);
   const Tensor outputs = dense(output), targets = dense(target);
   const std::optional<Tensor> weights = weight ? std::optional<Tensor>(dense(*weight)) : std::nullopt;
   Tensor out = torch::stable::new_empty(outputs, {});

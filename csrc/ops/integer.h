@@ -24,10 +24,6 @@ inline int64_t product(const char* op, const char* what, std::initializer_list<i
   return all;
 }
 
-inline void check_storage_bits(const char* op, int64_t bits) {
-  check(is_storage_width(bits), op, "bits", "2, 4 or 8", bits, "3-bit codes are stored in 4.");
-}
-
 // A prepacked weight has the size and, on the CPU, the header of `shape`.
 inline PackedLayout check_prepacked(const char* op, const Tensor& weight, const WeightShape& shape) {
   check_dtype(op, "weight", weight, ScalarType::Byte);

@@ -21,7 +21,7 @@ template <void (*kernel)(const PackArgs&)>
 Tensor pack(const Tensor& codes, int64_t bits) {
   check_dtype("pack", "codes", codes, ScalarType::Byte);
   check_tensor(codes.dim() == 2, "pack", "codes", "[rows, cols]", codes, "Reshape a weight to [N, -1].");
-  check(is_storage_width(bits), "pack", "bits", "2, 4 or 8", bits, "3-bit codes are stored in 4.");
+  check_storage_bits("pack", bits);
   const Tensor us = dense(codes);
   const int64_t rows = us.size(0), cols = us.size(1), row_bytes = packed_row_bytes(cols, bits);
   Tensor packed = torch::stable::new_empty(us, {rows, row_bytes});

@@ -9,7 +9,7 @@ template <void (*kernel)(const UnpackArgs&)>
 Tensor unpack(const Tensor& packed, int64_t bits, int64_t cols) {
   check_dtype("unpack", "packed", packed, ScalarType::Byte);
   check_tensor(packed.dim() == 2, "unpack", "packed", "[rows, row_bytes]", packed);
-  check(is_storage_width(bits), "unpack", "bits", "2, 4 or 8", bits, "3-bit codes are stored in 4.");
+  check_storage_bits("unpack", bits);
   const int64_t rows = packed.size(0), row_bytes = packed.size(1);
   if (cols < 0 || packed_row_bytes(cols, bits) != row_bytes)
     fail("unpack", "cols", "the length of rows that pack into " + std::to_string(row_bytes) + " bytes",
