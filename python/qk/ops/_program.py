@@ -109,7 +109,7 @@ class Signature:
 
 
 _ACTIVATION = {"activation": ("none", "relu", "relu6")}
-_WINDOW = {name: "pair" for name in ("kernel", "stride", "padding", "dilation")}
+_WINDOW = dict.fromkeys(("kernel", "stride", "padding", "dilation"), "pair")
 
 SIGNATURES: dict[str, Signature] = {
     # float32 -> codes; layout nchw: [B, C, ...] -> [B, ..., C].
@@ -127,9 +127,11 @@ SIGNATURES: dict[str, Signature] = {
     "add": Signature((2, 2), attributes=_ACTIVATION),
     # x [B, H, W, C] codes * gate [B, 1, 1, C] codes or float32: squeeze-and-excitation.
     "multiply": Signature((2, 2), attributes=_ACTIVATION),
-    # x codes [B, H, W, C]. max keeps the scale (and is given none). kernel 0,0: the whole image. ceil, count_padding:
-    # 0 or 1, torch's ceil_mode and count_include_pad (for max 0).
-    "pool": Signature((1, 1), attributes={"mode": ("max", "avg"), **_WINDOW, "ceil": "int", "count_padding": "int"}),
+    # x codes [B, H, W, C]. max keeps the scale (and is given none). kernel 0,0: the whole image. ceil_mode, count_include_pad:
+    # 0 or 1 (count_include_pad for max 0), as torch.
+    "pool": Signature(
+        (1, 1), attributes={"mode": ("max", "average"), **_WINDOW, "ceil_mode": "int", "count_include_pad": "int"}
+    ),
     # codes -> table[codes]: table uint8 [256] with a scale, float32 [256] without.
     "lookup": Signature((1, 1), ("table",)),
     # codes of one shape but for the last axis, put together along it, each requantized to the scale of the result.
@@ -146,7 +148,7 @@ def keeps_scale(step: Step) -> bool:
     return step.op == "reshape" or (step.op == "pool" and step.attributes.get("mode") == "max")
 
 
-# --- text ---------------------------------------------------------------------------------------------------------------
+# --- text -----------------------------------------------------------------------------------------------------------
 
 
 def encode(program: Program) -> str:
@@ -248,7 +250,7 @@ def _wrong(line: int, what: str) -> ValueError:
     return ValueError(f"qk: program, line {line}: {what}.")
 
 
-# --- checks -------------------------------------------------------------------------------------------------------------
+# --- checks ---------------------------------------------------------------------------------------------------------
 
 
 def check(program: Program) -> None:
@@ -314,7 +316,7 @@ def _check_attribute(demand: Any, name: str, kind: str | tuple[str, ...], value:
         return demand(1 <= len(numbers) <= 8 and numbers.count(-1) <= 1, f"{name} must be 1 to 8 sizes, one of them -1")
     least = 1 if name in ("stride", "dilation", "groups") else 0
     demand(min(numbers) >= least, f"{name} must be {least} or more")
-    if name in ("ceil", "count_padding"):
+    if name in ("ceil_mode", "count_include_pad"):
         demand(value in (0, 1), f"{name} must be 0 or 1")
     if name == "bits":
         demand(value in (2, 4, 8), "bits must be 2, 4 or 8")
@@ -334,10 +336,10 @@ def _check_kinds(demand: Any, step: Step, signature: Signature, scales: dict[int
     elif signature.scale == "none" or keeps_scale(step):
         demand(step.scale is None, f"{step.op} takes no out_step here")
     if step.op == "pool" and step.attributes["mode"] == "max":
-        demand(step.attributes["count_padding"] == 0, "count_padding must be 0 for max")
+        demand(step.attributes["count_include_pad"] == 0, "count_include_pad must be 0 for max")
 
 
-# --- shapes -------------------------------------------------------------------------------------------------------------
+# --- shapes ---------------------------------------------------------------------------------------------------------
 
 
 def shapes(program: Program, inputs: Sequence[Shape], constants: Sequence[Shape]) -> dict[int, tuple[Any, ...]]:
@@ -411,8 +413,8 @@ def _window(step: Step, x: tuple[Any, ...]) -> list[Any]:
         spare = size + 2 * p - d * (k - 1) - 1
         if spare < 0:
             raise _misfit(step, f"the kernel reaches {d * (k - 1) + 1} and the padded input is {size + 2 * p}")
-        side = (spare + (s - 1 if a.get("ceil") else 0)) // s + 1
-        if a.get("ceil") and (side - 1) * s >= size + p:  # as torch: no window begins in the padding on the right
+        side = (spare + (s - 1 if a.get("ceil_mode") else 0)) // s + 1
+        if a.get("ceil_mode") and (side - 1) * s >= size + p:  # as torch: no window begins in the padding on the right
             side = side - 1
         sides.append(side)
     return sides

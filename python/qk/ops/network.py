@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qk.ops.conv2d import reference as _conv2d_reference
-from qk.ops.gemm import reference as _gemm_reference
 from qk.ops._program import Program, Scale, Step, decode, step_shape
 from qk.ops._rows import codes as _codes
+from qk.ops.conv2d import reference as _conv2d_reference
+from qk.ops.gemm import reference as _gemm_reference
 
 Weights = Mapping[int, tuple[Tensor, Tensor]]
 
@@ -101,17 +101,17 @@ def _integer(
 
 
 def _pool(step: Step, x: Tensor, scale: tuple[Tensor, Tensor]) -> Tensor:
-    """max: codes. avg: float(exact sum) * float(step / count)."""
+    """max: codes. average: float(exact sum) * float(step / count)."""
     a, (s, zero) = step.attributes, scale
     image = x.double().permute(0, 3, 1, 2)
     kernel = x.shape[1:3] if a["kernel"] == (0, 0) else a["kernel"]
     window = (kernel, a["stride"], a["padding"])
     if a["mode"] == "max":
-        return F.max_pool2d(image, *window, a["dilation"], bool(a["ceil"])).permute(0, 2, 3, 1).to(torch.uint8)
-    sums = F.avg_pool2d(image - zero.double(), *window, bool(a["ceil"]), True, divisor_override=1)
+        return F.max_pool2d(image, *window, a["dilation"], bool(a["ceil_mode"])).permute(0, 2, 3, 1).to(torch.uint8)
+    sums = F.avg_pool2d(image - zero.double(), *window, bool(a["ceil_mode"]), True, divisor_override=1)
     ones = torch.ones_like(image[:1, :1])
-    if a["count_padding"]:
+    if a["count_include_pad"]:
         ones = F.pad(ones, (a["padding"][1],) * 2 + (a["padding"][0],) * 2, value=1.0)
         window = (kernel, a["stride"], 0)
-    counts = F.avg_pool2d(ones, *window, bool(a["ceil"]), True, divisor_override=1)
+    counts = F.avg_pool2d(ones, *window, bool(a["ceil_mode"]), True, divisor_override=1)
     return (sums.float() * (s / counts.float())).permute(0, 2, 3, 1)
