@@ -114,4 +114,10 @@ STABLE_TORCH_LIBRARY(qk, m) {
       "embedding_bag(Tensor rows, Tensor indices, Tensor? offsets, int bits, int cols, str kind=\"affine\","
       " str dtype=\"float16\", bool codes_first=True, Tensor? books=None, str mode=\"sum\","
       " Tensor? per_sample_weights=None, bool include_last_offset=False, int? padding_idx=None) -> Tensor");
+
+  // --- whole networks --------------------------------------------------------------------------------------------------
+
+  // program: text, a list of the steps above (python/qk/ops/_program.py). inputs: float32 or codes, as it says.
+  // constants: prepacked weights, steps, zeros, biases and tables, by index. -> one fresh tensor for each output line.
+  m.def("network(Tensor[] inputs, Tensor[] constants, str program) -> Tensor[]");
 }

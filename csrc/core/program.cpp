@@ -35,10 +35,10 @@ enum Key : uint32_t {
   out_zero = 1 << 17,
   out_bits = 1 << 18,
 };
-constexpr std::string_view key_names[] = {
-    "weight",   "weight_step", "bias",       "table",  "bits", "kernel",    "stride",            "padding",
-    "dilation", "groups",      "activation", "layout", "mode", "ceil_mode", "count_include_pad", "shape",
-    "out_step", "out_zero",    "out_bits"};
+constexpr std::string_view key_names[] = {"weight",     "weight_step", "bias",     "table",     "bits",
+                                          "kernel",     "stride",      "padding",  "dilation",  "groups",
+                                          "activation", "layout",      "mode",     "ceil_mode", "count_include_pad",
+                                          "shape",      "out_step",    "out_zero", "out_bits"};
 constexpr uint32_t window = kernel | stride | padding | dilation, scale = out_step | out_zero | out_bits;
 
 struct Signature {
@@ -289,7 +289,7 @@ struct Parser {
 std::shared_ptr<const Program> parse_program(const std::string& text) {
   using Entry = std::shared_ptr<const Program>;
   static std::mutex mutex;
-  static std::list<Entry> order;  // the one used last in front
+  static std::list<Entry> order;                                                  // the one used last in front
   static std::unordered_map<std::string_view, std::list<Entry>::iterator> cache;  // keys lie in the programs
   {
     const std::lock_guard<std::mutex> lock(mutex);

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qk.ops._program import Program, Scale, Step, decode, step_shape
+from qk.ops._program import Program, Scale, Step, decode, output_shape, shapes, step_shape
 from qk.ops._rows import codes as _codes
 from qk.ops.conv2d import reference as _conv2d_reference
 from qk.ops.gemm import reference as _gemm_reference
+
+_cached = lru_cache(maxsize=64)(decode)
+
+
+def network(inputs: Sequence[Tensor], constants: Sequence[Tensor], program: str) -> list[Tensor]:
+    """Runs a program: float32 or codes in, float32 or codes out, everything between as codes in memory that is reused.
+
+    inputs: one for each input line; float32 of any strides, or uint8 codes. constants: prepacked weights, their steps,
+    biases, tables, and the steps and zeros of codes, by index; contiguous, on the device of the inputs. program: text
+    of the grammar in `qk.deploy.program`, from `encode`; parsed once.
+    Returns fresh tensors, one for each output line. Each step gives the bits of the operator of its name.
+    Raises RuntimeError that names the line for a program that is not well formed, and for tensors that do not fit it.
+    """
+    return torch.ops.qk.network(inputs, constants, program)
+
 
 Weights = Mapping[int, tuple[Tensor, Tensor]]
 
@@ -115,3 +131,20 @@ def _pool(step: Step, x: Tensor, scale: tuple[Tensor, Tensor]) -> Tensor:
         window = (kernel, a["stride"], 0)
     counts = F.avg_pool2d(ones, *window, bool(a["ceil_mode"]), True, divisor_override=1)
     return (sums.float() * (s / counts.float())).permute(0, 2, 3, 1)
+
+
+@torch.library.register_fake("qk::network")
+def _(inputs, constants, program):
+    try:
+        decoded = _cached(program)
+    except ValueError as error:
+        raise RuntimeError(f"qk::network: {error}") from None
+    known = shapes(decoded, [x.shape for x in inputs], [c.shape for c in constants])
+    values = decoded.values()
+    results = []
+    for output in decoded.outputs:
+        dtype = torch.float32 if values[output.value].scale is None else torch.uint8
+        result = inputs[0].new_empty(known[output.value], dtype=dtype)
+        output_shape(output, known[output.value])
+        results.append(result if output.layout == "same" else result.permute(0, 3, 1, 2))
+    return results
