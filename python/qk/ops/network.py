@@ -20,9 +20,9 @@ _cached = lru_cache(maxsize=64)(decode)
 def network(inputs: Sequence[Tensor], constants: Sequence[Tensor], program: str) -> list[Tensor]:
     """Runs a program: float32 or codes in, float32 or codes out, everything between as codes in memory that is reused.
 
-    inputs: one for each input line; float32 of any strides, or uint8 codes. constants: prepacked weights, their steps,
-    biases, tables, and the steps and zeros of codes, by index; contiguous, on the device of the inputs. program: text
-    of the grammar in `qk.deploy.program`, from `encode`; parsed once.
+    inputs: one for each input line; float32 of any strides, or uint8 codes. constants: steps float32
+    [S], zeros int32 [S], floats float32 [F] and bytes uint8 [B], contiguous, on the device of the inputs. program: text
+    of the grammar in `qk.ops._program`; `qk.deploy.program.Builder` makes it and the constants. It is parsed once.
     Returns fresh tensors, one for each output line. Each step gives the bits of the operator of its name.
     Raises RuntimeError that names the line for a program that is not well formed, and for tensors that do not fit it.
     """
@@ -35,7 +35,7 @@ Weights = Mapping[int, tuple[Tensor, Tensor]]
 def reference(inputs: Sequence[Tensor], constants: Sequence[Tensor], program: str, weights: Weights) -> list[Tensor]:
     """The definition, step by step by the definitions of the operators.
 
-    weights: for each prepacked constant, by index, what it was made from: codes of the weight's shape and zeros.
+    weights: for each prepacked weight, by offset, what it was made from: codes of the weight's shape and zeros.
     """
     return interpret(decode(program), inputs, constants, weights)
 
@@ -48,12 +48,13 @@ def interpret(
     watch: Callable[[int, Tensor], None] | None = None,
 ) -> list[Tensor]:
     """As `reference`. watch(id, tensor) is told of every value that a step makes."""
+    steps, zeros, floats, table_codes = constants
     values = program.values()
     known = {value.id: tensor for value, tensor in zip(program.inputs, inputs, strict=True)}
 
     def scale(id: int) -> tuple[Tensor, Tensor] | None:
         s = values[id].scale
-        return None if s is None else (constants[s.step], constants[s.zero])
+        return None if s is None else (steps[s.index], zeros[s.index])
 
     def real(id: int) -> Tensor:
         """The float32 values that a value stands for."""
@@ -66,14 +67,14 @@ def interpret(
         return y if step.scale is None else to_codes(y, step.scale)
 
     def to_codes(y: Tensor, s: Scale) -> Tensor:
-        return _codes(y, constants[s.step], constants[s.zero], s.bits).to(torch.uint8).reshape(y.shape)
+        return _codes(y, steps[s.index], zeros[s.index], s.bits).to(torch.uint8).reshape(y.shape)
 
     for step in program.steps:
         x, a = known[step.inputs[0]], step.attributes
         if step.op == "quantize":
             y = to_codes(x if a["layout"] == "same" else x.movedim(1, -1), step.scale)
         elif step.op in ("conv2d", "gemm"):
-            y = _integer(step, x, scale(step.inputs[0]), constants, weights)
+            y = _integer(step, x, scale(step.inputs[0]), floats, weights)
             if len(step.inputs) == 2:
                 y = y + real(step.inputs[1])
             y = finish(y, step)
@@ -85,13 +86,12 @@ def interpret(
             y = _pool(step, x, scale(step.inputs[0]))
             y = y if a["mode"] == "max" else finish(y, step)
         elif step.op == "lookup":
-            y = constants[step.constants["table"]][x.long()]
+            tables = floats if step.scale is None else table_codes
+            y = tables[step.constants["table"] :][:256][x.long()]
         elif step.op == "concat":
-            y = torch.cat(
-                [_requantized(values[id].scale, step.scale, known[id], real, to_codes, id) for id in step.inputs], -1
-            )
+            y = torch.cat([to_codes(real(id), step.scale) for id in step.inputs], -1)
         elif step.op == "reshape":
-            y = x.reshape(step_shape(step, [tuple(x.shape)], []))
+            y = x.reshape(step_shape(step, [tuple(x.shape)]))
         else:
             y = real(step.inputs[0])
         known[step.out] = y
@@ -100,17 +100,13 @@ def interpret(
     return [known[o.value] if o.layout == "same" else known[o.value].permute(0, 3, 1, 2) for o in program.outputs]
 
 
-def _requantized(have, want, codes, real, to_codes, id):
-    return codes if have == want else to_codes(real(id), want)
-
-
-def _integer(
-    step: Step, x: Tensor, scale: tuple[Tensor, Tensor], constants: Sequence[Tensor], weights: Weights
-) -> Tensor:
+def _integer(step: Step, x: Tensor, scale: tuple[Tensor, Tensor], floats: Tensor, weights: Weights) -> Tensor:
     a, c = step.attributes, step.constants
     codes, zero = weights[c["weight"]]
-    bias = constants[c["bias"]] if "bias" in c else None
-    arguments = (x, *scale, codes, zero, constants[c["weight_step"]], bias)
+    n, groups = a["n"], a["k_groups"]
+    weight_step = floats[c["weight_step"] :][: n * groups].reshape([n, groups] if groups > 1 else [n])
+    bias = floats[c["bias"] :][:n] if "bias" in c else None
+    arguments = (x, *scale, codes, zero, weight_step, bias)
     if step.op == "gemm":
         return _gemm_reference(*arguments)
     return _conv2d_reference(*arguments, a["stride"], a["padding"], a["dilation"], a["groups"])
@@ -139,7 +135,7 @@ def _(inputs, constants, program):
         decoded = _cached(program)
     except ValueError as error:
         raise RuntimeError(f"qk::network: {error}") from None
-    known = shapes(decoded, [x.shape for x in inputs], [c.shape for c in constants])
+    known = shapes(decoded, [x.shape for x in inputs])
     values = decoded.values()
     results = []
     for output in decoded.outputs:
