@@ -175,3 +175,21 @@ def kinds(nodes: Iterable[fx.Node]) -> dict[str, int]:
             name = getattr(node.target, "_opname", None) or getattr(node.target, "__name__", str(node.target))
             count[name] = count.get(name, 0) + 1
     return dict(sorted(count.items()))
+
+
+def merge_equal(graph: fx.Graph) -> None:
+    """One node for operators of qk, and permutations, that compute the same."""
+    seen: dict[tuple, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or not (node.target in MOVES or "qk." in str(node.target)):
+            continue
+        key = (node.target, _frozen(node.args), _frozen(tuple(sorted(node.kwargs.items()))))
+        if key in seen:
+            node.replace_all_uses_with(seen[key])
+            graph.erase_node(node)
+        else:
+            seen[key] = node
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
