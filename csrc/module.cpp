@@ -5,6 +5,7 @@
 #include "core/isa.h"
 #include "core/layout.h"
 #include "core/probe.h"
+#include "core/step_times.h"
 
 namespace py = pybind11;
 
@@ -52,4 +53,8 @@ PYBIND11_MODULE(_core, m) {
   m.def("probe_products", &qk::probe_products, py::arg("rounds"), py::call_guard<py::gil_scoped_release>());
   m.def("packed_layout", &packed_layout, py::arg("shape"), py::arg("bits"), py::arg("groups") = 1,
         py::arg("k_groups") = 1, py::arg("cuda") = false);
+  // For reports and tests of the operator network.
+  m.def("time_steps", [](bool wanted) { qk::step_times().wanted = wanted; }, py::arg("wanted"));
+  m.def("step_seconds", [] { return qk::step_times().seconds; });
+  m.def("reuse_memory", [](bool reuse) { qk::reuse_memory() = reuse; }, py::arg("reuse"));
 }

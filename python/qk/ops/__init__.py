@@ -6,6 +6,7 @@ from qk.ops.dequantize import dequantize
 from qk.ops.fisher_loss import fisher_loss, fisher_loss_and_slope
 from qk.ops.gemm import gemm
 from qk.ops.lsq import lsq
+from qk.ops.network import network
 from qk.ops.pack import pack
 from qk.ops.prepack import prepack
 from qk.ops.quantize import quantize
@@ -23,6 +24,7 @@ __all__ = [
     "fisher_loss_and_slope",
     "gemm",
     "lsq",
+    "network",
     "pack",
     "prepack",
     "quantize",
