@@ -77,7 +77,7 @@ STABLE_TORCH_LIBRARY(qk, m) {
       " int x_bits=8, str activation=\"none\", Tensor? out_step=None, Tensor? out_zero=None, int out_bits=8,"
       " Tensor? residual=None, Tensor? residual_step=None, Tensor? residual_zero=None) -> Tensor");
 
-  // --- integer, between layers: codes in, codes or float32 out ---------------------------------------------------------
+  // --- integer, between layers: codes in, codes or float32 out -----------------------------------------------------
   // A result without out_step and out_zero (one value each) is float32, with them uint8 codes of out_bits.
 
   // a, b [...] of one shape: uint8 codes with step and zero [1], or float32 without -> [...]: activation(value(a) +
@@ -115,9 +115,10 @@ STABLE_TORCH_LIBRARY(qk, m) {
       " str dtype=\"float16\", bool codes_first=True, Tensor? books=None, str mode=\"sum\","
       " Tensor? per_sample_weights=None, bool include_last_offset=False, int? padding_idx=None) -> Tensor");
 
-  // --- whole networks --------------------------------------------------------------------------------------------------
+  // --- whole networks ------------------------------------------------------------------------------------------------
 
   // program: text, a list of the steps above (python/qk/ops/_program.py). inputs: float32 or codes, as it says.
-  // constants: prepacked weights, steps, zeros, biases and tables, by index. -> one fresh tensor for each output line.
+  // constants: steps float32 [S], zeros int32 [S], floats float32 [F], bytes uint8 [B], to which it refers.
+  // -> one fresh tensor for each output line.
   m.def("network(Tensor[] inputs, Tensor[] constants, str program) -> Tensor[]");
 }

@@ -20,26 +20,44 @@ enum Key : uint32_t {
   bias = 1 << 2,
   table = 1 << 3,
   bits = 1 << 4,
-  kernel = 1 << 5,
-  stride = 1 << 6,
-  padding = 1 << 7,
-  dilation = 1 << 8,
-  groups = 1 << 9,
-  activation = 1 << 10,
-  layout = 1 << 11,
-  mode = 1 << 12,
-  ceil_mode = 1 << 13,
-  count_include_pad = 1 << 14,
-  shape = 1 << 15,
-  out_step = 1 << 16,
-  out_zero = 1 << 17,
-  out_bits = 1 << 18,
+  n = 1 << 5,
+  k_groups = 1 << 6,
+  kernel = 1 << 7,
+  stride = 1 << 8,
+  padding = 1 << 9,
+  dilation = 1 << 10,
+  groups = 1 << 11,
+  activation = 1 << 12,
+  layout = 1 << 13,
+  mode = 1 << 14,
+  ceil_mode = 1 << 15,
+  count_include_pad = 1 << 16,
+  shape = 1 << 17,
+  out_scale = 1 << 18,
+  out_bits = 1 << 19,
 };
-constexpr std::string_view key_names[] = {"weight",     "weight_step", "bias",     "table",     "bits",
-                                          "kernel",     "stride",      "padding",  "dilation",  "groups",
-                                          "activation", "layout",      "mode",     "ceil_mode", "count_include_pad",
-                                          "shape",      "out_step",    "out_zero", "out_bits"};
-constexpr uint32_t window = kernel | stride | padding | dilation, scale = out_step | out_zero | out_bits;
+constexpr std::string_view key_names[] = {"weight",
+                                          "weight_step",
+                                          "bias",
+                                          "table",
+                                          "bits",
+                                          "n",
+                                          "k_groups",
+                                          "kernel",
+                                          "stride",
+                                          "padding",
+                                          "dilation",
+                                          "groups",
+                                          "activation",
+                                          "layout",
+                                          "mode",
+                                          "ceil_mode",
+                                          "count_include_pad",
+                                          "shape",
+                                          "out_scale",
+                                          "out_bits"};
+constexpr uint32_t matrix = weight | weight_step | bits | n | k_groups, window = kernel | stride | padding | dilation,
+                   scale = out_scale | out_bits;
 
 struct Signature {
   std::string_view name;
@@ -49,8 +67,8 @@ struct Signature {
 };
 constexpr Signature signatures[] = {
     {"quantize", StepOp::quantize, 1, 1, layout | scale, 0},
-    {"conv2d", StepOp::conv2d, 1, 2, weight | weight_step | bits | window | groups | activation, bias | scale},
-    {"gemm", StepOp::gemm, 1, 2, weight | weight_step | bits | activation, bias | scale},
+    {"conv2d", StepOp::conv2d, 1, 2, matrix | window | groups | activation, bias | scale},
+    {"gemm", StepOp::gemm, 1, 2, matrix | activation, bias | scale},
     {"add", StepOp::add, 2, 2, activation, scale},
     {"multiply", StepOp::multiply, 2, 2, activation, scale},
     {"pool", StepOp::pool, 1, 1, mode | window | ceil_mode | count_include_pad, scale},
@@ -79,7 +97,7 @@ struct Parser {
     const std::string_view digits = word.substr(negative);
     int64_t value = 0;
     for (char c : digits) {
-      if (c < '0' || c > '9' || digits.size() > 10) wrong(quoted(word) + " must be a number");
+      if (c < '0' || c > '9' || digits.size() > 15) wrong(quoted(word) + " must be a number");
       value = value * 10 + (c - '0');
     }
     if (digits.empty()) wrong(quoted(word) + " must be a number");
@@ -92,10 +110,8 @@ struct Parser {
             std::to_string(value));
     return value;
   }
-  int constant(std::string_view word, std::string_view name) {
-    const int index = static_cast<int>(number(word, 0, max_id, name));
-    p.constants = std::max(p.constants, index + 1);
-    return index;
+  int64_t offset(std::string_view word, std::string_view name) const {
+    return number(word, 0, (int64_t{1} << 48) - 1, name);
   }
   std::vector<int64_t> list(std::string_view word, int64_t least, std::string_view name) const {
     std::vector<int64_t> numbers;
@@ -145,11 +161,13 @@ struct Parser {
       bit <<= 1;
     }
     switch (bit) {
-      case weight: s.weight = constant(value, name); break;
-      case weight_step: s.weight_step = constant(value, name); break;
-      case bias: s.bias = constant(value, name); break;
-      case table: s.table = constant(value, name); break;
+      case weight: s.weight = offset(value, name); break;
+      case weight_step: s.weight_step = offset(value, name); break;
+      case bias: s.bias = offset(value, name); break;
+      case table: s.table = offset(value, name); break;
       case bits: s.bits = 2 << choice(value, {"2", "4", "8"}, name); break;
+      case n: s.n = number(value, 1, INT32_MAX, name); break;
+      case k_groups: s.k_groups = number(value, 1, INT32_MAX, name); break;
       case kernel: s.kernel = pair(value, 0, name); break;
       case stride: s.stride = pair(value, 1, name); break;
       case padding: s.padding = pair(value, 0, name); break;
@@ -161,8 +179,7 @@ struct Parser {
       case ceil_mode: s.ceil_mode = choice(value, {"0", "1"}, name); break;
       case count_include_pad: s.count_include_pad = choice(value, {"0", "1"}, name); break;
       case shape: s.shape = list(value, -1, name); break;
-      case out_step: s.scale.step = constant(value, name); break;
-      case out_zero: s.scale.zero = constant(value, name); break;
+      case out_scale: s.scale.index = static_cast<int>(number(value, 0, max_id - 1, name)); break;
       case out_bits: s.scale.bits = static_cast<int>(number(value, 2, 8, name)); break;
       default: wrong(quoted(name) + " is not known");
     }
@@ -184,8 +201,11 @@ struct Parser {
       if (missing & 1) wrong(std::string(name) + " must be given");
       missing >>= 1;
     }
-    if (s.scale.codes() && std::find(p.scales.begin(), p.scales.end(), s.scale) == p.scales.end())
-      p.scales.push_back(s.scale);
+    if (!s.scale.codes()) return;
+    const size_t index = s.scale.index;
+    if (p.scale_bits.size() <= index) p.scale_bits.resize(index + 1);
+    int& smallest = p.scale_bits[index];
+    smallest = smallest ? std::min(smallest, s.scale.bits) : s.scale.bits;
   }
 
   void input(const std::vector<std::string_view>& words) {
@@ -247,7 +267,7 @@ struct Parser {
       }
       default: demand(codes, "the first input must be codes");
     }
-    if (keeps) demand(!s.scale.codes(), "a step that keeps its input's scale takes no out_step");
+    if (keeps) demand(!s.scale.codes(), "a step that keeps its input's scale takes no out_scale");
     if (s.max) demand(!s.count_include_pad, "count_include_pad must be 0 for max");
   }
 

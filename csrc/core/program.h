@@ -12,11 +12,10 @@ namespace qk {
 
 enum class StepOp { quantize, conv2d, gemm, add, multiply, pool, lookup, concat, reshape, dequantize };
 
-// Of codes: indices of constants, and the width. bits 0: float32, no scale.
+// Of codes: which step and zero, and the width. bits 0: float32, no scale.
 struct Scale {
-  int step = -1, zero = -1, bits = 0;
+  int index = 0, bits = 0;
   bool codes() const { return bits != 0; }
-  bool operator==(const Scale& o) const { return step == o.step && zero == o.zero && bits == o.bits; }
 };
 
 using Pair = std::array<int64_t, 2>;
@@ -27,8 +26,9 @@ struct Step {
   int out = 0;          // index into Program::values
   std::vector<int> in;  // the same
   Scale scale;          // what the result is quantized with; none for what keeps the input's
-  int weight = -1, weight_step = -1, bias = -1, table = -1;  // constants
-  int bits = 0;                                              // of the weight
+  int64_t weight = -1, weight_step = -1, bias = -1, table = -1;  // offsets into the constants, -1: none
+  int bits = 0;                                                  // of the weight
+  int64_t n = 0, k_groups = 1;
   Pair kernel{}, stride{1, 1}, padding{}, dilation{1, 1};
   int64_t groups = 1;
   Activation activation = Activation::none;
@@ -57,8 +57,7 @@ struct Program {
   std::vector<int> inputs;  // values
   std::vector<Step> steps;
   std::vector<ProgramOutput> outputs;
-  std::vector<Scale> scales;  // each that occurs, once
-  int constants = 0;          // how many tensors it needs
+  std::vector<int> scale_bits;  // by index: the smallest width that it is used with, 0: not at all
 };
 
 // Throws std::runtime_error that names the line. The same text gives the same object as long as it is among the last

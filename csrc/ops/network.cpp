@@ -44,13 +44,11 @@ class Timer {
 // Where everything lies at this call.
 struct Addresses {
   std::vector<char*> value;
-  std::vector<const void*> constant;
+  Constants constants;
 
   Operand operand(const Value& v, int index) const { return {value[index], step(v.scale), zero(v.scale)}; }
-  const float* step(const Scale& s) const { return s.codes() ? static_cast<const float*>(constant[s.step]) : nullptr; }
-  const int32_t* zero(const Scale& s) const {
-    return s.codes() ? static_cast<const int32_t*>(constant[s.zero]) : nullptr;
-  }
+  const float* step(const Scale& s) const { return s.codes() ? constants.steps + s.index : nullptr; }
+  const int32_t* zero(const Scale& s) const { return s.codes() ? constants.zeros + s.index : nullptr; }
   template <class T>
   T* at(int index) const {
     return reinterpret_cast<T*>(value[index]);
@@ -70,8 +68,8 @@ struct Runner {
   }
   void set(Epilogue& e) const {
     e.x_step = a.step(in(0).scale), e.x_zero = a.zero(in(0).scale);
-    e.weight_step = static_cast<const float*>(a.constant[step.weight_step]);
-    e.bias = step.bias < 0 ? nullptr : static_cast<const float*>(a.constant[step.bias]);
+    e.weight_step = a.constants.floats + step.weight_step;
+    e.bias = step.bias < 0 ? nullptr : a.constants.floats + step.bias;
     e.out_step = a.step(step.scale), e.out_zero = a.zero(step.scale);
     if (step.in.size() < 2) return;
     const Operand residual = a.operand(in(1), step.in[1]);
@@ -92,7 +90,7 @@ struct Runner {
   template <class Args>
   void set_product(Args& k) const {
     k.x = a.at<uint8_t>(step.in[0]), k.out = a.value[step.out];
-    k.weight = static_cast<const uint8_t*>(a.constant[step.weight]);
+    k.weight = a.constants.bytes + step.weight;
     set(k.epilogue);
   }
   void operator()(Conv2dArgs& k) const {
@@ -120,7 +118,10 @@ struct Runner {
   }
   void operator()(LookupArgs& k) const {
     k.codes = a.at<uint8_t>(step.in[0]), k.out = a.value[step.out];
-    k.table = a.constant[step.table];
+    if (k.floats)
+      k.table = a.constants.floats + step.table;
+    else
+      k.table = a.constants.bytes + step.table;
     QK_DEVICE::lookup(k);
   }
   void operator()(Concat& k) const {
@@ -168,7 +169,6 @@ struct Thread {
   std::vector<std::unique_ptr<Plan>> plans;  // the one used last in front
   std::vector<Tensor> inputs;                // as the kernels read them
   std::vector<Lies> input_lies;
-  std::vector<Fact> facts;
   Addresses addresses;
 };
 
@@ -179,7 +179,7 @@ std::shared_ptr<const Program> program_of(const Thread& thread, const std::strin
 }
 
 // Inputs as the kernels read them, and what decides about the plan.
-void take(const Program& program, const std::vector<Tensor>& inputs, const std::vector<Tensor>& constants, Thread& t) {
+void take(const Program& program, const std::vector<Tensor>& inputs, Thread& t) {
   const auto device = inputs[0].device();
   t.inputs = inputs;
   t.input_lies.assign(inputs.size(), Lies::dense);
@@ -197,31 +197,52 @@ void take(const Program& program, const std::vector<Tensor>& inputs, const std::
     else
       t.inputs[i] = dense(inputs[i]);
   }
-  t.facts.clear();
-  t.addresses.constant.clear();
-  for (int i = 0; i < program.constants; ++i) {
-    t.facts.push_back(fact_of(constants[i], device));
-    t.addresses.constant.push_back(constants[i].const_data_ptr());
+}
+
+// constants: steps, zeros, floats and bytes.
+Constants constants_of(const std::vector<Tensor>& constants, const Tensor& like) {
+  check(constants.size() == 4, "network", "constants", "4 tensors: steps, zeros, floats and bytes", constants.size());
+  constexpr ScalarType dtypes[] = {ScalarType::Float, ScalarType::Int, ScalarType::Float, ScalarType::Byte};
+  constexpr const char* names[] = {"constants[0], the steps,", "constants[1], the zeros,", "constants[2], the floats,",
+                                   "constants[3], the bytes,"};
+  const auto device = like.device();
+  for (int i = 0; i < 4; ++i) {
+    const Tensor& t = constants[i];
+    if (t.scalar_type() != dtypes[i] || t.dim() != 1 || !t.is_contiguous())
+      fail("network", names[i], std::string("contiguous ") + torch::headeronly::toString(dtypes[i]) + " [...]",
+           describe(t));
+    if (t.device() != device) check_device("network", like, {{names[i], &t}});
   }
+  check(constants[0].numel() == constants[1].numel(), "network", "constants[1], the zeros,", "as many as steps",
+        constants[1].numel());
+  return {constants[0].const_data_ptr<float>(),
+          constants[1].const_data_ptr<int32_t>(),
+          constants[2].const_data_ptr<float>(),
+          constants[3].const_data_ptr<uint8_t>(),
+          constants[0].numel(),
+          constants[2].numel(),
+          constants[3].numel()};
 }
 
 // Headers of weights are compared too: another weight of the same size may need another kernel, or none.
 bool fits(const Plan& plan, const Thread& t) {
-  if (plan.input_lies != t.input_lies || plan.facts != t.facts) return false;
+  const Constants& c = t.addresses.constants;
+  if (plan.scales != c.scales || plan.float_count != c.float_count || plan.byte_count != c.byte_count) return false;
+  if (plan.input_lies != t.input_lies) return false;
   for (size_t i = 0; i < t.inputs.size(); ++i) {
     const auto sizes = t.inputs[i].sizes();
-    if (!std::equal(sizes.begin(), sizes.end(), plan.input_sizes[i].begin(), plan.input_sizes[i].end())) return false;
+    const Sizes& planned = plan.input_sizes[i];
+    if (sizes.size() != planned.size() || !std::equal(planned.begin(), planned.end(), sizes.begin())) return false;
   }
   if (!t.inputs[0].is_cpu()) return true;
   for (size_t i = 0; i < plan.headers.size(); ++i) {
-    const int weight = plan.program->steps[i].weight;
-    if (weight >= 0 && std::memcmp(t.addresses.constant[weight], &plan.headers[i], sizeof(PackedHeader)) != 0)
-      return false;
+    const int64_t weight = plan.program->steps[i].weight;
+    if (weight >= 0 && std::memcmp(c.bytes + weight, &plan.headers[i], sizeof(PackedHeader)) != 0) return false;
   }
   return true;
 }
 
-Plan& plan_of(std::shared_ptr<const Program> program, const std::vector<Tensor>& constants, Thread& t) {
+Plan& plan_of(std::shared_ptr<const Program> program, const Tensor& bytes, Thread& t) {
   for (auto& plan : t.plans)
     if (plan->program == program && fits(*plan, t)) {
       std::swap(plan, t.plans.front());
@@ -230,22 +251,27 @@ Plan& plan_of(std::shared_ptr<const Program> program, const std::vector<Tensor>&
   auto plan = std::make_unique<Plan>();
   plan->program = std::move(program);
   plan->input_lies = t.input_lies;
-  plan->facts = t.facts;
+  const Constants& c = t.addresses.constants;
+  plan->scales = c.scales, plan->float_count = c.float_count, plan->byte_count = c.byte_count;
   for (const Tensor& x : t.inputs) plan->input_sizes.emplace_back(x.sizes().begin(), x.sizes().end());
-  Planner(*plan, constants, reuse()).run();
+  Planner(*plan, c, bytes, reuse()).run();
   if (t.plans.size() == kept_plans) t.plans.pop_back();
   t.plans.insert(t.plans.begin(), std::move(plan));
   return *t.plans.front();
 }
 
 // Numbers may change in place between calls: those that could do harm are looked at every time, on the CPU.
-void check_numbers(const Plan& plan, const std::vector<Tensor>& constants, const Thread& t) {
+void check_numbers(const Plan& plan, const Thread& t) {
   const Program& program = *plan.program;
-  for (const Scale& s : program.scales) {
-    const float step = *t.addresses.step(s);
-    const int32_t zero = *t.addresses.zero(s);
-    if (!(step > 0) || std::isinf(step)) check_step_values("network", "every out_step", constants[s.step]);
-    if (zero < 0 || zero > top_code(s.bits)) check_zero_values("network", "every out_zero", constants[s.zero], s.bits);
+  const Constants& c = t.addresses.constants;
+  for (size_t i = 0; i < program.scale_bits.size(); ++i) {
+    if (!program.scale_bits[i]) continue;
+    if (!(c.steps[i] > 0) || std::isinf(c.steps[i]))
+      fail("network", ("step " + std::to_string(i)).c_str(), "positive and finite", std::to_string(c.steps[i]),
+           "Calibrate again on data without NaN, Inf or all-zero ranges.");
+    if (c.zeros[i] < 0 || c.zeros[i] > top_code(program.scale_bits[i]))
+      fail("network", ("zero " + std::to_string(i)).c_str(),
+           "a code from 0 to " + std::to_string(top_code(program.scale_bits[i])), std::to_string(c.zeros[i]));
   }
   const auto below = [](const void* data, int64_t n, int bits) {
     const uint8_t* codes = static_cast<const uint8_t*>(data);
@@ -255,7 +281,7 @@ void check_numbers(const Plan& plan, const std::vector<Tensor>& constants, const
   };
   for (const Step& s : program.steps)
     if (s.table >= 0 && s.scale.codes() && s.scale.bits < 8)
-      check(below(t.addresses.constant[s.table], 256, s.scale.bits), s.where.c_str(), "table", "codes below 2^out_bits",
+      check(below(c.bytes + s.table, 256, s.scale.bits), s.where.c_str(), "table", "codes below 2^out_bits",
             "a larger one");
   for (size_t i = 0; i < t.inputs.size(); ++i) {
     const int bits = program.values[program.inputs[i]].scale.bits;
@@ -306,12 +332,11 @@ std::vector<Tensor> network(const std::vector<Tensor>& inputs, const std::vector
   const auto program = program_of(thread, text);
   check(inputs.size() == program->inputs.size(), "network", "inputs",
         (std::to_string(program->inputs.size()) + " tensors").c_str(), inputs.size());
-  check(constants.size() >= static_cast<size_t>(program->constants), "network", "constants",
-        (std::to_string(program->constants) + " tensors or more").c_str(), constants.size());
   QK_DEVICE_GUARD(inputs[0]);
-  take(*program, inputs, constants, thread);
-  Plan& plan = plan_of(program, constants, thread);
-  if (inputs[0].is_cpu()) check_numbers(plan, constants, thread);
+  take(*program, inputs, thread);
+  thread.addresses.constants = constants_of(constants, inputs[0]);
+  Plan& plan = plan_of(program, constants[3], thread);
+  if (inputs[0].is_cpu()) check_numbers(plan, thread);
   std::vector<Tensor> results = new_results(plan, inputs[0]);
 #if defined(QK_CUDA_OBJECT)
   // From torch: the memory then belongs to the stream that the kernels are put on.

@@ -35,27 +35,14 @@ struct Nothing {};  // a step without work: reshape, or an empty result
 using StepArgs = std::variant<Nothing, QuantizeArgs, QuantizeTransposedArgs, Conv2dArgs, GemmArgs, AddArgs,
                               MultiplyArgs, PoolArgs, LookupArgs, Concat, DequantizeArgs>;
 
-// What of a constant decides about a plan. Its values and its address may change from call to call.
-struct Fact {
-  ScalarType dtype;
-  bool contiguous, on_device;
-  int64_t dim, numel, size0, size1;
-  bool operator==(const Fact& o) const {
-    return dtype == o.dtype && contiguous == o.contiguous && on_device == o.on_device && dim == o.dim &&
-           numel == o.numel && size0 == o.size0 && size1 == o.size1;
-  }
+// The four tensors of constants.
+struct Constants {
+  const float* steps;
+  const int32_t* zeros;
+  const float* floats;
+  const uint8_t* bytes;
+  int64_t scales, float_count, byte_count;
 };
-
-inline Fact fact_of(const Tensor& t, const torch::stable::Device& device) {
-  const auto sizes = t.sizes();
-  return {t.scalar_type(),
-          t.is_contiguous(),
-          t.device() == device,
-          static_cast<int64_t>(sizes.size()),
-          t.numel(),
-          sizes.empty() ? 1 : sizes[0],
-          sizes.size() < 2 ? 1 : sizes[1]};
-}
 
 // How an input lies: as its sizes say, or with its second axis last (a channels_last image).
 enum class Lies { dense, channels_last };
@@ -64,11 +51,11 @@ struct Plan {
   std::shared_ptr<const Program> program;
   std::vector<Sizes> input_sizes;
   std::vector<Lies> input_lies;
-  std::vector<Fact> facts;
-  std::vector<PackedHeader> headers;  // by step; on the CPU
-  std::vector<Sizes> sizes;           // by value
-  std::vector<int64_t> at;            // by value: in the arena, -1 elsewhere
-  std::vector<StepArgs> args;         // by step
+  int64_t scales, float_count, byte_count;  // of the constants that it was made for, at least
+  std::vector<PackedHeader> headers;        // by step; on the CPU
+  std::vector<Sizes> sizes;                 // by value
+  std::vector<int64_t> at;                  // by value: in the arena, -1 elsewhere
+  std::vector<StepArgs> args;               // by step
   int64_t arena_bytes;
 };
 
@@ -86,10 +73,10 @@ inline std::string text_of(const Sizes& sizes) {
 
 class Planner {
  public:
-  Planner(Plan& plan, const std::vector<Tensor>& constants, bool reuse)
-      : plan_(plan), program_(*plan.program), constants_(constants), reuse_(reuse) {}
+  Planner(Plan& plan, const Constants& constants, const Tensor& bytes, bool reuse)
+      : plan_(plan), program_(*plan.program), constants_(constants), bytes_(bytes), reuse_(reuse) {}
 
-  // plan.input_sizes, input_lies and facts are known.
+  // plan.input_sizes and input_lies are known.
   void run() {
     plan_.sizes.resize(program_.values.size());
     plan_.headers.resize(program_.steps.size());
@@ -98,7 +85,9 @@ class Planner {
       op_ = "network";
       checked(("inputs[" + std::to_string(i) + "]").c_str(), sizes);
     }
-    check_scales();
+    const int64_t scales = static_cast<int64_t>(program_.scale_bits.size());
+    check(constants_.scales >= scales, op_, "constants[0]", ("steps of " + std::to_string(scales) + " scales").c_str(),
+          constants_.scales);
     for (size_t i = 0; i < program_.steps.size(); ++i) {
       op_ = program_.steps[i].where.c_str();
       plan_.args.push_back(step(program_.steps[i], plan_.headers[i]));
@@ -112,7 +101,8 @@ class Planner {
  private:
   Plan& plan_;
   const Program& program_;
-  const std::vector<Tensor>& constants_;
+  const Constants& constants_;
+  const Tensor& bytes_;
   bool reuse_;
   const char* op_ = "network";
 
@@ -133,25 +123,11 @@ class Planner {
     if (!holds) fail(op_, what, expected, text_of(got));
   }
 
-  const Tensor& constant(int index, const char* name, ScalarType dtype) const {
-    const Tensor& t = constants_[index];
-    const Fact& f = plan_.facts[index];
-    if (f.dtype != dtype) fail(op_, name, torch::headeronly::toString(dtype), describe(t));
-    check_tensor(f.contiguous, op_, name, "contiguous", t, "Call contiguous() on the constants.");
-    check_tensor(f.on_device, op_, name, "on the device of the inputs", t, "Move all tensors to one device.");
-    return t;
-  }
-
-  void check_scales() {
-    for (const Scale& scale : program_.scales) {
-      op_ = "network";
-      const std::string step = "constants[" + std::to_string(scale.step) + "], an out_step,",
-                        zero = "constants[" + std::to_string(scale.zero) + "], an out_zero,";
-      const Tensor& s = constant(scale.step, step.c_str(), ScalarType::Float);
-      const Tensor& z = constant(scale.zero, zero.c_str(), ScalarType::Int);
-      check_tensor(s.numel() == 1, op_, step.c_str(), "one value", s);
-      check_tensor(z.numel() == 1, op_, zero.c_str(), "one value", z);
-    }
+  void inside(const char* name, int64_t offset, int64_t values, bool floats) const {
+    const int64_t all = floats ? constants_.float_count : constants_.byte_count;
+    if (offset + values > all)
+      fail(op_, name, "inside of the " + std::to_string(all) + (floats ? " floats" : " bytes") + " of constants",
+           std::to_string(values) + " from " + std::to_string(offset));
   }
 
   StepArgs step(const Step& s, PackedHeader& header) {
@@ -181,8 +157,7 @@ class Planner {
       }
       case StepOp::pool: return pool(s, x, out);
       case StepOp::lookup: {
-        const Tensor& table = constant(s.table, "table", s.scale.codes() ? ScalarType::Byte : ScalarType::Float);
-        check_tensor(table.numel() == 256, op_, "table", "256 values", table);
+        inside("table", s.table, 256, !s.scale.codes());
         out = x;
         LookupArgs a{};
         a.values = count(x);
@@ -236,21 +211,20 @@ class Planner {
     return e;
   }
 
-  // n output channels; fills all of `shape` but n and k_groups from it, checks weight, weight_step, bias and residual.
+  // Completes the shape of the weight; checks what belongs to it, and the residual.
   PackedLayout weight(const Step& s, WeightShape& shape, int64_t k, const Sizes& out_but_n, Sizes& out,
                       PackedHeader& header) {
-    const Tensor& steps = constant(s.weight_step, "weight_step", ScalarType::Float);
-    shape.k_groups = check_weight_step(op_, steps, k);
-    shape.n = steps.size(0);
-    if (s.bias >= 0) {
-      const Tensor& bias = constant(s.bias, "bias", ScalarType::Float);
-      if (bias.dim() != 1 || bias.size(0) != shape.n)
-        fail(op_, "bias", "float32 [" + std::to_string(shape.n) + "]", describe(bias));
-    }
-    check(shape.n % shape.groups == 0, op_, "groups", "a divisor of the output channels", shape.groups);
-    const Tensor& packed = constant(s.weight, "weight", ScalarType::Byte);
-    const PackedLayout layout = check_prepacked(op_, packed, shape);
-    if (packed.is_cpu()) std::memcpy(&header, packed.const_data_ptr(), sizeof header);
+    check(k % s.k_groups == 0, op_, "k_groups", ("a divisor of K = " + std::to_string(k)).c_str(), s.k_groups);
+    check(s.n % s.groups == 0, op_, "groups", "a divisor of n", s.groups);
+    product(op_, "n times K", {s.n, k});
+    shape.n = s.n, shape.k_groups = s.k_groups, shape.bits = s.bits;
+    inside("weight_step", s.weight_step, s.n * s.k_groups, true);
+    if (s.bias >= 0) inside("bias", s.bias, s.n, true);
+    const int64_t bytes = QK_DEVICE::packed_layout(shape).bytes;
+    inside("weight", s.weight, bytes, false);
+    Tensor view = bytes_;  // shares its memory
+    const PackedLayout layout = check_prepacked(op_, torch::stable::narrow(view, 0, s.weight, bytes), shape);
+    if (bytes_.is_cpu()) std::memcpy(&header, constants_.bytes + s.weight, sizeof header);
     const int x_bits = program_.values[s.in[0]].scale.bits;
     check(shape.group_k() <= longest_k(x_bits, shape.bits), op_, "K", "short enough for a sum in int32",
           shape.group_k(), "Use fewer bits, or weight steps by groups along K.");
@@ -279,7 +253,7 @@ class Planner {
     const int64_t c = x[3] / s.groups, k = product(op_, "K", {s.kernel[0], s.kernel[1], c});
     check_size(op_, "K", k, 1);
     WeightShape shape{};
-    shape.kh = s.kernel[0], shape.kw = s.kernel[1], shape.c = c, shape.groups = s.groups, shape.bits = s.bits;
+    shape.kh = s.kernel[0], shape.kw = s.kernel[1], shape.c = c, shape.groups = s.groups;
     const int64_t oh = window("H of x", x[1], s.kernel[0], s.stride[0], s.padding[0], s.dilation[0], false);
     const int64_t ow = window("W of x", x[2], s.kernel[1], s.stride[1], s.padding[1], s.dilation[1], false);
     Conv2dArgs a{};
@@ -297,7 +271,7 @@ class Planner {
     const int64_t k = x.back(), m = count(x) / k;
     check_size(op_, "rows of x", m, 0);
     WeightShape shape{};
-    shape.kh = shape.kw = shape.groups = 1, shape.c = k, shape.bits = s.bits;
+    shape.kh = shape.kw = shape.groups = 1, shape.c = k;
     GemmArgs a{};
     a.layout = weight(s, shape, k, Sizes(x.begin(), x.end() - 1), out, header);
     product(op_, "the result", {m, shape.n});

@@ -4,18 +4,23 @@ A program is text, one line each, in this order: the version, inputs, steps, out
 
     qk-program 1
     input 0
-    quantize 1 = 0 layout=nchw out_step=0 out_zero=1 out_bits=8
-    conv2d 2 = 1 weight=4 weight_step=5 bias=6 bits=4 kernel=3,3 stride=1,1 padding=1,1 dilation=1,1 groups=1 \
-activation=relu out_step=2 out_zero=3 out_bits=8
+    quantize 1 = 0 layout=nchw out_scale=0 out_bits=8
+    conv2d 2 = 1 weight=0 weight_step=0 bias=64 bits=4 n=64 k_groups=1 kernel=3,3 stride=1,1 padding=1,1 \
+dilation=1,1 groups=1 activation=relu out_scale=1 out_bits=8
     dequantize 3 = 2
     output 3 layout=nchw
 
 Line        = "input" ID [SCALE]  |  OP ID " =" INPUT... KEY=VALUE...  |  "output" ID "layout=" ("nchw" | "same")
 ID          of a value, 0 to 2^20 - 1; made once, by an input or a step, before any line that uses it.
-SCALE       = "out_step=" CONSTANT "out_zero=" CONSTANT "out_bits=" 2..8: the value is uint8 codes; without it float32.
-CONSTANT    index of a constant tensor. out_step is float32 and out_zero int32, one value each.
-KEY=VALUE   constants first, then attributes, then SCALE, in the order of SIGNATURES; all are given but those marked
-            optional. A number is decimal, a pair is "3,3", a list is "0,-1", a word is one of its choices.
+SCALE       = "out_scale=" INDEX "out_bits=" 2..8: the value is uint8 codes; without it float32.
+KEY=VALUE   those of SIGNATURES, each once; all are given but those marked optional. A number is decimal, a pair is
+            "3,3", a list is "0,-1", a word is one of its choices.
+
+All numbers that are not in the text lie in four tensors, so that a call does not pay for each of hundreds:
+
+    steps   float32 [S], zeros int32 [S]: the scales of codes, by INDEX
+    floats  float32 [F]: weight steps [n] or [n, k_groups], biases [n], float tables [256], each at an offset
+    bytes   uint8 [B]: prepacked weights, tables of codes [256], each at an offset
 
 Values have the shape [B, H, W, C] (NHWC) in convolutional parts and [..., K] in linear parts. An input is a float32
 tensor with any shape and strides, or codes [B, H, W, C] or [..., K]. What the steps compute is in `qk.ops.network`.
@@ -37,10 +42,9 @@ MAX_ID = 2**20
 
 @dataclass(frozen=True)
 class Scale:
-    """How codes stand for values: indices of the constants step (float32 [1]) and zero (int32 [1]), and the width."""
+    """How codes stand for values: the index of their step and zero, and their width."""
 
-    step: int
-    zero: int
+    index: int
     bits: int
 
 
@@ -54,7 +58,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Step:
-    """One operation: makes value `out` from values `inputs`, constants by name -> index, and attributes by name.
+    """One operation: makes value `out` from values `inputs`, constants by name -> offset, and attributes by name.
 
     scale: of the codes that it makes. None: float32; or, for a max pool and reshape, codes on the scale of the input.
     """
@@ -109,6 +113,8 @@ class Signature:
 
 
 _ACTIVATION = {"activation": ("none", "relu", "relu6")}
+# Of the weight: width, output channels, groups along K.
+_WEIGHT = dict.fromkeys(("bits", "n", "k_groups"), "int")
 _WINDOW = dict.fromkeys(("kernel", "stride", "padding", "dilation"), "pair")
 
 SIGNATURES: dict[str, Signature] = {
@@ -119,16 +125,16 @@ SIGNATURES: dict[str, Signature] = {
         (1, 2),
         ("weight", "weight_step", "bias"),
         ("bias",),
-        {"bits": "int", **_WINDOW, "groups": "int", **_ACTIVATION},
+        {**_WEIGHT, **_WINDOW, "groups": "int", **_ACTIVATION},
     ),
     # x codes [..., K], then, maybe, a residual [..., N]; as torch.ops.qk.gemm.
-    "gemm": Signature((1, 2), ("weight", "weight_step", "bias"), ("bias",), {"bits": "int", **_ACTIVATION}),
+    "gemm": Signature((1, 2), ("weight", "weight_step", "bias"), ("bias",), {**_WEIGHT, **_ACTIVATION}),
     # a + b of one shape, each codes or float32.
     "add": Signature((2, 2), attributes=_ACTIVATION),
     # x [B, H, W, C] codes * gate [B, 1, 1, C] codes or float32: squeeze-and-excitation.
     "multiply": Signature((2, 2), attributes=_ACTIVATION),
-    # x codes [B, H, W, C]. max keeps the scale (and is given none). kernel 0,0: the whole image. ceil_mode, count_include_pad:
-    # 0 or 1 (count_include_pad for max 0), as torch.
+    # x codes [B, H, W, C]. max keeps the scale (and is given none). kernel 0,0: the whole image. As torch's pools;
+    # ceil_mode and count_include_pad (0 for max) are 0 or 1.
     "pool": Signature(
         (1, 1), attributes={"mode": ("max", "average"), **_WINDOW, "ceil_mode": "int", "count_include_pad": "int"}
     ),
@@ -219,14 +225,14 @@ def _nothing_left(given: dict[str, str]) -> None:
 
 
 def _take_scale(given: dict[str, str]) -> Scale | None:
-    names = [name for name in ("out_step", "out_zero", "out_bits") if name in given]
-    if names and len(names) < 3:
-        raise ValueError("out_step, out_zero and out_bits must be given together")
+    names = [name for name in ("out_scale", "out_bits") if name in given]
+    if len(names) == 1:
+        raise ValueError("out_scale and out_bits must be given together")
     return Scale(*(_int(given.pop(name)) for name in names)) if names else None
 
 
 def _scale_words(scale: Scale | None) -> list[str]:
-    return [] if scale is None else [f"out_step={scale.step}", f"out_zero={scale.zero}", f"out_bits={scale.bits}"]
+    return [] if scale is None else [f"out_scale={scale.index}", f"out_bits={scale.bits}"]
 
 
 def _plain(value: Attribute) -> str:
@@ -235,7 +241,7 @@ def _plain(value: Attribute) -> str:
 
 def _int(text: str) -> int:
     digits = text.removeprefix("-")
-    if not (digits.isascii() and digits.isdecimal() and len(digits) <= 10):
+    if not (digits.isascii() and digits.isdecimal() and len(digits) <= 15):
         raise ValueError(f'"{text}" must be a number')
     return int(text)
 
@@ -266,14 +272,14 @@ def check(program: Program) -> None:
         demand(isinstance(id, int) and 0 <= id < MAX_ID, f"the id {id} must be from 0 to {MAX_ID - 1}")
         demand(id not in scales, f"value {id} must be made once")
         if scale is not None:
-            demand(min(scale.step, scale.zero) >= 0, "out_step and out_zero must be indices of constants")
+            demand(0 <= scale.index < MAX_ID, f"out_scale must be from 0 to {MAX_ID - 1}")
             demand(2 <= scale.bits <= 8, "out_bits must be from 2 to 8")
         scales[id] = scale
 
     for value in program.inputs:
         line += 1
         define(value.id, value.scale)
-    made = set()
+    roots = dict.fromkeys(scales, -1)  # whose memory a value is; -1: an input's
     for step in program.steps:
         line += 1
         demand(step.op in SIGNATURES, f"{step.op} is no step; there are {', '.join(SIGNATURES)}")
@@ -282,9 +288,9 @@ def check(program: Program) -> None:
         demand(least <= len(step.inputs) <= most, f"{step.op} takes {least} to {most} inputs, not {len(step.inputs)}")
         for id in step.inputs:
             demand(id in scales, f"value {id} must be made on a line before")
-        for name, index in step.constants.items():
+        for name, offset in step.constants.items():
             demand(name in signature.constants, f"{step.op} takes no constant {name}")
-            demand(isinstance(index, int) and index >= 0, f"{name} must be the index of a constant")
+            demand(isinstance(offset, int) and 0 <= offset < 2**48, f"{name} must be an offset")
         for name in signature.constants:
             demand(name in step.constants or name in signature.optional, f"{step.op} needs the constant {name}")
         for name in step.attributes:
@@ -294,15 +300,16 @@ def check(program: Program) -> None:
             _check_attribute(demand, name, kind, step.attributes[name])
         _check_kinds(demand, step, signature, scales)
         define(step.out, scales[step.inputs[0]] if keeps_scale(step) else step.scale)
-        made.add(step.out)
+        roots[step.out] = roots[step.inputs[0]] if step.op == "reshape" else step.out
     seen = set()
     for output in program.outputs:
         line += 1
-        demand(output.value in made, f"output {output.value} must be a value that a step made")
-        demand(output.value not in seen, f"output {output.value} must be given once")
+        root = roots.get(output.value, -1)
+        demand(root >= 0, f"output {output.value} must be made by a step")
+        demand(root not in seen, f"output {output.value} must be given once, and share no memory with another")
         demand(output.layout in ("nchw", "same"), "layout must be nchw or same")
-        seen.add(output.value)
-    demand(bool(program.outputs), "there must be an output")
+        seen.add(root)
+    demand(bool(program.inputs and program.outputs), "there must be an input and an output")
 
 
 def _check_attribute(demand: Any, name: str, kind: str | tuple[str, ...], value: Attribute) -> None:
@@ -314,7 +321,7 @@ def _check_attribute(demand: Any, name: str, kind: str | tuple[str, ...], value:
     demand(fits, f"{name} must be {kind if kind != 'int' else 'a number'}, not {value}")
     if kind == "list":
         return demand(1 <= len(numbers) <= 8 and numbers.count(-1) <= 1, f"{name} must be 1 to 8 sizes, one of them -1")
-    least = 1 if name in ("stride", "dilation", "groups") else 0
+    least = 1 if name in ("stride", "dilation", "groups", "n", "k_groups") else 0
     demand(min(numbers) >= least, f"{name} must be {least} or more")
     if name in ("ceil_mode", "count_include_pad"):
         demand(value in (0, 1), f"{name} must be 0 or 1")
@@ -332,18 +339,22 @@ def _check_kinds(demand: Any, step: Step, signature: Signature, scales: dict[int
     elif step.op not in ("add", "reshape"):
         demand(codes[0], f"the first input of {step.op} must be codes")
     if signature.scale == "codes":
-        demand(step.scale is not None, f"{step.op} needs out_step, out_zero and out_bits")
+        demand(step.scale is not None, f"{step.op} needs out_scale and out_bits")
     elif signature.scale == "none" or keeps_scale(step):
-        demand(step.scale is None, f"{step.op} takes no out_step here")
+        demand(step.scale is None, f"{step.op} takes no out_scale here")
     if step.op == "pool" and step.attributes["mode"] == "max":
         demand(step.attributes["count_include_pad"] == 0, "count_include_pad must be 0 for max")
+    if step.op == "pool":
+        demand(
+            min(step.attributes["kernel"]) > 0 or max(step.attributes["kernel"]) == 0, "kernel must be positive or 0,0"
+        )
 
 
 # --- shapes ---------------------------------------------------------------------------------------------------------
 
 
-def shapes(program: Program, inputs: Sequence[Shape], constants: Sequence[Shape]) -> dict[int, tuple[Any, ...]]:
-    """Shape of every value by id, from those of the input and constant tensors. Sizes may be symbols.
+def shapes(program: Program, inputs: Sequence[Shape]) -> dict[int, tuple[Any, ...]]:
+    """Shape of every value by id, from those of the inputs. Sizes may be symbols.
 
     Raises RuntimeError, naming the step, for shapes that do not fit.
     """
@@ -351,10 +362,7 @@ def shapes(program: Program, inputs: Sequence[Shape], constants: Sequence[Shape]
         raise RuntimeError(f"qk::network: inputs must be {len(program.inputs)} tensors, got {len(inputs)}.")
     known = {value.id: tuple(shape) for value, shape in zip(program.inputs, inputs, strict=True)}
     for step in program.steps:
-        for name, index in step.constants.items():
-            if index >= len(constants):
-                raise _misfit(step, f"{name} is constant {index}, and there are {len(constants)}")
-        known[step.out] = step_shape(step, [known[id] for id in step.inputs], constants)
+        known[step.out] = step_shape(step, [known[id] for id in step.inputs])
     return known
 
 
@@ -371,7 +379,7 @@ def _misfit(step: Step, what: str) -> RuntimeError:
     return RuntimeError(f"qk::network: {step.op} {step.out}: {what}.")
 
 
-def step_shape(step: Step, ins: list[tuple[Any, ...]], constants: Sequence[Shape]) -> tuple[Any, ...]:
+def step_shape(step: Step, ins: list[tuple[Any, ...]]) -> tuple[Any, ...]:
     """Shape of what a step makes."""
     x, a = ins[0], step.attributes
     if step.op == "quantize" and a["layout"] == "nchw":
@@ -381,8 +389,7 @@ def step_shape(step: Step, ins: list[tuple[Any, ...]], constants: Sequence[Shape
     if step.op in ("conv2d", "pool", "multiply") and len(x) != 4:
         raise _misfit(step, f"the input must be [B, H, W, C], got {list(x)}")
     if step.op in ("conv2d", "gemm"):
-        n = constants[step.constants["weight_step"]][0]
-        y = (*x[:-1], n) if step.op == "gemm" else (x[0], *_window(step, x), n)
+        y = (*x[:-1], a["n"]) if step.op == "gemm" else (x[0], *_window(step, x), a["n"])
         if len(ins) == 2 and not _same(ins[1], y):
             raise _misfit(step, f"the residual must be {list(y)}, got {list(ins[1])}")
         return y
