@@ -79,7 +79,7 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
 
 
 class Constants:
-    """Tensors of a graph by name; scalars of one value are one node, so that grids are compared by their nodes."""
+    """A graph in work and its tensors; scalars of one value are one node, so that grids are compared by their nodes."""
 
     def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
         self.root, self.graph = root, graph
@@ -155,8 +155,9 @@ def with_shape(node: fx.Node, like: fx.Node | tuple[int, ...], source: fx.Node |
     return node
 
 
-def finished(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+def finished(constants: Constants) -> fx.GraphModule:
     """A module of the graph with the constants that it uses."""
+    graph = constants.graph
     for node in reversed(list(graph.nodes)):
         if node.op == "call_function" and not node.users:
             graph.erase_node(node)
@@ -164,7 +165,7 @@ def finished(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
     graph.lint()
-    return fx.GraphModule(root, graph)
+    return fx.GraphModule(constants.root, graph)
 
 
 def kinds(nodes: Iterable[fx.Node]) -> dict[str, int]:

@@ -35,8 +35,9 @@ LOOKUP, POOL, CONCAT = qk.lookup.default, qk.pool.default, qk.concat.default
 SUM, PRODUCT = qk.add.default, qk.multiply.default
 
 
-def fuse_exactly(graph: fx.Graph, constants: Constants) -> None:
-    """Rewrites in place until nothing changes. Shapes must be known (graph.note_shapes)."""
+def fuse_exactly(constants: Constants) -> None:
+    """Rewrites the graph in place until nothing changes. Shapes must be known (tensors.note_shapes)."""
+    graph = constants.graph
     changed = True
     while changed:
         merge_equal(graph)
@@ -274,7 +275,7 @@ RULES: tuple[Callable[[fx.Graph, fx.Node, Constants], bool], ...] = (
 )
 
 
-def place_image_first(graph: fx.Graph, constants: Constants, layers: dict, repack: Callable) -> None:
+def read_images_as_they_lie(graph: fx.Graph, repack: Callable[[fx.Node, tuple[int, ...]], fx.Node | None]) -> None:
     """A layer that reads a flattened image reads it as it lies (NHWC) when its weight's columns are put in that order:
     an integer sum has no order."""
     for node in list(graph.nodes):

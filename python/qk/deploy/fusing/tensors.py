@@ -10,7 +10,7 @@ from the class, else one from the range seen on the batches.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -44,7 +44,6 @@ from qk.deploy.fusing.graph import (
     with_shape,
 )
 from qk.errors import fail
-from qk.inputs import feed
 
 STAGE = "qk.fuse"
 BITS = 8
@@ -114,15 +113,13 @@ def moves(node: fx.Node) -> bool:
     return is_call(node, nhwc.max_pool, CAT, *MOVES)
 
 
-def quantize_tensors(
-    module: fx.GraphModule, constants: Constants, batches: Iterable[Any], ranges: str, skip: tuple[Any, ...] = ()
-) -> None:
-    """Rewrites module.graph in place; shapes must be known. batches: what the ranges are taken from."""
-    graph = module.graph
+def quantize_tensors(constants: Constants, batches: Iterable[Any], ranges: str) -> None:
+    """Rewrites the graph in place; shapes must be known. batches: what the ranges are taken from."""
+    graph = constants.graph
     roles = Roles(graph)
     classes = _Classes(graph, roles)
     chosen = {tensor: classes.grid(tensor) for tensor in classes.tensors}
-    _calibrate(module, constants, classes, chosen, batches, ranges)
+    _calibrate(constants, classes, chosen, batches, ranges)
     for tensor, grid in chosen.items():
         if grid is not None:
             _insert(graph, tensor, grid, roles)
@@ -211,7 +208,6 @@ def _on_codes(node: fx.Node) -> bool:
 
 
 def _calibrate(
-    module: fx.GraphModule,
     constants: Constants,
     classes: _Classes,
     chosen: dict[fx.Node, Any],
@@ -223,10 +219,13 @@ def _calibrate(
     if not observers:
         return
     watched = {t: observers[classes.key(t)] for t, grid in chosen.items() if grid == "range"}
-    watcher = _Watcher(module, watched)
-    with torch.no_grad():
-        for batch in batches:
-            feed(watcher, batch)
+
+    def watch(node: fx.Node, value: Any) -> None:
+        if node in watched:
+            watched[node].see(value)
+
+    for batch in batches:
+        run(constants, batch, watch)
     grids: dict[fx.Node, Grid] = {}
     for tensor, observer in watched.items():
         key = classes.key(tensor)
@@ -240,45 +239,32 @@ def _calibrate(
         chosen[tensor] = grids[key]
 
 
-class _Watcher:
-    """Runs a graph as its module would, showing values of some nodes to their observers."""
+def note_shapes(constants: Constants, example: Any) -> None:
+    """Gives every node that makes a tensor its shape and dtype on the example."""
 
-    def __init__(self, module: fx.GraphModule, watched: dict[fx.Node, Observer]) -> None:
-        self.module, self.watched = module, watched
+    def note(node: fx.Node, value: Any) -> None:
+        if isinstance(value, Tensor):
+            node.meta["shape"], node.meta["dtype"] = tuple(value.shape), value.dtype
 
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        watched = self.watched
-
-        class Run(fx.Interpreter):
-            def run_node(self, node: fx.Node) -> Any:
-                value = super().run_node(node)
-                if node in watched:
-                    watched[node].see(value)
-                return value
-
-        Run(self.module).run(*flat_inputs(self.module, args, kwargs), enable_io_processing=False)
+    run(constants, example, note)
 
 
-def flat_inputs(module: fx.GraphModule, args: tuple, kwargs: dict[str, Any]) -> list[Any]:
-    """What the placeholders of the graph take."""
-    ordered = module._in_spec.child(1).context or list(kwargs)
-    return tree_flatten_spec((tuple(args), {k: kwargs[k] for k in ordered}), module._in_spec)
-
-
-def note_shapes(module: fx.GraphModule, example: Any) -> None:
-    """Gives every node that makes a tensor its shape on the example."""
+def run(constants: Constants, batch: Any, watch: Callable[[fx.Node, Any], None]) -> None:
+    """The graph on a batch; watch is shown what every node makes."""
 
     class Run(fx.Interpreter):
         def run_node(self, node: fx.Node) -> Any:
             value = super().run_node(node)
-            if isinstance(value, Tensor):
-                node.meta["shape"] = tuple(value.shape)
+            watch(node, value)
             return value
 
-    args = (example,) if isinstance(example, Tensor) else tuple(example) if not isinstance(example, dict) else ()
-    kwargs = example if isinstance(example, dict) else {}
+    spec = constants.graph._codegen.pytree_info.in_spec
+    keywords = dict(batch) if isinstance(batch, Mapping) else {}
+    args = (batch,) if isinstance(batch, Tensor) else () if keywords else tuple(batch)
+    order = spec.child(1).context or []
+    flat = tree_flatten_spec((args, {name: keywords[name] for name in order}), spec)
     with torch.no_grad():
-        Run(module).run(*flat_inputs(module, args, kwargs), enable_io_processing=False)
+        Run(constants.root, graph=constants.graph).run(*flat, enable_io_processing=False)
 
 
 # --- the pairs and what reads them ----------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def traced(model: nn.Module, example: Any) -> fx.GraphModule:
     return module
 
 
-def canonical(module: fx.GraphModule) -> fx.GraphModule:
+def canonical(module: fx.GraphModule) -> Constants:
     """The same operators, those between integer layers in NHWC, steps and zeros of one value as one constant each."""
     return _Canonical(module).run()
 
@@ -187,14 +187,14 @@ class _Canonical:
         self.plain: dict[fx.Node, Any] = {}
         self.image: dict[fx.Node, fx.Node] = {}
 
-    def run(self) -> fx.GraphModule:
+    def run(self) -> Constants:
         for node in self.module.graph.nodes:
             self._copy(node)
             for new in reversed(self.graph.nodes):
                 if new.op != "call_function" or "module" in new.meta:
                     break
                 new.meta["module"] = _module_of(node)
-        return fx.GraphModule(self.module, self.graph)
+        return self.constants
 
     def _copy(self, node: fx.Node) -> None:
         if node.op == "call_function":
@@ -387,10 +387,10 @@ def _module_of(node: fx.Node) -> str:
     return list(stack.values())[-1][0] if stack else ""
 
 
-def input_shapes(module: fx.GraphModule) -> list[tuple[str, torch.dtype, tuple[int | None, ...]] | None]:
+def input_shapes(graph: fx.Graph) -> list[tuple[str, torch.dtype, tuple[int | None, ...]] | None]:
     """Name, dtype and shape of each input, None for sizes that are free; None for what is no tensor."""
     found = []
-    for node in module.graph.nodes:
+    for node in graph.nodes:
         if node.op == "placeholder":
             val = node.meta.get("val")
             if isinstance(val, Tensor):
