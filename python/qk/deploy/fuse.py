@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from qk import ops
 from qk.deploy.fusing.graph import CONV2D, Constants, finished, is_call, merge_equal, shape_of
-from qk.deploy.fusing.leftovers import left_in_float
+from qk.deploy.fusing.leftovers import Reasons, left_in_float, reasons
 from qk.deploy.fusing.model import FusedModel, Inputs
 from qk.deploy.fusing.regions import build_regions
 from qk.deploy.fusing.rewrite import fuse_exactly, read_images_as_they_lie
@@ -39,30 +39,31 @@ def fuse(model: nn.Module, example: Any, *, tensors: int | None = 8, ranges: str
     Raises QkError for a model without an integer layer, one that torch.export cannot follow, and a batch that the model
     does not take.
     """
-    constants = _quantized(model, example, tensors, ranges)
+    constants, known = _quantized(model, example, tensors, ranges)
     graph = constants.graph
-    report = left_in_float(graph, model, tensors)
     fuse_exactly(constants)
     read_images_as_they_lie(graph, _repacked(model, constants))
     _choose_layouts(graph, model)
     regions = build_regions(constants)
+    report = left_in_float(graph, known)
     _check_inputs(constants)
     return FusedModel(finished(constants), regions, report)
 
 
 def unfused(model: nn.Module, example: Any, *, tensors: int | None = 8, ranges: str = "minmax") -> fx.GraphModule:
     """What `fuse` computes, one operator after the other: the integer network that fusing must not change a bit of."""
-    return finished(_quantized(model, example, tensors, ranges))
+    return finished(_quantized(model, example, tensors, ranges)[0])
 
 
-def _quantized(model: nn.Module, example: Any, tensors: int | None, ranges: str) -> Constants:
+def _quantized(model: nn.Module, example: Any, tensors: int | None, ranges: str) -> tuple[Constants, Reasons]:
     batches = _checked(model, example, tensors, ranges)
     constants = canonical(traced(model, batches[0]))
     merge_equal(constants.graph)
     note_shapes(constants, batches[0])
+    known = reasons(constants.graph, model, tensors)
     if tensors is not None:
         quantize_tensors(constants, batches, ranges)
-    return constants
+    return constants, known
 
 
 def _checked(model: nn.Module, example: Any, tensors: int | None, ranges: str) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -86,6 +87,7 @@ class Constants:
         self._by_value: dict[tuple, fx.Node] = {}
         self._by_name: dict[str, fx.Node] = {}
         self._numbers = itertools.count()
+        self.device = next((t.device for t in (*root.buffers(), *root.parameters())), torch.device("cpu"))
 
     def tensor(self, node: fx.Node) -> Tensor:
         value: Any = self.root
@@ -135,7 +137,7 @@ def grid_of(node: fx.Node) -> Grid | None:
     """Of the codes that the node makes; None if it makes values."""
     if is_call(node, QUANTIZE):
         return Grid(*node.args[1:])
-    if is_call(node, qk.lookup.default):
+    if is_call(node, qk.lookup.default, operator.getitem):
         return node.meta.get("grid")
     if is_call(node, qk.pool.default) and node.kwargs["mode"] == "max":
         return grid_of(node.kwargs["x"])

@@ -126,7 +126,7 @@ def _build(graph: fx.Graph, constants: Constants, nodes: list[fx.Node]) -> Regio
     for i, node in enumerate(read_outside):
         with graph.inserting_after(call):
             result = graph.call_function(operator.getitem, (call, i))
-        result.meta = dict(node.meta)
+        result.meta = node.meta | {"grid": grid_of(node)}
         if node in writer.turned:
             for user in [user for user in node.users if user not in inside]:
                 user.replace_all_uses_with(result)

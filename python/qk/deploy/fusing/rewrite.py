@@ -161,12 +161,12 @@ def codes_to_codes(graph: fx.Graph, node: fx.Node, constants: Constants) -> bool
     if is_call(x, LOOKUP) and grid_of(x) is not None:
         return False
     codes = x.args[0]
-    values = all_values(constants, x) if is_call(x, DEQUANTIZE) else constants.tensor(x.args[1])
+    values = all_values(constants, *x.args[1:]) if is_call(x, DEQUANTIZE) else constants.tensor(x.args[1])
     table = _quantized(constants, values, grid)
     source = grid_of(codes)
     if is_call(x, DEQUANTIZE) and source is not None:
-        used = 2**source.bits
-        if torch.equal(table[:used], torch.arange(used, dtype=torch.uint8)) and _same_scale(source, grid):
+        used = torch.arange(2**source.bits, dtype=torch.uint8, device=table.device)
+        if torch.equal(table[: len(used)], used) and _same_scale(source, grid):
             return _put(node, codes)
     new = with_shape(graph.call_function(LOOKUP, (codes, constants.add("table", table))), node)
     new.meta["grid"] = grid

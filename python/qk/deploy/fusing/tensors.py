@@ -35,7 +35,6 @@ from qk.deploy.fusing.graph import (
     Constants,
     Grid,
     activation_of,
-    grid_of,
     inputs_of,
     is_call,
     only_user,
@@ -123,7 +122,8 @@ def quantize_tensors(constants: Constants, batches: Iterable[Any], ranges: str) 
     for tensor, grid in chosen.items():
         if grid is not None:
             _insert(graph, tensor, grid, roles)
-    _replace(graph, constants, roles)
+    grids = {classes.key(tensor): grid for tensor, grid in chosen.items()}
+    _replace(graph, constants, roles, lambda tensor: grids.get(classes.key(tensor)))
 
 
 class _Classes:
@@ -235,7 +235,7 @@ def _calibrate(
                 raise fail(STAGE, where, "finite", "NaN or infinity" if not observer.is_finite else "no data")
             low, high = torch.tensor([observer.low]), torch.tensor([observer.high])
             found = step_and_zero(low, high, BITS) if ranges == "minmax" else percentile(observer.sample(), BITS)
-            grids[key] = Grid(*(constants.scalar(t) for t in found), BITS)
+            grids[key] = Grid(*(constants.scalar(t.to(constants.device)) for t in found), BITS)
         chosen[tensor] = grids[key]
 
 
@@ -281,41 +281,58 @@ def _insert(graph: fx.Graph, tensor: fx.Node, grid: Grid, roles: Roles) -> None:
         user.replace_input_with(tensor, values)
 
 
-def _replace(graph: fx.Graph, constants: Constants, roles: Roles) -> None:
+def _replace(
+    graph: fx.Graph, constants: Constants, roles: Roles, grid_for: Callable[[fx.Node], Grid | None]
+) -> None:
     """Functions of codes become tables of values, averages sums of codes, BatchNorms depthwise layers on codes."""
     for node in list(graph.nodes):
-        if not roles.is_integer(node) or not node.args or not isinstance(node.args[0], fx.Node):
+        maker = _maker(node) if roles.is_integer(node) else None
+        if maker is None:
             continue
-        x = node.args[0]
-        codes = x.args[0] if is_call(x, DEQUANTIZE) else None
         with graph.inserting_before(node):
-            if (_on_codes(node) or activation_of(node)) and codes is not None:
-                new = _table(graph, constants, node, codes, x)
-            elif is_call(node, *POOLS) and codes is not None:
-                new = _average(graph, node, codes, x)
-            elif is_call(node, nhwc.batch_norm) and codes is not None:
-                new = _scaled(graph, constants, node, codes, x)
-            else:
+            operand = _codes(graph, node.args[0], grid_for)
+            if operand is None:
                 continue
+            new = maker(graph, constants, node, *operand)
         node.replace_all_uses_with(with_shape(new, node))
         graph.erase_node(node)
 
 
-def _table(graph: fx.Graph, constants: Constants, node: fx.Node, codes: fx.Node, x: fx.Node) -> fx.Node:
+def _maker(node: fx.Node) -> Callable[..., fx.Node] | None:
+    if _on_codes(node) or activation_of(node):
+        return _table
+    if is_call(node, *POOLS):
+        return _average
+    return _scaled if is_call(node, nhwc.batch_norm) else None
+
+
+def _codes(
+    graph: fx.Graph, x: fx.Node, grid_for: Callable[[fx.Node], Grid | None]
+) -> tuple[fx.Node, Grid] | None:
+    """The codes of a tensor and their grid. What was moved lies on the grid that it had: quantize finds its codes."""
+    if is_call(x, DEQUANTIZE):
+        return x.args[0], Grid(x.args[1], x.args[2], BITS)
+    grid = grid_for(x) if moves(x) else None
+    if grid is None:
+        return None
+    return with_shape(graph.call_function(QUANTIZE, (x, grid.step, grid.zero, grid.bits)), x), grid
+
+
+def _table(graph: fx.Graph, constants: Constants, node: fx.Node, codes: fx.Node, grid: Grid) -> fx.Node:
     """As torch computes it for the 256 values, and for no other place in a vector: its kernels differ between these."""
-    values = all_values(constants, x)
+    values = all_values(constants, grid.step, grid.zero)
     table = node.target(values, *node.args[1:], **node.kwargs).contiguous()
     return graph.call_function(qk.lookup.default, (codes, constants.add("table", table)))
 
 
-def all_values(constants: Constants, dequantize: fx.Node) -> Tensor:
+def all_values(constants: Constants, step: fx.Node, zero: fx.Node) -> Tensor:
     """The values of the codes 0 to 255."""
-    step, zero = (constants.tensor(n) for n in dequantize.args[1:])
-    return ops.dequantize(torch.arange(256, dtype=torch.uint8), step, zero)
+    scale = constants.tensor(step), constants.tensor(zero)
+    return ops.dequantize(torch.arange(256, dtype=torch.uint8, device=scale[0].device), *scale)
 
 
-def _average(graph: fx.Graph, node: fx.Node, codes: fx.Node, x: fx.Node) -> fx.Node:
-    height, width = shape_of(x)[1:3]
+def _average(graph: fx.Graph, constants: Constants, node: fx.Node, codes: fx.Node, grid: Grid) -> fx.Node:
+    height, width = shape_of(codes)[1:3]
     window = {"kernel": [height, width], "padding": [0, 0], "ceil_mode": False, "count_include_pad": True}
     window |= {"stride": [height, width], "divisor_override": None}
     if is_call(node, nhwc.adaptive_avg_pool):
@@ -324,26 +341,25 @@ def _average(graph: fx.Graph, node: fx.Node, codes: fx.Node, x: fx.Node) -> fx.N
     elif is_call(node, nhwc.avg_pool):
         names = ("kernel", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
         window |= dict(zip(names, node.args[1:], strict=True))
-    kwargs = {"x": codes, "x_step": x.args[1], "x_zero": x.args[2], "mode": "average", **window}
+    kwargs = {"x": codes, "x_step": grid.step, "x_zero": grid.zero, "mode": "average", **window}
     rest = {"dilation": [1, 1], "activation": "none", "out_step": None, "out_zero": None, "out_bits": BITS}
     return graph.call_function(qk.pool.default, (), kwargs | rest)
 
 
-def _scaled(graph: fx.Graph, constants: Constants, node: fx.Node, codes: fx.Node, x: fx.Node) -> fx.Node:
+def _scaled(graph: fx.Graph, constants: Constants, node: fx.Node, codes: fx.Node, grid: Grid) -> fx.Node:
     """BatchNorm as a depthwise 1x1 layer: the weight of a channel is +1 or -1, its step the factor's size."""
     weight, bias, mean, var = (constants.tensor(n).detach().double() for n in node.args[1:5])
     factor = weight / (var + node.args[5]).sqrt()
     shift = (bias - mean * factor).float()
     channels = factor.numel()
     step = torch.where(factor == 0, 1.0, factor.abs()).float().clamp(min=torch.finfo(torch.float32).tiny)
-    zero = torch.full((channels,), 128, dtype=torch.int32)
+    zero = torch.full((channels,), 128, dtype=torch.int32, device=factor.device)
     signs = (128 + factor.sign()).to(torch.uint8).reshape(channels, 1)
     prepacked = ops.prepack(ops.pack(signs, 8), zero, 8, (channels, 1, 1, 1), channels)
     named = {"weight": prepacked, "weight_step": step, "bias": shift}
     tensors = {name: constants.add(name, tensor) for name, tensor in named.items()}
     sizes = {"kernel": [1, 1], "stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": channels}
     ends = {"activation": "none", "out_step": None, "out_zero": None, "out_bits": BITS}
-    grid = {"x": codes, "x_step": x.args[1], "x_zero": x.args[2], "x_bits": grid_of(codes).bits}
-    new = graph.call_function(CONV2D, (), grid | tensors | {"bits": 8} | sizes | ends)
-    new.meta["weight"] = (signs.reshape(channels, 1, 1, 1), zero)
-    return new
+    ends |= {"residual": None, "residual_step": None, "residual_zero": None}
+    operand = {"x": codes, "x_step": grid.step, "x_zero": grid.zero, "x_bits": grid.bits}
+    return graph.call_function(CONV2D, (), operand | tensors | {"bits": 8} | sizes | ends)
