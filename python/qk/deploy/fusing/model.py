@@ -46,10 +46,15 @@ class FusedModel(nn.Module):
     def __init__(self, body: fx.GraphModule, regions: list[Region], report: list[tuple[str, str]]) -> None:
         super().__init__()
         self.body, self.regions, self.report = body, regions, report
+        self.forward = body.forward  # not a method of its own: this one has the names of the model's arguments
         self.eval()
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.body(*args, **kwargs)
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "forward"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.forward = self.body.forward
 
     @property
     def steps(self) -> dict[str, int]:
@@ -57,7 +62,8 @@ class FusedModel(nn.Module):
         return dict(sorted(Counter(op for region in self.regions for op, _ in region.steps).items()))
 
     def _apply(self, fn: Any, recurse: bool = True) -> FusedModel:
-        before = next((*self.parameters(), *self.buffers()), torch.empty(0)).new_empty(1, dtype=torch.float32)
+        first = next(iter((*self.parameters(), *self.buffers())), torch.empty(0))
+        before = first.new_empty(1, dtype=torch.float32)
         after = fn(before)
         if (after.device, after.dtype) != (before.device, before.dtype):
             got = f"{after.device} and {after.dtype}"
