@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "core/arena.h"
 #include "core/isa.h"
 #include "core/layout.h"
 #include "core/probe.h"
@@ -59,5 +60,17 @@ PYBIND11_MODULE(_core, m) {
   // For reports and tests of the operator network.
   m.def("time_steps", [](bool wanted) { qk::step_times().wanted = wanted; }, py::arg("wanted"));
   m.def("step_seconds", [] { return qk::step_times().seconds; });
+  m.def(
+      "place",
+      [](const std::vector<std::array<int64_t, 3>>& values, bool reuse) {
+        std::vector<qk::Interval> intervals;
+        for (const auto& [bytes, begin, end] : values)
+          intervals.push_back({bytes, static_cast<int>(begin), static_cast<int>(end), 0});
+        const int64_t total = qk::place(intervals, reuse);
+        std::vector<int64_t> at;
+        for (const qk::Interval& i : intervals) at.push_back(i.at);
+        return std::make_pair(at, total);
+      },
+      py::arg("values"), py::arg("reuse") = true);
   m.def("reuse_memory", [](bool reuse) { qk::reuse_memory() = reuse; }, py::arg("reuse"));
 }

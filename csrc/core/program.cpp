@@ -268,6 +268,9 @@ struct Parser {
       default: demand(codes, "the first input must be codes");
     }
     if (keeps) demand(!s.scale.codes(), "a step that keeps its input's scale takes no out_scale");
+    const bool whole = s.op == StepOp::pool && s.kernel == Pair{0, 0};
+    if (s.op == StepOp::conv2d || s.op == StepOp::pool)
+      demand(whole || (s.kernel[0] > 0 && s.kernel[1] > 0), "kernel must be positive, or 0,0 for a pool");
     if (s.max) demand(!s.count_include_pad, "count_include_pad must be 0 for max");
   }
 

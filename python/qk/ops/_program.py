@@ -174,8 +174,8 @@ def encode(program: Program) -> str:
 
 def decode(text: str) -> Program:
     """The program of a text. Raises ValueError with the line and what is wrong with it."""
-    lines = text.splitlines()
-    if not lines or lines[0] != HEAD:
+    lines = text.removesuffix("\n").split("\n")
+    if lines[0] != HEAD:
         raise _wrong(1, f'the first line must be "{HEAD}"')
     inputs, steps, outputs = [], [], []
     for number, line in enumerate(lines[1:], 2):
@@ -344,9 +344,10 @@ def _check_kinds(demand: Any, step: Step, signature: Signature, scales: dict[int
         demand(step.scale is None, f"{step.op} takes no out_scale here")
     if step.op == "pool" and step.attributes["mode"] == "max":
         demand(step.attributes["count_include_pad"] == 0, "count_include_pad must be 0 for max")
-    if step.op == "pool":
+    if step.op in ("conv2d", "pool"):
+        kernel = step.attributes["kernel"]
         demand(
-            min(step.attributes["kernel"]) > 0 or max(step.attributes["kernel"]) == 0, "kernel must be positive or 0,0"
+            min(kernel) > 0 or (step.op == "pool" and max(kernel) == 0), "kernel must be positive, or 0,0 for a pool"
         )
 
 

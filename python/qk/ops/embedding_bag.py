@@ -81,10 +81,11 @@ def values(
     packed, numbers = parts if codes_first else parts[::-1]
     shifts = torch.arange(0, 8, bits, device=rows.device, dtype=torch.int32)
     codes = ((packed.to(torch.int32).unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)[..., :cols]
+    numbers = numbers.clone(memory_format=torch.contiguous_format)  # a view of another type must begin on a value
     if kind == "shared":
-        book = books[numbers.contiguous().view(torch.int32)[..., 0].long()]
+        book = books[numbers.view(torch.int32)[..., 0].long()]
         return book.gather(-1, codes.long())
-    numbers = numbers.contiguous().view(DTYPES[dtype]).float()
+    numbers = numbers.view(DTYPES[dtype]).float()
     if kind == "codebook":
         return numbers.gather(-1, codes.long())
     return codes.float() * numbers[..., :1] + numbers[..., 1:]
@@ -125,7 +126,8 @@ def reference(
                 total = row[0] if n == 0 else torch.where(row[n] > total, row[n], total)
             else:
                 total = total + (row[n] if weights is None else weights[i] * row[n])
-        bags.append(total / len(kept) if mode == "mean" and kept else total)
+        count = torch.tensor(float(max(len(kept), 1)), device=rows.device)
+        bags.append(total / count if mode == "mean" else total)
     return torch.stack(bags) if bags else torch.zeros(0, cols, device=rows.device)
 
 

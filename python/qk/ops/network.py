@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qk.ops._program import Program, Scale, Step, decode, output_shape, shapes, step_shape
+from qk.ops._rows import on_one_device
 from qk.ops.add import reference as add
 from qk.ops.concat import reference as concat
 from qk.ops.conv2d import reference as conv2d
@@ -106,6 +107,7 @@ def _define(step: Step, operands: list[Operand], constants: Sequence[Tensor], we
 
 @torch.library.register_fake("qk::network")
 def _(inputs, constants, program):
+    on_one_device("network", *inputs, *constants)
     try:
         decoded = _cached(program)
     except ValueError as error:
