@@ -1,0 +1,179 @@
+"""What is measured: layers of named networks, as codes, steps and the float32 result that every candidate must meet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """y[m, n] = x[m, k] w[n, k]^T + bias."""
+
+    name: str
+    m: int
+    k: int
+    n: int
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} {self.m}x{self.k}x{self.n}"
+
+    @property
+    def operations(self) -> int:
+        return 2 * self.m * self.k * self.n
+
+    @cached_property
+    def data(self) -> GemmData:
+        return GemmData.draw(self)
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A square NHWC convolution with "same" padding."""
+
+    name: str
+    channels: int
+    outputs: int
+    size: int
+    kernel: int
+    stride: int = 1
+    groups: int = 1
+    batch: int = 1
+
+    @property
+    def title(self) -> str:
+        kind = "dw" if self.groups > 1 else ""
+        shape = f"{self.channels}->{self.outputs} @{self.size}"
+        return f"{self.name} {kind}{self.kernel}x{self.kernel}/{self.stride} {shape} b{self.batch}"
+
+    @property
+    def padding(self) -> int:
+        return self.kernel // 2
+
+    @property
+    def out_size(self) -> int:
+        return (self.size + 2 * self.padding - self.kernel) // self.stride + 1
+
+    @property
+    def k(self) -> int:
+        return self.kernel**2 * self.channels // self.groups
+
+    @property
+    def operations(self) -> int:
+        return 2 * self.batch * self.out_size**2 * self.outputs * self.k
+
+    @cached_property
+    def data(self) -> ConvData:
+        return ConvData.draw(self)
+
+
+def _symmetric(w: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 codes and a step for each output channel."""
+    step = w.flatten(1).abs().amax(1) / 127
+    codes = (w / step.reshape(-1, *[1] * (w.dim() - 1))).round().clamp(-127, 127).to(torch.int8)
+    return codes, step
+
+
+@dataclass(frozen=True)
+class GemmData:
+    """x is x_step * codes, zero 0; peers that take a float32 x get that value."""
+
+    x_codes: Tensor
+    x_step: float
+    w_codes: Tensor
+    w_step: Tensor
+    bias: Tensor
+    out_step: float
+    y: Tensor
+
+    @property
+    def x(self) -> Tensor:
+        return self.x_codes.float() * self.x_step
+
+    @property
+    def w(self) -> Tensor:
+        return self.w_codes.float() * self.w_step[:, None]
+
+    @classmethod
+    def draw(cls, p: Gemm) -> GemmData:
+        rng = torch.Generator().manual_seed(p.m * 7 + p.k * 3 + p.n)
+        x_codes = torch.randint(0, 256, (p.m, p.k), generator=rng, dtype=torch.uint8)
+        w_codes, w_step = _symmetric(torch.randn(p.n, p.k, generator=rng) * p.k**-0.5)
+        bias = torch.randn(p.n, generator=rng)
+        x_step = 1 / 64
+        y = F.linear(x_codes.float() * x_step, w_codes.float() * w_step[:, None], bias)
+        return cls(x_codes, x_step, w_codes, w_step, bias, float(y.max()) / 255, y)
+
+
+@dataclass(frozen=True)
+class ConvData:
+    """NHWC codes of x, zero 0; w as [outputs, channels / groups, kernel, kernel]; y NCHW (channels last)."""
+
+    x_codes: Tensor
+    x_step: float
+    w_codes: Tensor
+    w_step: Tensor
+    bias: Tensor
+    out_step: float
+    y: Tensor
+
+    @property
+    def x(self) -> Tensor:
+        """NCHW values, channels last in memory."""
+        return (self.x_codes.float() * self.x_step).permute(0, 3, 1, 2)
+
+    @property
+    def w(self) -> Tensor:
+        return (self.w_codes.float() * self.w_step[:, None, None, None]).to(memory_format=torch.channels_last)
+
+    @classmethod
+    def draw(cls, p: Conv) -> ConvData:
+        rng = torch.Generator().manual_seed(p.channels * 7 + p.size * 3 + p.kernel)
+        x_codes = torch.randint(0, 256, (p.batch, p.size, p.size, p.channels), generator=rng, dtype=torch.uint8)
+        w = torch.randn(p.outputs, p.channels // p.groups, p.kernel, p.kernel, generator=rng) * p.k**-0.5
+        w_codes, w_step = _symmetric(w)
+        bias = torch.randn(p.outputs, generator=rng)
+        x_step = 1 / 64
+        x = (x_codes.float() * x_step).permute(0, 3, 1, 2)
+        y = F.conv2d(x, w_codes.float() * w_step[:, None, None, None], bias, p.stride, p.padding, 1, p.groups)
+        return cls(x_codes, x_step, w_codes, w_step, bias, float(y.max()) / 255, y)
+
+
+BERT = [(768, 768), (768, 3072), (3072, 768)]
+LARGE = [(4096, 4096), (4096, 11008)]
+GEMMS = [
+    *(Gemm("bert", m, k, n) for m in (128, 512) for k, n in BERT),
+    *(Gemm("llm", m, k, n) for m in (128, 512) for k, n in LARGE),
+    *(Gemm("bert", 16, k, n) for k, n in BERT),
+    *(Gemm("llm", 16, k, n) for k, n in LARGE),
+    Gemm("small", 1, 512, 512),
+    Gemm("bert", 1, 768, 3072),
+    Gemm("bert", 1, 3072, 768),
+    *(Gemm("llm", 1, k, n) for k, n in LARGE),
+]
+
+CONVS = [
+    Conv("resnet18 stem", 3, 64, 224, 7, 2),
+    Conv("resnet18 layer1", 64, 64, 56, 3),
+    Conv("resnet18 layer2", 128, 128, 28, 3),
+    Conv("resnet18 layer3", 256, 256, 14, 3),
+    Conv("resnet18 layer4", 512, 512, 7, 3),
+    Conv("resnet18 layer2.0", 64, 128, 56, 3, 2),
+    Conv("resnet18 downsample", 64, 128, 56, 1, 2),
+    Conv("mobilenet_v2 stem", 3, 32, 224, 3, 2),
+    Conv("mobilenet_v2", 96, 96, 112, 3, 2, 96),
+    Conv("mobilenet_v2", 144, 144, 56, 3, 1, 144),
+    Conv("mobilenet_v2", 384, 384, 14, 3, 1, 384),
+    Conv("mobilenet_v2", 960, 960, 7, 3, 1, 960),
+    Conv("mobilenet_v2 expand", 24, 144, 56, 1),
+    Conv("mobilenet_v2 project", 144, 24, 56, 1),
+    Conv("mobilenet_v2 expand", 64, 384, 14, 1),
+    Conv("mobilenet_v2 project", 384, 64, 14, 1),
+    Conv("mobilenet_v2 expand", 160, 960, 7, 1),
+    Conv("mobilenet_v2 project", 960, 160, 7, 1),
+]
