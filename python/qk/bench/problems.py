@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Gemm:
-    """y[m, n] = x[m, k] w[n, k]^T + bias."""
+    """y[m, n] = x[m, k] w[n, k]^T + bias, the shape of a layer of `name`."""
 
     name: str
     m: int
@@ -144,17 +144,74 @@ class ConvData:
         return cls(x_codes, x_step, w_codes, w_step, bias, float(y.max()) / 255, y)
 
 
+@dataclass(frozen=True)
+class Bag:
+    """Sums of rows of a table: `bags` bags of `fewest` to `most` rows each."""
+
+    rows: int
+    cols: int
+    bags: int
+    fewest: int
+    most: int
+
+    @property
+    def title(self) -> str:
+        return f"{self.rows} rows of {self.cols}, {self.bags} bags of {self.fewest} to {self.most}"
+
+    @cached_property
+    def data(self) -> BagData:
+        return BagData(self)
+
+
+class BagData:
+    """Tables as torch and fbgemm store them: codes, then scale and offset (float16; float32 behind 8-bit codes)."""
+
+    def __init__(self, p: Bag):
+        self.p, rng = p, torch.Generator().manual_seed(0)
+        sizes = torch.randint(p.fewest, p.most + 1, (p.bags,), generator=rng)
+        self.offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)[:-1]])
+        self.indices = torch.randint(0, p.rows, (int(sizes.sum()),), generator=rng)
+
+    @property
+    def lookups(self) -> int:
+        return self.indices.numel()
+
+    def halves(self, bits: int) -> tuple[Tensor, Tensor]:
+        """Packed codes [rows, bytes] and, as bytes, scale and offset of each row in float16."""
+        rng = torch.Generator().manual_seed(bits)
+        shape = (self.p.rows, self.p.cols * bits // 8)
+        codes = torch.randint(0, 256, shape, dtype=torch.uint8, generator=rng)
+        numbers = torch.rand(self.p.rows, 2, generator=rng).sub_(0.5).mul_(0.1).half()
+        return codes, numbers.view(torch.uint8)
+
+    def table(self, bits: int) -> Tensor:
+        codes, numbers = self.halves(bits)
+        return torch.cat([codes, numbers.view(torch.half).float().view(torch.uint8) if bits == 8 else numbers], 1)
+
+    def values(self, bits: int, rows: Tensor | None = None) -> Tensor:
+        """What the table (or these rows of it) stands for."""
+        codes, numbers = (t if rows is None else t[rows] for t in self.halves(bits))
+        parts = [(codes >> shift & (2**bits - 1)).float() for shift in range(0, 8, bits)]
+        scale, offset = numbers.view(torch.half).float().split(1, 1)
+        return torch.stack(parts, 2).flatten(1) * scale + offset
+
+    def expected(self, bits: int) -> Tensor:
+        return F.embedding_bag(
+            torch.arange(self.lookups), self.values(bits, self.indices), self.offsets, mode="sum"
+        )
+
+
 BERT = [(768, 768), (768, 3072), (3072, 768)]
-LARGE = [(4096, 4096), (4096, 11008)]
+LLM = [(4096, 4096), (4096, 11008)]
 GEMMS = [
     *(Gemm("bert", m, k, n) for m in (128, 512) for k, n in BERT),
-    *(Gemm("llm", m, k, n) for m in (128, 512) for k, n in LARGE),
+    *(Gemm("llm", m, k, n) for m in (128, 512) for k, n in LLM),
     *(Gemm("bert", 16, k, n) for k, n in BERT),
-    *(Gemm("llm", 16, k, n) for k, n in LARGE),
+    *(Gemm("llm", 16, k, n) for k, n in LLM),
     Gemm("small", 1, 512, 512),
     Gemm("bert", 1, 768, 3072),
     Gemm("bert", 1, 3072, 768),
-    *(Gemm("llm", 1, k, n) for k, n in LARGE),
+    *(Gemm("llm", 1, k, n) for k, n in LLM),
 ]
 
 CONVS = [
@@ -177,3 +234,10 @@ CONVS = [
     Conv("mobilenet_v2 expand", 160, 960, 7, 1),
     Conv("mobilenet_v2 project", 960, 160, 7, 1),
 ]
+
+BAGS = [Bag(1_000_000, 128, 512, 32, 64)]
+
+# Of a run that only shows that everything works.
+SMALL_GEMMS = [Gemm("small", m, 128, 32) for m in (1, 16)]
+SMALL_CONVS = [Conv("small", 16, 16, 8, 3), Conv("small", 16, 16, 8, 3, 1, 16), Conv("small", 16, 32, 8, 1)]
+SMALL_BAGS = [Bag(100, 16, 4, 2, 5)]
