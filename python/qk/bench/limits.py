@@ -9,7 +9,9 @@ from typing import Any
 
 from qk import _core, _native
 
-SIZES = tuple(2**i for i in (14, 15, 17, 19, 20, 21, 22, 23, 24, 25, 26, 28))  # bytes read over and over, by all threads
+SIZES = tuple(
+    2**i for i in (14, 15, 17, 19, 20, 21, 22, 23, 24, 25, 26, 28)
+)  # bytes read over and over, by all threads
 
 
 def measure(threads: int, sizes: tuple[int, ...] = SIZES) -> dict[str, Any]:

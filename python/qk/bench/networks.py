@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 from collections.abc import Callable, Iterable
@@ -13,11 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-import qk
-from qk import sources
+from qk import deploy, sources
 from qk.bench.rows import Candidate
-from qk.errors import fail
+from qk.calibrate import calibrate
+from qk.deploy.modules import integer_layers
+from qk.errors import QkError, fail
 from qk.prepare import prepare
+from qk.spec import QuantSpec, Recipe
 
 MINILM = "minilm"  # the shape of all-MiniLM-L6-v2 with random weights: nothing to download
 TORCHVISION = ("torchvision:resnet18", "torchvision:resnet50", "torchvision:mobilenet_v2")
@@ -89,22 +92,26 @@ class Network:
         assert error <= tolerance, f"an error of {error:.3g} of the result, {tolerance:g} are allowed"
 
 
+def folder_of(net: Network, widths: str, cache: Path) -> Path:
+    """Of the checkpoint: one for all batches, for the steps do not depend on the batch that is timed."""
+    return cache / f"{Network(net.source, 1, net.size).key}-{widths}-qk"
+
+
 def quantized(net: Network, widths: str, cache: Path) -> nn.Module:
     """With integer layers, from the cache or made now: steps from one batch, rounding to nearest."""
-    first = Network(net.source, 1, net.size)  # steps do not depend on the batch that is timed
-    folder = cache / f"{first.key}-{widths}-qk"
+    first, folder = Network(net.source, 1, net.size), folder_of(net, widths, cache)
     if (folder / "manifest.json").is_file():
         try:
-            return qk.load(folder, model=first.model)
-        except qk.QkError:
+            return deploy.load(folder, model=first.model)
+        except QkError:
             pass  # of another version: made again
     weights, activations = (int(part) for part in widths[1:].split("A"))
-    recipe = qk.Recipe(weights=weights, activations=activations, method="nearest", ranges="minmax")
+    recipe = Recipe(weights=weights, activations=activations, method="nearest", ranges="minmax")
     prepared = prepare(first.model, first.inputs, recipe)
-    qk.calibrate(prepared, [first.inputs], ranges="minmax")
-    model = qk.convert(prepared)
+    calibrate(prepared, [first.inputs], ranges="minmax")
+    model = deploy.convert(prepared)
     cache.mkdir(parents=True, exist_ok=True)
-    qk.save(model, folder)
+    deploy.save(model, folder)
     return model
 
 
@@ -113,8 +120,8 @@ def ours(net: Network, widths: Iterable[str], cache: Path) -> Iterable[Candidate
     for name in widths:
         model = quantized(net, name, cache)
         yield _candidate(net, f"qk {name}", f"{name} unfused", model, None)
-        if hasattr(qk, "fuse"):
-            fused = qk.fuse(model, net.inputs)
+        if hasattr(deploy, "fuse"):
+            fused = deploy.fuse(model, net.inputs)
             yield _candidate(net, f"qk {name} fused", name, getattr(fused, "model", fused), model)
 
 
@@ -135,6 +142,21 @@ def _candidate(net: Network, name: str, family: str, model: Any, unfused: nn.Mod
     return Candidate(name, family, run, check)
 
 
+def start(source: str, widths: str, cache: Path) -> Iterable[Candidate]:
+    """Loading a checkpoint, with the packing of its weights for the kernels."""
+    net = Network(source, 1)
+    model = quantized(net, widths, cache)
+    folder = folder_of(net, widths, cache)
+
+    def check() -> None:
+        loaded = deploy.load(folder, model=net.model)
+        assert torch.equal(net.run(loaded), net.run(model)), "the loaded network computes something else"
+
+    layers = integer_layers(model).values()
+    sizes = {"packed": sum(x.packed.nbytes for x in layers), "prepacked": sum(x.prepacked.nbytes for x in layers)}
+    yield Candidate(f"qk load {widths}", "load", lambda: deploy.load(folder, model=net.model), check, facts=sizes)
+
+
 def parse_widths(text: str) -> list[str]:
     """W8A8,W4A6 as a list. Raises QkError for what no recipe can ask for."""
     found = [part.strip().upper() for part in text.split(",") if part.strip()]
@@ -142,7 +164,7 @@ def parse_widths(text: str) -> list[str]:
         weights, a, activations = name[1:].partition("A")
         if name[:1] != "W" or not a or not weights.isdigit() or not activations.isdigit():
             raise fail("bench", "--widths", "such as W4A8,W4A6", repr(text))
-        qk.QuantSpec(weights=int(weights), activations=int(activations))
+        QuantSpec(weights=int(weights), activations=int(activations))
     if not found:
         raise fail("bench", "--widths", "such as W4A8,W4A6", repr(text))
     return found
@@ -160,10 +182,8 @@ class _LastHidden(nn.Module):
 
 
 def _minilm() -> nn.Module:
-    try:
+    with contextlib.suppress(QkError):
         sources.import_torchvision()  # transformers imports it where it is installed
-    except qk.QkError:
-        pass
     try:
         from transformers import BertConfig, BertModel
     except ImportError as error:

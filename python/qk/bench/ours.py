@@ -125,5 +125,6 @@ def _conv(p: Conv, bits: int, x_bits: int, algorithm: str) -> Candidate:
         same_bits(run(), reference("relu", *out))
 
     moved = codes.numel() * bits // 8 + x.numel() + p.data.y.numel()
-    name = f"W{bits}A{x_bits}" + (f" {algorithm}" if algorithm != "direct" else "")
-    return Candidate(f"qk {name}", name, run, check, moved)
+    family = f"W{bits}A{x_bits}"
+    name = family + (f" {algorithm}" if algorithm != "direct" else "")
+    return Candidate(f"qk {name}", family, run, check, moved)

@@ -196,9 +196,7 @@ class BagData:
         return torch.stack(parts, 2).flatten(1) * scale + offset
 
     def expected(self, bits: int) -> Tensor:
-        return F.embedding_bag(
-            torch.arange(self.lookups), self.values(bits, self.indices), self.offsets, mode="sum"
-        )
+        return F.embedding_bag(torch.arange(self.lookups), self.values(bits, self.indices), self.offsets, mode="sum")
 
 
 BERT = [(768, 768), (768, 3072), (3072, 768)]

@@ -18,7 +18,8 @@ class Candidate:
 
     name: as the tables show it. family: of ours the widths (W4A8); of a peer, whom ours of that weight width are
     measured against (W8, W4, W2, float32, bfloat16, or int8 of a whole network). run: what is timed. check: raises
-    AssertionError if the result is wrong; runs before any timing. moved: bytes that it must read and write.
+    AssertionError if the result is wrong; runs before any timing. moved: bytes that it must read and write. facts: what
+    else the page says of it.
     """
 
     name: str
@@ -26,6 +27,11 @@ class Candidate:
     run: Run
     check: Run
     moved: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_ours(self) -> bool:
+        return self.name.split()[0] == "qk"
 
 
 Source = Callable[[int], Iterable[Candidate]]  # of the number of threads

@@ -125,14 +125,14 @@ def _hear(line: dict[str, Any], run: dict[str, Any], done: list[str], begun: str
 def describe(row: dict[str, Any]) -> str:
     """Lines for a terminal: medians, spread, speed, the share of the limit, and what others took over the best of ours."""
     lines = [row["name"]]
-    mine = [e for e in row["entries"] if e["source"] == "qk"]
+    mine = [e for e in row["entries"] if e["ours"]]
     best = min((e["ms"][1] for e in mine), default=None)
-    for entry in sorted(row["entries"], key=lambda e: (e["source"] != "qk", e["ms"][1])):
+    for entry in sorted(row["entries"], key=lambda e: (not e["ours"], e["ms"][1])):
         low, middle, high = entry["ms"]
         notes = [f"{row['operations'] / middle / 1e6:.0f} GOP/s"] if row["operations"] else []
         if "limit_ms" in entry:
             notes.append(f"{100 * entry['limit_ms'] / middle:.0f} % of the limit")
-        if entry["source"] != "qk" and best:
+        if not entry["ours"] and best:
             notes.append(f"{middle / best:.2f} x ours")
         lines.append(f"  {entry['name']:34s}{middle:10.4f} ms ({low:.4f}-{high:.4f})  " + ", ".join(notes))
     lines += [f"  {name + ': ' if name else ''}{why}" for name, why in row["failed"].items()]

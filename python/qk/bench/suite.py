@@ -12,7 +12,7 @@ from typing import Any
 from qk import ops
 from qk.bench import elementwise, ours, problems, training
 from qk.bench.harness import Case
-from qk.bench.networks import DEFAULT, WIDTHS, Network
+from qk.bench.networks import DEFAULT, WIDTHS, Network, start
 from qk.bench.networks import ours as our_networks
 from qk.bench.peers import installed
 from qk.bench.rows import Candidate, Row, Source
@@ -80,6 +80,8 @@ def _networks(wanted: Wanted, found: dict[str, ModuleType]) -> list[Row]:
                     sources[name] = lambda threads, net=net, module=module: module.network(net, threads, cache)
             facts = {"network": net.name, "batch": batch}
             made.append(Row("network", f"network {net.name} batch {batch}, {net.size}", sources, 0, facts))
+        loading = {"qk": lambda _threads, source=source: start(source, wanted.widths[0], cache)}
+        made.append(Row("start", f"start {Network(source, 1).name}", loading, 0, {"network": Network(source, 1).name}))
     return made
 
 

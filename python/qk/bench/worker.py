@@ -61,14 +61,14 @@ def main(spec: dict[str, Any], out: Path) -> None:
             gc.collect()
 
 
-def build(row: Row, threads: int) -> tuple[list[tuple[str, Candidate]], dict[str, str]]:
-    """The candidates of all sources, each with its source's name, and what failed."""
-    made: list[tuple[str, Candidate]] = []
+def build(row: Row, threads: int) -> tuple[list[Candidate], dict[str, str]]:
+    """The candidates of all sources, and what failed. Those that a source made before it failed stay."""
+    made: list[Candidate] = []
     failed: dict[str, str] = {}
     for name, source in row.sources.items():
         try:
             for candidate in source(threads):
-                made.append((name, candidate))
+                made.append(candidate)  # noqa: PERF402
         except Exception as error:  # whatever it is: the other candidates are measured
             failed[name] = _words(error)
     return made, failed
@@ -77,21 +77,21 @@ def build(row: Row, threads: int) -> tuple[list[tuple[str, Candidate]], dict[str
 def measure(row: Row, threads: int, known: dict[str, Any], budget: float) -> dict[str, Any]:
     """Checks every candidate, then times those that are right in turns."""
     made, failed = build(row, threads)
-    right: dict[str, tuple[str, Candidate]] = {}
-    for source, candidate in made:
+    right: dict[str, Candidate] = {}
+    for candidate in made:
         try:
             candidate.check()
-            right[candidate.name] = source, candidate
+            right[candidate.name] = candidate
         except Exception as error:
             failed[candidate.name] = _words(error)
-    took = {name: min(_seconds(c) for _ in range(2)) for name, (_, c) in right.items()}
+    took = {name: min(_seconds(c) for _ in range(2)) for name, c in right.items()}
     fastest: dict[str, float] = {}
-    for name, (_, c) in right.items():
+    for name, c in right.items():
         fastest[c.family] = min(took[name], fastest.get(c.family, took[name]))
-    slow = {name for name, (_, c) in right.items() if took[name] > SLOW * fastest[c.family]}
-    times = alternate({n: c.run for n, (_, c) in right.items() if n not in slow}, ROUNDS, slot=SLOT, budget=budget)
-    times |= alternate({n: right[n][1].run for n in slow}, SLOW_ROUNDS, slot=0.0)
-    entries = [_entry(row, *right[name], times[name], known) for name in right]
+    slow = [name for name, c in right.items() if took[name] > SLOW * fastest[c.family]]
+    times = alternate({n: c.run for n, c in right.items() if n not in slow}, ROUNDS, slot=SLOT, budget=budget)
+    times |= alternate({name: right[name].run for name in slow}, SLOW_ROUNDS, slot=0.0)
+    entries = [_entry(row, c, times[name], known) for name, c in right.items()]
     return _facts(row) | {"entries": entries, "failed": failed}
 
 
@@ -99,11 +99,11 @@ def _facts(row: Row) -> dict[str, Any]:
     return {"kind": row.kind, "name": row.name, "operations": row.operations, "facts": row.facts}
 
 
-def _entry(row: Row, source: str, c: Candidate, times: list[float], known: dict[str, Any]) -> dict[str, Any]:
+def _entry(row: Row, c: Candidate, times: list[float], known: dict[str, Any]) -> dict[str, Any]:
     """ms: 10 %, 50 % and 90 % of the times. limit_ms: the least time on this machine, vnni_limit_ms: without AMX."""
-    entry: dict[str, Any] = {"name": c.name, "source": source, "family": c.family}
+    entry: dict[str, Any] = {"name": c.name, "ours": c.is_ours, "family": c.family, **c.facts}
     entry["ms"] = [1e3 * t for t in (times[len(times) // 10], median(times), times[-1 - len(times) // 10])]
-    if source == "qk" and (c.moved or row.operations):
+    if c.is_ours and (c.moved or row.operations):
         entry["moved"] = c.moved
         entry["limit_ms"] = 1e3 * limits.seconds(known, row.operations, c.moved)
         entry["vnni_limit_ms"] = 1e3 * limits.seconds(known, row.operations, c.moved, "avx512vnni")
