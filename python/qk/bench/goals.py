@@ -15,7 +15,7 @@ LIMIT, VNNI_LIMIT, ANY = "the limit", "the limit of vpdpbusd", "any peer"
 @dataclass(frozen=True)
 class Goal:
     """work: in words. rows: which rows. ours: a family. against: a family of peers, or of ours (qk W8A8), a limit, ANY,
-    or a time (0.5 s). least: the ratio to reach, theirs over ours; for a limit its share. threads: None is every number."""
+    or a time (0.5 s). least: the ratio to reach, theirs over ours; for a limit its share. threads: None for any."""
 
     work: str
     rows: Callable[[Record], bool]

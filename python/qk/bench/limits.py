@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from math import log
 from typing import Any
 
 from qk import _core, _native
 
-SIZES = tuple(
-    2**i for i in (14, 15, 17, 19, 20, 21, 22, 23, 24, 25, 26, 28)
-)  # bytes read over and over, by all threads
+SIZES = tuple(2**i for i in (14, 15, 17, 19, 20, 21, 22, 23, 24, 25, 26, 28))  # bytes that all threads read together
 
 
 def measure(threads: int, sizes: tuple[int, ...] = SIZES) -> dict[str, Any]:
@@ -46,7 +45,7 @@ def bandwidth(limits: dict[str, Any], size: int) -> float:
     points = limits["read"]
     if size <= points[0][0]:
         return points[0][1]
-    for (low, slow), (high, fast) in zip(points, points[1:], strict=False):
+    for (low, slow), (high, fast) in pairwise(points):
         if size <= high:
             share = log(size / low) / log(high / low)
             return slow * (fast / slow) ** share

@@ -115,7 +115,7 @@ def goal_table(run: dict[str, Any]) -> Table:
 
 
 def kind_table(run: dict[str, Any], kind: str) -> Table:
-    """Every row of a kind: the best of ours in each family, with its share of the limit, and the best of each of theirs."""
+    """Every row of a kind: the best of each family of ours, with its share of the limit, and of each of theirs."""
     rows = [row for row in run["rows"] if row["kind"] == kind and row["entries"]]
     mine = _families(rows, ours=True)
     theirs = _families(rows, ours=False)
@@ -155,10 +155,8 @@ def _failures(runs: list[dict[str, Any]]) -> str:
             seen.setdefault(line, []).append(title(run))
     if not seen:
         return "## Left out\n\nNothing: every candidate ran and was right.\n"
-    lines = [
-        f"- {what} — {places[0]}{f' and {len(places) - 1} more' if len(places) > 1 else ''}"
-        for what, places in seen.items()
-    ]
+    more = {what: f" and {len(places) - 1} more" if len(places) > 1 else "" for what, places in seen.items()}
+    lines = [f"- {what} (in {places[0]}{more[what]})" for what, places in seen.items()]
     return "## Left out\n\n" + "\n".join(lines) + "\n"
 
 

@@ -123,7 +123,7 @@ def _hear(line: dict[str, Any], run: dict[str, Any], done: list[str], begun: str
 
 
 def describe(row: dict[str, Any]) -> str:
-    """Lines for a terminal: medians, spread, speed, the share of the limit, and what others took over the best of ours."""
+    """Lines for a terminal: medians, spread, speed, share of the limit, and what others took over the best of ours."""
     lines = [row["name"]]
     mine = [e for e in row["entries"] if e["ours"]]
     best = min((e["ms"][1] for e in mine), default=None)

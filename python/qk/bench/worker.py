@@ -68,7 +68,7 @@ def build(row: Row, threads: int) -> tuple[list[Candidate], dict[str, str]]:
     for name, source in row.sources.items():
         try:
             for candidate in source(threads):
-                made.append(candidate)  # noqa: PERF402
+                made.append(candidate)
         except Exception as error:  # whatever it is: the other candidates are measured
             failed[name] = _words(error)
     return made, failed
