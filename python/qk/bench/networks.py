@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from qk import deploy, sources
-from qk.bench.rows import Candidate
+from qk.bench.rows import Candidate, same_bits
 from qk.calibrate import calibrate
 from qk.deploy.modules import integer_layers
 from qk.errors import QkError, fail
@@ -121,20 +121,22 @@ def ours(net: Network, widths: Iterable[str], cache: Path) -> Iterable[Candidate
         model = quantized(net, name, cache)
         yield _candidate(net, f"qk {name}", f"{name} unfused", model, None)
         if hasattr(deploy, "fuse"):
-            fused = deploy.fuse(model, net.inputs)
-            yield _candidate(net, f"qk {name} fused", name, getattr(fused, "model", fused), model)
+            fused, definition = (make(model, net.inputs) for make in (deploy.fuse, deploy.unfused))
+            yield _candidate(net, f"qk {name} fused", name, fused, definition)
 
 
-def _candidate(net: Network, name: str, family: str, model: Any, unfused: nn.Module | None) -> Candidate:
+def _candidate(net: Network, name: str, family: str, model: Any, definition: nn.Module | None) -> Candidate:
+    """definition: what the model must equal bit for bit."""
+
     def run() -> Tensor:
         with torch.inference_mode():
             return model(*net.inputs)
 
     def check() -> None:
         got = run()
-        if unfused is not None:
-            net.close(got, 0.1, net.run(unfused))
-        elif name.endswith("W8A8"):
+        if definition is not None:
+            same_bits(got, net.run(definition))
+        if "W8A8" in name:
             net.close(got, INT8_ERROR)
         else:
             assert got.isfinite().all(), "the result is not finite"  # too few bits to be close without learning
