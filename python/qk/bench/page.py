@@ -45,6 +45,7 @@ together, it is the geometric mean.
 
 def write(result: dict[str, Any], page: Path, source: str) -> list[Path]:
     """The page, and the plot beside it where matplotlib is installed; the files that were written."""
+    page.parent.mkdir(parents=True, exist_ok=True)
     plot = page.with_name(f"{page.stem}-roofline.svg")
     drawn = draw(result, plot)
     replace_file(page, text(result, source, plot.name if drawn else None).encode())

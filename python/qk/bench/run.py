@@ -123,17 +123,22 @@ def _hear(line: dict[str, Any], run: dict[str, Any], done: list[str], begun: str
 
 
 def describe(row: dict[str, Any]) -> str:
-    """Lines for a terminal: medians, spread, speed, share of the limit, and what others took over the best of ours."""
+    """Lines for a terminal: medians, spread, speed, share of the limit, and what a peer took over ours of its width."""
     lines = [row["name"]]
-    mine = [e for e in row["entries"] if e["ours"]]
-    best = min((e["ms"][1] for e in mine), default=None)
     for entry in sorted(row["entries"], key=lambda e: (not e["ours"], e["ms"][1])):
         low, middle, high = entry["ms"]
         notes = [f"{row['operations'] / middle / 1e6:.0f} GOP/s"] if row["operations"] else []
         if "limit_ms" in entry:
             notes.append(f"{100 * entry['limit_ms'] / middle:.0f} % of the limit")
-        if not entry["ours"] and best:
-            notes.append(f"{middle / best:.2f} x ours")
+        mine = None if entry["ours"] else _counterpart(entry["family"], row)
+        if mine is not None:
+            notes.append(f"{middle / mine['ms'][1]:.2f} x {mine['name']}")
         lines.append(f"  {entry['name']:34s}{middle:10.4f} ms ({low:.4f}-{high:.4f})  " + ", ".join(notes))
     lines += [f"  {name + ': ' if name else ''}{why}" for name, why in row["failed"].items()]
     return "\n".join(lines)
+
+
+def _counterpart(family: str, row: dict[str, Any]) -> dict[str, Any] | None:
+    """Ours whose weights are as wide as those of a peer's family; the first of ours, the widest, for all others."""
+    mine = [e for e in row["entries"] if e["ours"]]
+    return next((e for e in mine if e["family"].startswith(family)), mine[0] if mine else None)
