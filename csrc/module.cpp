@@ -29,6 +29,9 @@ static py::dict packed_layout(const std::vector<int64_t>& shape, int64_t bits, i
   py::dict parts;
   parts["stored_bits"] = p.stored_bits;
   parts["blocks"] = p.blocks();
+  parts["segments"] = p.segments;
+  parts["segment_k"] = p.segment_k;
+  parts["segment_padded"] = p.segment_padded;
   parts["k_padded"] = p.k_padded;
   parts["codes_at"] = p.codes_at;
   parts["sums_at"] = p.sums_at;

@@ -55,18 +55,18 @@ STABLE_TORCH_LIBRARY(qk, m) {
 
   // packed [N, row_bytes] uint8 (codes of a weight of `shape`, packed along K), zero [N] or [N, groups along K] int32
   // -> the kernels' own layout, opaque uint8 [bytes]. shape [N, K] for gemm, [N, kh, kw, C / groups] for conv2d.
-  // bits 2, 4 or 8; 8-bit weights have zero 128.
-  m.def("prepack(Tensor packed, Tensor zero, int bits, int[] shape, int groups=1) -> Tensor");
+  // bits 2, 4 or 8; 8-bit weights have zero 128. algorithm: direct.
+  m.def("prepack(Tensor packed, Tensor zero, int bits, int[] shape, int groups=1, str algorithm=\"direct\") -> Tensor");
 
   // x [..., K] uint8 codes below 2^x_bits, x_step float32 and x_zero int32 [1] or [rows of x], weight prepacked,
   // weight_step [N] or [N, groups along K] float32, bias [N] float32 -> [..., N] float32:
-  // activation(float(sum (x - x_zero) (weight - weight_zero)) * (x_step * weight_step) + bias); groups are added in
-  // order. With out_step and out_zero (one value each) the result is quantized to uint8 codes of out_bits. activation:
-  // none, relu, relu6.
+  // activation(float(sum (x - x_zero) (weight - weight_zero)) * (x_step * weight_step) + bias + residual); groups are
+  // added in order. With out_step and out_zero (one value each) the result is quantized to uint8 codes of out_bits.
+  // activation: none, relu, relu6. residual: float32, or codes with residual_step and residual_zero (one value each).
   m.def(
       "gemm(Tensor x, Tensor x_step, Tensor x_zero, Tensor weight, Tensor weight_step, Tensor? bias, int bits,"
-      " int x_bits=8, str activation=\"none\", Tensor? out_step=None, Tensor? out_zero=None, int out_bits=8) -> "
-      "Tensor");
+      " int x_bits=8, str activation=\"none\", Tensor? out_step=None, Tensor? out_zero=None, int out_bits=8,"
+      " Tensor? residual=None, Tensor? residual_step=None, Tensor? residual_zero=None) -> Tensor");
 
   // x [B, H, W, C] uint8 codes (NHWC), x_step and x_zero [1], weight prepacked from [N, kh, kw, C / groups],
   // weight_step [N] or [N, groups along K], bias [N] -> [B, OH, OW, N] float32 or codes, as gemm. Padding has code
@@ -74,6 +74,6 @@ STABLE_TORCH_LIBRARY(qk, m) {
   m.def(
       "conv2d(Tensor x, Tensor x_step, Tensor x_zero, Tensor weight, Tensor weight_step, Tensor? bias, int bits,"
       " int[2] kernel, int[2] stride=1, int[2] padding=0, int[2] dilation=1, int groups=1,"
-      " int x_bits=8, str activation=\"none\", Tensor? out_step=None, Tensor? out_zero=None, int out_bits=8) -> "
-      "Tensor");
+      " int x_bits=8, str activation=\"none\", Tensor? out_step=None, Tensor? out_zero=None, int out_bits=8,"
+      " Tensor? residual=None, Tensor? residual_step=None, Tensor? residual_zero=None) -> Tensor");
 }

@@ -14,12 +14,16 @@ QK_HD constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) *
 // leaves room for what a layout adds and for the bytes of a value.
 constexpr int64_t size_limit = int64_t{1} << 31, values_limit = int64_t{1} << 47;
 
+// What a prepacked weight is made for.
+enum class Algorithm : int32_t { direct };
+
 // A weight [n, kh, kw, c], c input channels of each of `groups`; a Linear is [n, 1, 1, K].
 struct WeightShape {
   int64_t n, kh, kw, c;
   int64_t groups;    // of the convolution
   int64_t k_groups;  // of K, with a step and a zero each
   int bits;          // 2, 4 or 8
+  Algorithm algorithm = Algorithm::direct;
 
   QK_HD constexpr int64_t taps() const { return kh * kw; }
   QK_HD constexpr int64_t k() const { return kh * kw * c; }
@@ -39,30 +43,37 @@ QK_HD constexpr int64_t longest_k(int64_t x_bits, int bits) {
 // First 64 bytes of a prepacked weight: what it was made from, so that another use is refused.
 struct PackedHeader {
   int32_t magic, bits;
-  int64_t n, kh, kw, c, groups, k_groups, reserved;
+  int64_t n, kh, kw, c, groups, k_groups;
+  Algorithm algorithm;
+  int32_t reserved;
 };
 static_assert(sizeof(PackedHeader) == 64, "the codes behind it start on a cache line");
-constexpr int32_t packed_magic = 0x31304b51;  // "QK01": change it with the layout
+constexpr int32_t packed_magic = 0x32304b51;  // "QK02": change it with the layout
 
 // Blocks of 16 output channels; a convolution's groups start a new block. Inside a block K goes in steps of 4:
 // 16 channels x 4 codes. A vector of 64 bytes holds 8 / bits steps, step j of channel i at byte 4 i + k % 4,
-// bit j * bits. 8-bit codes are stored as u - 128 (int8). Each group of K fills whole vectors; what is added to fill
-// them has the code zero[n, group] and so the value 0. A depthwise weight is seen as [n, taps] and stored in 8 bits as
-// u - zero (int8).
+// bit j * bits. 8-bit codes are stored as u - 128 (int8).
+// K is a list of segments of equal length: the rows of the kernel (kw * c), or the groups of K if there are several.
+// A segment is filled up with bytes of 0 to segment_padded codes: the rows of a kernel to a multiple of 64, so that 16
+// steps of int8 are one AMX tile (64 codes of 16 channels), groups to whole vectors. A byte of 0 is the value 0 in 8
+// bits and the code 0 below: a kernel that subtracts zeros must do so on segment_k codes only.
+// A depthwise weight is seen as [n, taps], one segment of whole steps, and stored in 8 bits as u - zero (int8).
 //   header | codes [blocks][k_groups][vectors][64] | sums int32 [blocks][k_groups][16] |
 //   zeros uint8 [blocks][k_groups][16] | 0 up to whole cache lines
 // sums: of u - zero over the group. zeros: only below 8 bits.
 struct PackedLayout {
-  static constexpr int64_t block = 16, step = 4, vector = 64;
+  static constexpr int64_t block = 16, step = 4, vector = 64, segment_unit = 64;
   int stored_bits;
   int64_t outer;             // groups of the convolution that have blocks of their own
   int64_t n_per_outer;       // output channels of each
   int64_t blocks_per_outer;  // of 16 channels
   int64_t k;                 // length of the sum
-  int64_t group_k, group_padded, k_padded, k_groups;
+  int64_t segments, segment_k, segment_padded;
+  int64_t k_padded, k_groups;
   int64_t block_bytes;  // codes of one block
   int64_t codes_at, sums_at, zeros_at, bytes;
 
+  QK_HD constexpr int64_t group_segments() const { return segments / k_groups; }  // of each group of K
   QK_HD constexpr int64_t blocks() const { return outer * blocks_per_outer; }
   // Byte of the vector that holds padded position k of channel i of a block.
   QK_HD constexpr int64_t code_at(int64_t block_index, int64_t k_pos, int64_t i) const {
@@ -81,10 +92,13 @@ QK_HD constexpr PackedLayout packed_layout(const WeightShape& w) {
   p.n_per_outer = w.n / p.outer;
   p.blocks_per_outer = ceil_div(p.n_per_outer, PackedLayout::block);
   p.k = w.k();
-  p.group_k = w.group_k();
   p.k_groups = w.k_groups;
-  p.group_padded = round_up(p.group_k, PackedLayout::step * (8 / p.stored_bits));
-  p.k_padded = p.group_padded * p.k_groups;
+  p.segments = depthwise ? 1 : w.k_groups == 1 ? w.kh : w.k_groups;
+  p.segment_k = p.k / p.segments;
+  const int64_t whole_vectors = PackedLayout::step * (8 / p.stored_bits);
+  p.segment_padded =
+      round_up(p.segment_k, depthwise || w.k_groups > 1 ? whole_vectors : int64_t{PackedLayout::segment_unit});
+  p.k_padded = p.segment_padded * p.segments;
   p.block_bytes = p.k_padded * PackedLayout::block * p.stored_bits / 8;
   p.codes_at = sizeof(PackedHeader);
   p.sums_at = p.codes_at + p.blocks() * p.block_bytes;

@@ -6,14 +6,14 @@ namespace qk::cpu::QK_ISA {
 namespace {
 
 // Rows of the matrix product: the codes under the kernel at one output pixel.
-void pack_pixels(const Conv2dArgs& a, uint8_t* panels, int64_t outer, int64_t first, int64_t count) {
+void pack_pixels(const Conv2dArgs& a, uint8_t* rows, int64_t outer, int64_t first, int64_t count) {
   const int64_t c = a.shape.c, channels = c * a.shape.groups;
   const uint8_t zero = static_cast<uint8_t>(*a.epilogue.x_zero);
   // Neighbours in W are neighbours in memory: a row of the kernel is one copy.
   const bool joined = a.dilation_w == 1 && a.shape.groups == 1;
   int64_t ox = first % a.ow, oy = first / a.ow % a.oh, b = first / a.ow / a.oh;
   for (int64_t r = 0; r < count; ++r) {
-    RowWriter row(panels, r, a.layout);
+    RowWriter row(rows + r * packed_row_pitch(a.layout), a.layout);
     const int64_t x0 = ox * a.stride_w - a.pad_w, y0 = oy * a.stride_h - a.pad_h;
     for (int64_t ky = 0; ky < a.shape.kh; ++ky) {
       const int64_t y = y0 + ky * a.dilation_h;
@@ -51,10 +51,19 @@ void depthwise(const Conv2dArgs& a);
 
 void conv2d(const Conv2dArgs& a) {
   if (a.shape.depthwise()) return depthwise(a);
-  multiply({a.weight, a.layout, a.epilogue, a.batch * a.oh * a.ow, a.shape.n, a.out},
-           [&](uint8_t* panels, int64_t outer, int64_t first, int64_t count) {
-             pack_pixels(a, panels, outer, first, count);
-           });
+  Source source{};
+  source.self = &a;
+  source.piece_count = a.layout.segments;
+  source.row_bytes = packed_row_pitch(a.layout);
+  source.row_unit = 1;
+  source.pieces = [](const void* self, Piece* p) { packed_pieces(static_cast<const Conv2dArgs*>(self)->layout, p); };
+  source.fill = [](const void* self, uint8_t* memory, int64_t outer, int64_t first, int64_t count, Run* runs) {
+    const Conv2dArgs& args = *static_cast<const Conv2dArgs*>(self);
+    pack_pixels(args, memory, outer, first, count);
+    runs[0] = {memory, packed_row_pitch(args.layout), count};
+    return int64_t{1};
+  };
+  multiply({a.weight, a.layout, a.epilogue, a.batch * a.oh * a.ow, a.shape.n, a.out, source});
 }
 
 }  // namespace qk::cpu::QK_ISA

@@ -57,9 +57,8 @@ void prepare(const Conv2dArgs& a, const Plan& p, uint8_t* memory) {
   std::memset(memory + p.zeros_at, static_cast<int>(zero), static_cast<size_t>(p.strips * strip));
 }
 
-template <bool small>
-void pixels(const Conv2dArgs& a, const Plan& p, uint8_t* memory, int64_t begin, int64_t end) {
-  const Finish finish(a.epilogue);
+template <bool small, class Finish>
+void pixels(const Conv2dArgs& a, const Plan& p, const Finish& finish, uint8_t* memory, int64_t begin, int64_t end) {
   const uint8_t** taps = reinterpret_cast<const uint8_t**>(memory + p.taps_at);
   const float* steps = reinterpret_cast<const float*>(memory + p.steps_at);
   const float* bias = reinterpret_cast<const float*>(memory + p.bias_at);
@@ -111,10 +110,12 @@ void depthwise(const Conv2dArgs& a) {
   parallel_for(a.batch * a.oh * a.ow, grain, [&](int64_t begin, int64_t end) {
     uint8_t* memory = static_cast<uint8_t*>(thread_scratch(p.bytes));
     prepare(a, p, memory);
-    if (a.shape.bits < 8)
-      pixels<true>(a, p, memory, begin, end);
-    else
-      pixels<false>(a, p, memory, begin, end);
+    with_finish(a.epilogue, [&](const auto& finish) {
+      if (a.shape.bits < 8)
+        pixels<true>(a, p, finish, memory, begin, end);
+      else
+        pixels<false>(a, p, finish, memory, begin, end);
+    });
   });
 }
 

@@ -38,10 +38,10 @@ QK_INLINE Bytes spread16(const uint8_t* p) {
   return _mm512_mullo_epi32(wide, _mm512_set1_epi32(0x01010101));
 }
 template <int B>
-QK_INLINE Bytes unpack(Bytes v, int part, Bytes zero) {
-  const __m512i codes = _mm512_and_si512(_mm512_srli_epi16(v, part * B), _mm512_set1_epi8((1 << B) - 1));
-  return _mm512_sub_epi8(codes, zero);
+QK_INLINE Bytes unpack(Bytes v, int part) {
+  return _mm512_and_si512(_mm512_srli_epi16(v, part * B), _mm512_set1_epi8((1 << B) - 1));
 }
+QK_INLINE Bytes minus(Bytes a, Bytes b) { return _mm512_sub_epi8(a, b); }
 QK_INLINE Lanes none() { return _mm512_setzero_si512(); }
 QK_INLINE Lanes sum(Lanes a, Lanes b) { return _mm512_add_epi32(a, b); }
 QK_INLINE Four broadcast4(const uint8_t* p) { return _mm512_set1_epi32(static_cast<int>(load4(p))); }
@@ -110,11 +110,12 @@ QK_INLINE Bytes spread16(const uint8_t* p) {
   return {half(p), half(p + 8)};
 }
 template <int B>
-QK_INLINE Bytes unpack(Bytes v, int part, Bytes zero) {
+QK_INLINE Bytes unpack(Bytes v, int part) {
   const __m256i mask = _mm256_set1_epi8((1 << B) - 1);
-  return {_mm256_sub_epi8(_mm256_and_si256(_mm256_srli_epi16(v.a, part * B), mask), zero.a),
-          _mm256_sub_epi8(_mm256_and_si256(_mm256_srli_epi16(v.b, part * B), mask), zero.b)};
+  return {_mm256_and_si256(_mm256_srli_epi16(v.a, part * B), mask),
+          _mm256_and_si256(_mm256_srli_epi16(v.b, part * B), mask)};
 }
+QK_INLINE Bytes minus(Bytes a, Bytes b) { return {_mm256_sub_epi8(a.a, b.a), _mm256_sub_epi8(a.b, b.b)}; }
 QK_INLINE Lanes none() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 QK_INLINE Lanes sum(Lanes a, Lanes b) { return {_mm256_add_epi32(a.a, b.a), _mm256_add_epi32(a.b, b.b)}; }
 QK_INLINE Four broadcast4(const uint8_t* p) { return _mm256_set1_epi32(static_cast<int>(load4(p))); }
@@ -202,11 +203,15 @@ QK_INLINE Bytes spread16(const uint8_t* p) {
   return v;
 }
 template <int B>
-QK_INLINE Bytes unpack(const Bytes& v, int part, const Bytes& zero) {
+QK_INLINE Bytes unpack(const Bytes& v, int part) {
   Bytes out;
   for (int i = 0; i < 64; ++i)
-    out.v[i] = static_cast<int8_t>(((static_cast<uint8_t>(v.v[i]) >> (part * B)) & ((1 << B) - 1)) - zero.v[i]);
+    out.v[i] = static_cast<int8_t>((static_cast<uint8_t>(v.v[i]) >> (part * B)) & ((1 << B) - 1));
   return out;
+}
+QK_INLINE Bytes minus(Bytes a, const Bytes& b) {
+  for (int i = 0; i < 64; ++i) a.v[i] = static_cast<int8_t>(a.v[i] - b.v[i]);
+  return a;
 }
 QK_INLINE Lanes none() { return {}; }
 QK_INLINE Lanes sum(Lanes a, const Lanes& b) {

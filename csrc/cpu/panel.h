@@ -1,17 +1,19 @@
-// A block of rows of x in the order in which the tiles read it: panels of tile_rows rows; in a panel K goes in chunks
-// of 256 bytes, chunk by chunk all rows. So a tile finds every row at a constant distance from one pointer, and no two
-// rows share a cache set whatever K is.
+// Rows of x that are copied because they cannot be read in place: each segment of K (core/layout.h) filled up to whole
+// steps of 4, rows an odd number of cache lines apart, so that no two share a cache set.
 #pragma once
-#include "core/layout.h"
-#include "cpu/dot.h"
+#include "cpu/tile.h"
 
 namespace qk::cpu::QK_ISA {
 namespace {
 
-constexpr int64_t chunk = 256;
-constexpr int64_t chunk_pitch = chunk * tile_rows;
+constexpr int64_t row_pitch(int64_t bytes) { return (ceil_div(bytes, 64) | 1) * 64; }
+constexpr int64_t packed_row_pitch(const PackedLayout& l) { return row_pitch(round_up(l.segment_k, 4) * l.segments); }
 
-constexpr int64_t panel_bytes(int64_t k_padded) { return ceil_div(k_padded, chunk) * chunk_pitch; }
+// Piece i of rows that RowWriter made is segment i.
+inline void packed_pieces(const PackedLayout& l, Piece* pieces) {
+  for (int64_t s = 0; s < l.segments; ++s)
+    pieces[s] = {s * round_up(l.segment_k, 4), s * l.segment_padded, l.segment_k};
+}
 
 template <int n>
 QK_INLINE void move_ends(uint8_t* __restrict to, const uint8_t* __restrict from, int64_t length) {
@@ -40,19 +42,19 @@ QK_INLINE void move(uint8_t* __restrict to, const uint8_t* __restrict from, int6
   }
 }
 
-// Writes one row from left to right, skipping what is added to the groups of K.
+// Writes one row from left to right, skipping what fills segments up.
 class RowWriter {
  public:
-  RowWriter(uint8_t* block_base, int64_t row, const PackedLayout& layout)
-      : base_(block_base + row / tile_rows * panel_bytes(layout.k_padded) + row % tile_rows * chunk),
-        left_(layout.group_k),
-        group_k_(layout.group_k),
-        gap_(layout.group_padded - layout.group_k) {}
+  RowWriter(uint8_t* row, const PackedLayout& layout)
+      : at_(row),
+        left_(layout.segment_k),
+        segment_k_(layout.segment_k),
+        gap_(round_up(layout.segment_k, 4) - layout.segment_k) {}
 
   QK_INLINE void copy(const uint8_t* from, int64_t n) {
     while (n > 0) {
-      const int64_t m = room(n);
-      move(at(), from, m);
+      const int64_t m = least(n, left_);
+      move(at_, from, m);
       from += m;
       n -= m;
       advance(m);
@@ -60,28 +62,25 @@ class RowWriter {
   }
   QK_INLINE void fill(uint8_t code, int64_t n) {
     while (n > 0) {
-      const int64_t m = room(n);
-      std::memset(at(), code, static_cast<size_t>(m));
+      const int64_t m = least(n, left_);
+      std::memset(at_, code, static_cast<size_t>(m));
       n -= m;
       advance(m);
     }
   }
 
  private:
-  uint8_t* at() const { return base_ + k_ / chunk * chunk_pitch + k_ % chunk; }
-  int64_t room(int64_t n) const { return least(n, least(chunk - static_cast<int64_t>(k_ % chunk), left_)); }
   QK_INLINE void advance(int64_t n) {
-    k_ += n;
+    at_ += n;
     left_ -= n;
     if (left_ == 0) {
-      k_ += gap_;
-      left_ = group_k_;
+      at_ += gap_;
+      left_ = segment_k_;
     }
   }
 
-  uint8_t* base_;
-  uint64_t k_ = 0;  // unsigned: chunks are powers of two
-  int64_t left_, group_k_, gap_;
+  uint8_t* at_;
+  int64_t left_, segment_k_, gap_;
 };
 
 }  // namespace

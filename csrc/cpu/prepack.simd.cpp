@@ -40,33 +40,35 @@ int code_at(const uint8_t* row, int64_t k, int bits) { return (row[k * bits / 8]
 template <int B>
 void pack_block(const PrepackArgs& a, int64_t at) {
   constexpr int64_t per_vector = 32 / B;
+  constexpr uint32_t filling = B == 8 ? 128 : 0;  // a byte of 0 in the end
   const PackedLayout& l = a.layout;
   const int64_t outer = at / l.blocks_per_outer, first = at % l.blocks_per_outer * PackedLayout::block;
   const int64_t valid = least(PackedLayout::block, l.n_per_outer - first), n0 = outer * l.n_per_outer + first;
   uint8_t* codes = a.out + l.codes_at + at * l.block_bytes;
   for (int64_t i = 0; i < PackedLayout::block; ++i) {
     for (int64_t g = 0; g < l.k_groups; ++g) {
-      const uint32_t zero = i < valid ? static_cast<uint32_t>(a.zero[(n0 + i) * l.k_groups + g]) : 0;
-      uint8_t* out = codes + g * l.group_padded * PackedLayout::block * B / 8 + i * PackedLayout::step;
+      const int32_t zero = i < valid ? a.zero[(n0 + i) * l.k_groups + g] : 0;
       int32_t sum = 0;
-      for (int64_t k = 0; k < l.group_padded; k += per_vector, out += PackedLayout::vector) {
-        uint32_t steps = 0;
-        if (i < valid) {
-          const uint8_t* row = a.packed + (n0 + i) * a.row_bytes;
-          const int64_t from = g * l.group_k + k;
-          uint32_t rest = 0;
-          if (k + per_vector <= l.group_k && from * B % 8 == 0) {
-            std::memcpy(&rest, row + from * B / 8, 4);
-          } else {
-            for (int64_t j = 0; j < per_vector; ++j) {
-              const uint32_t code = k + j < l.group_k ? static_cast<uint32_t>(code_at(row, from + j, B)) : zero;
-              rest |= code << (j * B);
+      for (int64_t s = g * l.group_segments(); s < (g + 1) * l.group_segments(); ++s) {
+        uint8_t* out = codes + s * l.segment_padded * PackedLayout::block * B / 8 + i * PackedLayout::step;
+        for (int64_t k = 0; k < l.segment_padded; k += per_vector, out += PackedLayout::vector) {
+          const int64_t there = most<int64_t>(0, least(per_vector, l.segment_k - k));
+          uint32_t steps = 0;
+          if (i < valid && there > 0) {
+            const uint8_t* row = a.packed + (n0 + i) * a.row_bytes;
+            const int64_t from = s * l.segment_k + k;
+            uint32_t rest = 0;
+            if (there == per_vector && from * B % 8 == 0) {
+              std::memcpy(&rest, row + from * B / 8, 4);
+            } else {
+              for (int64_t j = 0; j < per_vector; ++j)
+                rest |= (j < there ? static_cast<uint32_t>(code_at(row, from + j, B)) : filling) << (j * B);
             }
+            steps = to_steps<B>(rest);
+            sum += code_sum<B>(rest) - static_cast<int32_t>(there * zero + (per_vector - there) * filling);
           }
-          steps = to_steps<B>(rest);
-          sum += code_sum<B>(rest) - static_cast<int32_t>(per_vector * zero);
+          std::memcpy(out, &steps, 4);
         }
-        std::memcpy(out, &steps, 4);
       }
       const int64_t entry = (at * l.k_groups + g) * PackedLayout::block + i;
       std::memcpy(a.out + l.sums_at + entry * 4, &sum, 4);
@@ -95,8 +97,8 @@ void pack_depthwise_block(const PrepackArgs& a, int64_t at) {
 
 void prepack(const PrepackArgs& a) {
   const PackedLayout& l = a.layout;
-  const PackedHeader header{packed_magic, a.shape.bits,   a.shape.n,        a.shape.kh, a.shape.kw,
-                            a.shape.c,    a.shape.groups, a.shape.k_groups, 0};
+  const PackedHeader header{packed_magic, a.shape.bits,   a.shape.n,        a.shape.kh,        a.shape.kw,
+                            a.shape.c,    a.shape.groups, a.shape.k_groups, a.shape.algorithm, 0};
   std::memcpy(a.out, &header, sizeof header);
   const int64_t used = l.zeros_at + (l.stored_bits < 8 ? l.blocks() * l.k_groups * PackedLayout::block : 0);
   std::memset(a.out + used, 0, static_cast<size_t>(l.bytes - used));

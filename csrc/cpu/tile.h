@@ -1,82 +1,104 @@
-// The register tile: `rows` rows of a panel times `blocks` blocks of 16 output channels, a stretch of K.
+// The register tile: `rows` rows of x times `blocks` blocks of 16 output channels, along pieces of K.
+//
+// How a kernel states its product (gemm, conv2d), and what another micro kernel (AMX) reads:
+//  - A run is a number of neighbouring rows of the product (pixels of an image's row) that lie x_stride bytes apart.
+//    A tile takes up to tile_rows of them, from one run; x is read where it lies. A convolution makes a padded copy of
+//    the image's rows, and pixel ox of a row begins ox * stride_w * channels bytes behind the first one.
+//  - A piece is a stretch of K that a row holds without a gap: n codes at byte x of the row against the weights from
+//    padded position k on (core/layout.h). A gemm has one for each group of K; a convolution one for each row of the
+//    kernel, of kw * c codes (dilation_w 1, one group), or one for each tap, of c codes.
+//  - Kernels go along n in steps of 4. The codes behind the last one meet weights that are 0 bytes, so their value does
+//    not matter, but they must be memory of ours: the caller's x is read in place only if n % 4 = 0.
+//    AMX goes in steps of 64 with a shorter last tile; k is a multiple of 64 for such pieces, and 64 codes of int8
+//    weights (8 bits, or unpacked) are 1,024 bytes in a row: one tile B, blocks weight_pitch apart.
+//  - Weights below 8 bits are read as they are, codes from 0 (`raw`): the sum then lacks zero * (sum of the row's
+//    codes), which finish_rows (igemm.h) subtracts. Or they were unpacked to u - zero by unpack_weights.
+//  - acc is [rows][blocks * 16] int32; finish_rows takes it from there.
 #pragma once
-#include "cpu/panel.h"
+#include "core/layout.h"
+#include "cpu/dot.h"
 
 namespace qk::cpu::QK_ISA {
+
+struct Piece {
+  int64_t x, k, n;
+};
+
 namespace {
 
 struct TileArgs {
-  const uint8_t* panel;
-  const uint8_t* weight;  // at the start of K of the first block
+  const uint8_t* x;  // of the first row
+  int64_t x_stride;
+  const Piece* pieces;
+  int64_t piece_count;
+  const uint8_t* weight;  // of the first block, padded position 0 of K
   int64_t weight_pitch;   // bytes from block to block
-  const uint8_t* zeros;   // [16] of the first block; only with unpacking
-  int64_t zeros_pitch;
-  int64_t k_begin, k_end;  // padded K, whole vectors
-  int32_t* acc;            // [rows][blocks * 16]
-  // What is needed after this column of tiles: one line of it is fetched into L2 with each vector.
+  int32_t* acc;           // [rows][blocks * 16], written
+  // What is needed after this column of tiles: one line of it is fetched into L2 with each vector. Any address will do.
   const uint8_t* ahead;
 };
 
-// B: stored width; below 8 the weights are unpacked in registers. Every loop over the sums is unrolled: else gcc keeps
+// B: stored width; below 8 the codes are unpacked in registers. Every loop over the sums is unrolled: else gcc keeps
 // them in memory.
-template <int B, int rows, int blocks, bool small>
+template <int B, int rows, int blocks>
 void tile(const TileArgs& a) {
   constexpr int parts = 8 / B;
+  constexpr int64_t per_vector = 4 * parts;  // codes of K
   // Few rows: more sets of sums, so that one product need not wait for the one before.
   constexpr int sets = rows * blocks >= 8 ? 1 : rows * blocks >= 4 ? 2 : 4;
   constexpr int unroll = sets > parts ? sets / parts : 1;
   Lanes acc[sets][rows][blocks];
-  Bytes zero[blocks];
 #pragma GCC unroll 4
   for (int s = 0; s < sets; ++s)
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
       for (int c = 0; c < blocks; ++c) acc[s][r][c] = none();
-  if constexpr (B < 8) {
-#pragma GCC unroll 4
-    for (int c = 0; c < blocks; ++c) zero[c] = spread16(a.zeros + c * a.zeros_pitch);
-  }
-  const auto vector = [&](const uint8_t* x, const uint8_t* w, int first) __attribute__((always_inline)) {
+  const int64_t x_stride = a.x_stride, weight_pitch = a.weight_pitch;
+  const auto vector = [&](const uint8_t* x, const uint8_t* w, int first, int steps) __attribute__((always_inline)) {
     Bytes raw[blocks];
 #pragma GCC unroll 4
-    for (int c = 0; c < blocks; ++c) raw[c] = load64(w + c * a.weight_pitch);
+    for (int c = 0; c < blocks; ++c) raw[c] = load64(w + c * weight_pitch);
 #pragma GCC unroll 4
     for (int p = 0; p < parts; ++p) {
+      if (p >= steps) break;
       Bytes weights[blocks];
 #pragma GCC unroll 4
       for (int c = 0; c < blocks; ++c) {
         if constexpr (B < 8) {
-          weights[c] = unpack<B>(raw[c], p, zero[c]);
+          weights[c] = unpack<B>(raw[c], p);
         } else {
           weights[c] = raw[c];
         }
       }
 #pragma GCC unroll 16
       for (int r = 0; r < rows; ++r) {
-        const Four codes = broadcast4(x + r * chunk + 4 * p);
+        const Four codes = broadcast4(x + r * x_stride + 4 * p);
 #pragma GCC unroll 4
         for (int c = 0; c < blocks; ++c)
-          acc[(first + p) % sets][r][c] = dot4<small>(acc[(first + p) % sets][r][c], codes, weights[c]);
+          acc[(first + p) % sets][r][c] = dot4<(B < 8)>(acc[(first + p) % sets][r][c], codes, weights[c]);
       }
     }
   };
-  constexpr int64_t per_vector = 4 * parts;  // codes of K
-  for (int64_t k = a.k_begin; k < a.k_end;) {
-    const int64_t stop = least(a.k_end, k / chunk * chunk + chunk);
-    const uint8_t* x = a.panel + k / chunk * chunk_pitch + k % chunk;
-    const uint8_t* w = a.weight + k / per_vector * 64;
-    const uint8_t* ahead = a.ahead + k / per_vector * 64;
-    for (; k + unroll * per_vector <= stop; k += unroll * per_vector, x += unroll * per_vector, w += unroll * 64) {
+  const uint8_t* ahead = a.ahead;
+  for (int64_t i = 0; i < a.piece_count; ++i) {
+    const Piece piece = a.pieces[i];
+    const uint8_t* x = a.x + piece.x;
+    const uint8_t* w = a.weight + piece.k / per_vector * 64;
+    int64_t k = round_up(piece.n, 4);
+    for (; k >= unroll * per_vector; k -= unroll * per_vector, x += unroll * per_vector, w += unroll * 64) {
       if constexpr (unroll == 1) {
         __builtin_prefetch(ahead, 0, 2);
         ahead += 64;
       }
 #pragma GCC unroll 4
-      for (int u = 0; u < unroll; ++u) vector(x + u * per_vector, w + u * 64, u * parts);
+      for (int u = 0; u < unroll; ++u) vector(x + u * per_vector, w + u * 64, u * parts, parts);
     }
     if constexpr (unroll > 1)
-      for (; k < stop; k += per_vector, x += per_vector, w += 64) vector(x, w, 0);
+      for (; k >= per_vector; k -= per_vector, x += per_vector, w += 64) vector(x, w, 0, parts);
+    if constexpr (parts > 1) {
+      if (k > 0) vector(x, w, 0, static_cast<int>(k / 4));
+    }
   }
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
@@ -91,44 +113,37 @@ void tile(const TileArgs& a) {
 
 using Tile = void (*)(const TileArgs&);
 
-// The tile for `rows` rows (1 .. tile_rows, or tile_rows_unpacking), which may compute a few rows too many: a panel is
-// whole, and nobody reads the sums of rows that are not there.
-template <int B, bool small>
+// The tile for exactly `rows` (1 .. tile_rows) and `blocks` (1 .. tile_blocks).
+template <int B, int blocks, int rows = tile_rows>
+Tile tile_for(int64_t n) {
+  if constexpr (rows > 1) {
+    if (n < rows) return tile_for<B, blocks, rows - 1>(n);
+  }
+  return tile<B, rows, blocks>;
+}
+template <int B>
 Tile tile_for(int64_t rows, int64_t blocks) {
-#if defined(QK_ISA_AVX512VNNI)
-  if (blocks == 1) {
-    if (rows <= 1) return tile<B, 1, 1, small>;
-    if (rows <= 4) return tile<B, 4, 1, small>;
-    if (rows <= 8) return tile<B, 8, 1, small>;
-    if constexpr (B == 8) return tile<B, 14, 1, small>;
-    return nullptr;
+  if constexpr (tile_blocks > 1) {
+    if (blocks > 1) return tile_for<B, 2>(rows);
   }
-  if constexpr (B == 8) {
-    if (rows > 12) return tile<B, 14, 2, small>;
-    if (rows > 10) return tile<B, 12, 2, small>;
-    if (rows > 8) return tile<B, 10, 2, small>;
-  }
-  if (rows > 6) return tile<B, 8, 2, small>;
-  if (rows > 4) return tile<B, 6, 2, small>;
-  if (rows > 2) return tile<B, 4, 2, small>;
-  return rows == 2 ? tile<B, 2, 2, small> : tile<B, 1, 2, small>;
-#else
-  if (rows > 2) return tile<B, 4, 1, small>;
-  return rows == 2 ? tile<B, 2, 1, small> : tile<B, 1, 1, small>;
-#endif
+  return tile_for<B, 1>(rows);
 }
 
-// int8 weights in place of packed ones, for a column of tiles that many panels will read.
+// u - zero as int8 in place of packed codes, for a block that many tiles will read; behind a segment's codes 0.
 template <int B>
 void unpack_weights(const uint8_t* weight, const uint8_t* zeros, const PackedLayout& layout, uint8_t* out) {
-  const int64_t vectors = layout.group_padded / (4 * (8 / B));
-  for (int64_t g = 0; g < layout.k_groups; ++g) {
-    const Bytes zero = spread16(zeros + g * 16);
+  constexpr int parts = 8 / B;
+  const int64_t vectors = layout.segment_padded / (4 * parts), per_group = layout.group_segments();
+  for (int64_t s = 0; s < layout.segments; ++s) {
+    const Bytes zero = spread16(zeros + s / per_group * 16);
+    uint8_t* const begin = out;
     for (int64_t v = 0; v < vectors; ++v, weight += 64) {
       const Bytes raw = load64(weight);
 #pragma GCC unroll 4
-      for (int p = 0; p < 8 / B; ++p, out += 64) store64(out, unpack<B>(raw, p, zero));
+      for (int p = 0; p < parts; ++p, out += 64) store64(out, minus(unpack<B>(raw, p), zero));
     }
+    for (int64_t k = layout.segment_k; k < layout.segment_padded; ++k)
+      for (int64_t i = 0; i < 16; ++i) begin[k / 4 * 64 + i * 4 + k % 4] = 0;
   }
 }
 

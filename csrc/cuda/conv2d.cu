@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(block_threads, 3) convolve_kernel(Conv2dArgs a
   __shared__ Token token[tokens];
   const PackedLayout& layout = a.layout;
   const int channel = threadIdx.x % channels, lane = threadIdx.x / channels;
-  const int64_t group_vectors = layout.group_padded / per_vector;
+  const int64_t segment_vectors = layout.segment_padded / per_vector;
 
   each_job<block_threads>(tiles * layout.blocks(), [&](int64_t job) {
     const int64_t block = job % layout.blocks(), token0 = job / layout.blocks() * tokens;
@@ -62,16 +62,18 @@ __global__ void __launch_bounds__(block_threads, 3) convolve_kernel(Conv2dArgs a
 #pragma unroll
     for (float& value : y) value = -0.0f;  // leaves the first group's sum alone
     for (int64_t group = 0; group < layout.k_groups; ++group) {
-      const uint8_t* codes = a.weight + layout.codes_at + block * layout.block_bytes +
-                             group * group_vectors * PackedLayout::vector + channel * PackedLayout::step;
+      const int64_t first = group * layout.group_segments();
       int32_t dot[per_thread] = {}, x_sum[per_thread] = {};
-      for (int64_t k0 = 0; k0 < layout.group_k; k0 += staged) {
-        const int length = least(staged, layout.group_k - k0);
+      // Every segment of the group, `staged` values of K at a time.
+      for (int64_t segment = first, k0 = 0; segment < first + layout.group_segments();) {
+        const uint8_t* codes = a.weight + layout.codes_at + block * layout.block_bytes +
+                               segment * segment_vectors * PackedLayout::vector + channel * PackedLayout::step;
+        const int length = least(staged, layout.segment_k - k0);
         __syncthreads();
         for (int i = threadIdx.x; i < tokens * (staged / word); i += block_threads) {
           const int t = i / (staged / word), k = i % (staged / word) * word;
           Values<uint8_t, word> values{};  // 0 past the group's end
-          if (t < count && k < length) values = gather<word>(a, token[t], group * layout.group_k + k0 + k);
+          if (t < count && k < length) values = gather<word>(a, token[t], segment * layout.segment_k + k0 + k);
           store(&x[t][k], values);
         }
         __syncthreads();
@@ -80,8 +82,9 @@ __global__ void __launch_bounds__(block_threads, 3) convolve_kernel(Conv2dArgs a
 #pragma unroll
           for (int v = 0; v < vectors; ++v) {
             const int64_t vector = (k0 + k) / per_vector + v;
-            weights[v] =
-                vector < group_vectors ? *reinterpret_cast<const uint32_t*>(codes + vector * PackedLayout::vector) : 0;
+            weights[v] = vector < segment_vectors
+                             ? *reinterpret_cast<const uint32_t*>(codes + vector * PackedLayout::vector)
+                             : 0;
           }
 #pragma unroll
           for (int t = 0; t < per_thread; ++t) {
@@ -100,6 +103,8 @@ __global__ void __launch_bounds__(block_threads, 3) convolve_kernel(Conv2dArgs a
             for (int i = channel; i < words; i += channels)
               x_sum[t] = dot4(reinterpret_cast<const uint32_t*>(x[lane + t * token_lanes])[i], 0x01010101u, x_sum[t]);
         }
+        k0 += staged;
+        if (k0 >= layout.segment_k) k0 = 0, ++segment;
       }
       // sum (x - x_zero) (weight - zero) = dot - zero * sum x - x_zero * sum (weight - zero), modulo 2^32 on the way.
       const int64_t at = (block * layout.k_groups + group) * channels + channel;
@@ -146,7 +151,7 @@ void convolve(const char* op, const Conv2dArgs& a) {
   check_aligned(op, "weight", a.weight, 4);
   const int64_t tokens = a.batch * a.oh * a.ow;
   const bool whole_words =
-      a.shape.c % 4 == 0 && a.shape.group_k() % 4 == 0 && reinterpret_cast<uintptr_t>(a.x) % 4 == 0;
+      a.shape.c % 4 == 0 && a.layout.segment_k % 4 == 0 && reinterpret_cast<uintptr_t>(a.x) % 4 == 0;
   with_bits(a.shape.bits, [&](auto bits) {
     const auto run = [&](auto word, auto per_thread) {
       const int64_t tiles = ceil_div(tokens, token_lanes * per_thread);

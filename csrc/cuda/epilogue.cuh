@@ -12,6 +12,11 @@ __device__ inline float add_group(float y, int32_t sum, float x_step, float weig
 
 __device__ inline void finish(const Epilogue& e, float y, int64_t channel, void* out, int64_t at) {
   if (e.bias) y = __fadd_rn(y, e.bias[channel]);
+  if (e.residual)
+    y = __fadd_rn(y, e.residual_step
+                         ? __fmul_rn(*e.residual_step,
+                                     static_cast<float>(static_cast<const uint8_t*>(e.residual)[at] - *e.residual_zero))
+                         : static_cast<const float*>(e.residual)[at]);
   if (e.activation != Activation::none && y < 0) y = 0;  // NaN stays, as in torch
   if (e.activation == Activation::relu6 && y > 6) y = 6;
   if (e.out_step)

@@ -28,9 +28,10 @@ __global__ void codes_kernel(PrepackArgs a) {
     int byte = 0;
     for (int j = 0; j < per_byte && n >= 0; ++j) {
       const int64_t k = (vector * per_byte + j) * PackedLayout::step + place % PackedLayout::step;
-      const int64_t group = k / layout.group_padded, in_group = k % layout.group_padded;
-      const int zero = a.zero[n * layout.k_groups + group];
-      const int code = in_group < layout.group_k ? code_at_rest(a, n, group * layout.group_k + in_group) : zero;
+      const int64_t segment = k / layout.segment_padded, in_segment = k % layout.segment_padded;
+      if (in_segment >= layout.segment_k) continue;
+      const int zero = a.zero[n * layout.k_groups + segment / layout.group_segments()];
+      const int code = code_at_rest(a, n, segment * layout.segment_k + in_segment);
       byte |= layout.stored_bits == 8 ? code - zero : code << (j * layout.stored_bits);
     }
     a.out[layout.codes_at + at] = static_cast<uint8_t>(byte);
@@ -50,7 +51,8 @@ __global__ void sums_kernel(PrepackArgs a, PackedHeader header) {
     const int64_t n = channel_of(layout, at / (PackedLayout::block * layout.k_groups), at % PackedLayout::block);
     const int zero = n < 0 ? 0 : a.zero[n * layout.k_groups + group];
     int sum = 0;
-    for (int64_t k = 0; k < layout.group_k && n >= 0; ++k) sum += code_at_rest(a, n, group * layout.group_k + k) - zero;
+    const int64_t group_k = layout.k / layout.k_groups;
+    for (int64_t k = 0; k < group_k && n >= 0; ++k) sum += code_at_rest(a, n, group * group_k + k) - zero;
     reinterpret_cast<int32_t*>(a.out + layout.sums_at)[at] = sum;
     if (layout.stored_bits < 8) a.out[layout.zeros_at + at] = static_cast<uint8_t>(zero);
   }
@@ -61,7 +63,7 @@ __global__ void sums_kernel(PrepackArgs a, PackedHeader header) {
 void prepack(const PrepackArgs& a) {
   const PackedLayout& layout = a.layout;
   const WeightShape& s = a.shape;
-  const PackedHeader header{packed_magic, s.bits, s.n, s.kh, s.kw, s.c, s.groups, s.k_groups, 0};
+  const PackedHeader header{packed_magic, s.bits, s.n, s.kh, s.kw, s.c, s.groups, s.k_groups, s.algorithm, 0};
   launch("prepack", codes_kernel, ceil_div(layout.sums_at - layout.codes_at, block_threads), a);
   launch("prepack", sums_kernel, ceil_div(layout.blocks() * layout.k_groups * PackedLayout::block, block_threads), a,
          header);

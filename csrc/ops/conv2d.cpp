@@ -29,7 +29,8 @@ Tensor conv2d(const Tensor& x, const Tensor& x_step, const Tensor& x_zero, const
               const std::vector<int64_t>& kernel, const std::vector<int64_t>& stride,
               const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups, int64_t x_bits,
               const std::string& activation, const std::optional<Tensor>& out_step,
-              const std::optional<Tensor>& out_zero, int64_t out_bits) {
+              const std::optional<Tensor>& out_zero, int64_t out_bits, const std::optional<Tensor>& residual,
+              const std::optional<Tensor>& residual_step, const std::optional<Tensor>& residual_zero) {
   check_device("conv2d", x, {{"weight", &weight}});
   check_dtype("conv2d", "x", x, ScalarType::Byte);
   check_storage_bits("conv2d", bits);
@@ -49,12 +50,13 @@ Tensor conv2d(const Tensor& x, const Tensor& x_step, const Tensor& x_zero, const
   const WeightShape shape{n, kernel[0], kernel[1], channels / groups, groups, k_groups, static_cast<int>(bits)};
   const int64_t oh = out_size("H of x", h, kernel[0], stride[0], padding[0], dilation[0]);
   const int64_t ow = out_size("W of x", w, kernel[1], stride[1], padding[1], dilation[1]);
-  const EpilogueTensors t = check_epilogue("conv2d", x, x_step, x_zero, 1, x_bits, weight_step, bias, activation,
-                                           out_step, out_zero, out_bits);
+  EpilogueTensors t = check_epilogue("conv2d", x, x_step, x_zero, 1, x_bits, weight_step, bias, activation, out_step,
+                                     out_zero, out_bits);
   product("conv2d", "the result", {oh, ow, n, batch ? batch : 1});
   const Tensor xs = dense(x), weights = dense(weight);
   const PackedLayout layout = check_prepacked("conv2d", weights, shape);
   check_sum("conv2d", xs, x_bits, shape);
+  check_residual("conv2d", x, {batch, oh, ow, n}, residual, residual_step, residual_zero, t);
   Tensor out = new_result(xs, {batch, oh, ow, n}, t.epilogue);
   QK_DEVICE_GUARD(x);
   run({xs.const_data_ptr<uint8_t>(), weights.const_data_ptr<uint8_t>(), result_data(out, t.epilogue), batch, h, w, oh,

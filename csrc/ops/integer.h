@@ -44,7 +44,7 @@ inline PackedLayout check_prepacked(const char* op, const Tensor& weight, const 
     std::memcpy(&h, weight.const_data_ptr<uint8_t>(), sizeof h);
     if (h.magic != packed_magic) fail(op, "weight", wanted(), "bytes that prepack did not make", advice);
     if (h.bits != shape.bits || h.n != shape.n || h.kh != shape.kh || h.kw != shape.kw || h.c != shape.c ||
-        h.groups != shape.groups || h.k_groups != shape.k_groups) {
+        h.groups != shape.groups || h.k_groups != shape.k_groups || h.algorithm != shape.algorithm) {
       std::ostringstream got;
       got << "one made from [" << h.n << ", " << h.kh << ", " << h.kw << ", " << h.c << "] with bits " << h.bits
           << ", groups " << h.groups << " and " << h.k_groups << " steps along K";
@@ -81,7 +81,7 @@ inline void check_sum(const char* op, const Tensor& x, int64_t x_bits, const Wei
 // Holds what the pointers of an Epilogue point to.
 struct EpilogueTensors {
   Tensor x_step, x_zero, weight_step;
-  std::optional<Tensor> bias, out_step, out_zero;
+  std::optional<Tensor> bias, out_step, out_zero, residual, residual_step, residual_zero;
   Epilogue epilogue;
 };
 
@@ -114,7 +114,7 @@ inline EpilogueTensors check_epilogue(const char* op, const Tensor& x, const Ten
       fail(op, "bias", "float32 [" + std::to_string(n) + "]", describe(*bias));
   }
   check(out_step.has_value() == out_zero.has_value(), op, "out_step and out_zero", "given together", "only one");
-  EpilogueTensors t{dense(x_step), dense(x_zero), dense(weight_step), bias, out_step, out_zero, {}};
+  EpilogueTensors t{dense(x_step), dense(x_zero), dense(weight_step), bias, out_step, out_zero, {}, {}, {}, {}};
   if (t.bias) t.bias = dense(*t.bias);
   Epilogue& e = t.epilogue;
   e.out_bits = 8;
@@ -140,6 +140,41 @@ inline EpilogueTensors check_epilogue(const char* op, const Tensor& x, const Ten
   e.bias = t.bias ? t.bias->const_data_ptr<float>() : nullptr;
   e.activation = parse_activation(op, activation);
   return t;
+}
+
+// What is added to the result before the activation, of the shape `sizes` of the result.
+inline void check_residual(const char* op, const Tensor& x, const std::vector<int64_t>& sizes,
+                           const std::optional<Tensor>& residual, const std::optional<Tensor>& step,
+                           const std::optional<Tensor>& zero, EpilogueTensors& t) {
+  check(step.has_value() == zero.has_value(), op, "residual_step and residual_zero", "given together", "only one");
+  if (!residual) return check(!step, op, "residual_step", "left out without a residual", "one");
+  check_device(op, x, {{"residual", &*residual}});
+  check_dtype(op, "residual", *residual, step ? ScalarType::Byte : ScalarType::Float);
+  bool fits = residual->dim() == static_cast<int64_t>(sizes.size());
+  for (size_t i = 0; fits && i < sizes.size(); ++i) fits = residual->size(static_cast<int64_t>(i)) == sizes[i];
+  if (!fits) {
+    std::ostringstream wanted;
+    wanted << "of the result's shape [";
+    for (size_t i = 0; i < sizes.size(); ++i) wanted << (i ? ", " : "") << sizes[i];
+    fail(op, "residual", wanted.str() + "]", describe(*residual));
+  }
+  t.residual = dense(*residual);
+  Epilogue& e = t.epilogue;
+  if (!step) {
+    e.residual = t.residual->const_data_ptr<float>();
+    return;
+  }
+  check_device(op, x, {{"residual_step", &*step}, {"residual_zero", &*zero}});
+  check_dtype(op, "residual_step", *step, ScalarType::Float);
+  check_dtype(op, "residual_zero", *zero, ScalarType::Int);
+  check_tensor(step->numel() == 1, op, "residual_step", "one value", *step);
+  check_tensor(zero->numel() == 1, op, "residual_zero", "one value", *zero);
+  check_step_values(op, "residual_step", *step);
+  check_zero_values(op, "residual_zero", *zero, 8);
+  e.residual = t.residual->const_data_ptr<uint8_t>();
+  t.residual_step = step, t.residual_zero = zero;
+  e.residual_step = step->const_data_ptr<float>();
+  e.residual_zero = zero->const_data_ptr<int32_t>();
 }
 
 inline Tensor new_result(const Tensor& x, const std::vector<int64_t>& sizes, const Epilogue& e) {

@@ -39,7 +39,8 @@ WeightShape shape_for_prepack(const Tensor& zero, int64_t bits, const std::vecto
 
 template <void (*kernel)(const PrepackArgs&)>
 Tensor prepack(const Tensor& packed, const Tensor& zero, int64_t bits, const std::vector<int64_t>& sizes,
-               int64_t groups) {
+               int64_t groups, const std::string& algorithm) {
+  check(algorithm == "direct", "prepack", "algorithm", "direct", algorithm);
   check_device("prepack", packed, {{"zero", &zero}});
   check_dtype("prepack", "packed", packed, ScalarType::Byte);
   const WeightShape shape = shape_for_prepack(zero, bits, sizes, groups);

@@ -87,6 +87,23 @@ def test_activation_and_codes(name, device, make_weight):
             assert torch.equal(got, want), activation
 
 
+@pytest.mark.parametrize("name", ["3x3", "groups", "depthwise", "1x1"])
+@pytest.mark.parametrize("kind", ["float", "codes"])
+def test_a_residual_is_added_before_the_activation(name, kind, device, make_weight):
+    inputs, w, bias, geometry = case(name, 4, device, make_weight)
+    random = torch.Generator().manual_seed(2)
+    shape = reference(*inputs, w.codes, w.zero, w.step, bias, **(PLAIN | geometry)).shape
+    epilogue = {"activation": "relu", "residual": torch.randn(shape, generator=random) * 500}
+    if kind == "codes":
+        epilogue["residual"] = torch.randint(0, 256, shape, generator=random, dtype=torch.uint8)
+        epilogue |= {"residual_step": torch.tensor([7.3]), "residual_zero": torch.tensor([9], dtype=torch.int32)}
+    out = {"out_step": torch.tensor([9.0]), "out_zero": torch.tensor([5], dtype=torch.int32), "out_bits": 8}
+    for more in ({}, out):
+        moved = {name: v.to(device) if torch.is_tensor(v) else v for name, v in (epilogue | more).items()}
+        got, want = both(inputs, w, bias, geometry, **moved)
+        assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize(("name", "k_groups"), [("3x3", 3), ("3x3", 9), ("groups", 5), ("depthwise", 3), ("1x1", 2)])
 def test_groups_along_k(name, k_groups, bits, device, make_weight):
@@ -153,7 +170,7 @@ def test_registration(device, make_weight):
         ({"x": torch.zeros(1, 8, 1, 4, dtype=torch.uint8)}, "W of x must be at least as large as the kernel's reach 3"),
         ({"kernel": (9, 1)}, "H of x must be at least as large as the kernel's reach 9"),
         ({"kernel": (1, 9)}, "W of x must be"),
-        ({"kernel": (1, 9), "padding": (0, 1)}, "weight must be prepacked from.*got one made from"),
+        ({"kernel": (3, 2)}, "weight must be prepacked from.*got one made from"),
         ({"kernel": (0, 3)}, "kernel must be positive"),
         ({"stride": (0, 1)}, "stride must be positive"),
         ({"dilation": (1, -1)}, "dilation must be positive"),

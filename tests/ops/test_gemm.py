@@ -87,6 +87,31 @@ def test_activation_and_codes(activation, out_bits, device, make_weight):
         assert torch.equal(got, want)
 
 
+def residual_of(kind, shape, device, seed=2):
+    random = torch.Generator().manual_seed(seed)
+    if kind == "float":
+        return {"residual": torch.randn(shape, generator=random).to(device) * 50}
+    codes = torch.randint(0, 256, shape, generator=random, dtype=torch.uint8)
+    step_zero = {"residual_step": torch.tensor([0.37]), "residual_zero": torch.tensor([9], dtype=torch.int32)}
+    return {name: t.to(device) for name, t in ({"residual": codes} | step_zero).items()}
+
+
+@pytest.mark.parametrize("kind", ["float", "codes"])
+@pytest.mark.parametrize("out_bits", [None, 4, 8])
+@pytest.mark.parametrize(("bits", "groups"), [(8, 1), (4, 2), (2, 1)])
+def test_a_residual_is_added_before_the_activation(kind, out_bits, bits, groups, device, make_weight):
+    for m, k, n in [(1, 8, 1), (3, 20, 33), (21, 50, 37), (15, 64, 48)]:
+        w = make_weight((n, k), bits, device, k_groups=groups)
+        inputs, bias = problem(m, k, w, device, per_row=m == 3)
+        w.step = w.step * 0.01
+        epilogue = {"activation": "relu"} | residual_of(kind, (m, n), device)
+        if out_bits:
+            out = {"out_step": torch.tensor([0.9]), "out_zero": torch.tensor([3], dtype=torch.int32)}
+            epilogue |= {name: t.to(device) for name, t in out.items()} | {"out_bits": out_bits}
+        got, want = both(inputs, w, bias, **epilogue)
+        assert torch.equal(got, want), (m, k, n)
+
+
 def test_no_rows_give_no_rows(device, make_weight):
     w = make_weight((5, 8), 4, device)
     x = torch.empty(2, 0, 8, dtype=torch.uint8, device=device)
@@ -140,6 +165,8 @@ def test_registration(device, make_weight):
     out = (torch.tensor([2.0], device=device), torch.tensor([1], dtype=torch.int32, device=device))
     torch.library.opcheck(torch.ops.qk.gemm.default, (*inputs, w.prepacked, w.step, bias, 4))
     torch.library.opcheck(torch.ops.qk.gemm.default, (*inputs, w.prepacked, w.step, None, 4, 8, "relu", *out, 4))
+    added = residual_of("codes", (3, 9), device)
+    torch.library.opcheck(torch.ops.qk.gemm.default, (*inputs, w.prepacked, w.step, None, 4), added)
 
 
 def arguments(w, **changed):
@@ -157,6 +184,11 @@ def arguments(w, **changed):
 
 
 I32 = torch.int32
+RESIDUAL = {
+    "residual": torch.zeros(3, 9, dtype=torch.uint8),
+    "residual_step": torch.ones(1),
+    "residual_zero": torch.zeros(1, dtype=I32),
+}
 
 
 @pytest.mark.parametrize(
@@ -193,6 +225,17 @@ I32 = torch.int32
             "out_zero must be a code",
         ),
         ({"out_step": torch.zeros(1), "out_zero": torch.zeros(1, dtype=I32)}, "out_step must be positive"),
+        ({"residual": torch.zeros(3, 8)}, r"residual must be of the result's shape \[3, 9\]"),
+        ({"residual": torch.zeros(3, 9, dtype=torch.uint8)}, "residual must be Float, got Byte"),
+        ({"residual_step": torch.ones(1)}, "residual_step and residual_zero must be given together"),
+        (
+            {"residual_step": torch.ones(1), "residual_zero": torch.zeros(1, dtype=I32)},
+            "residual_step must be left out without a residual",
+        ),
+        (RESIDUAL | {"residual": torch.zeros(3, 9)}, "residual must be Byte, got Float"),
+        (RESIDUAL | {"residual_step": torch.zeros(1)}, "residual_step must be positive"),
+        (RESIDUAL | {"residual_step": torch.ones(2)}, "residual_step must be one value"),
+        (RESIDUAL | {"residual_zero": torch.full((1,), 256, dtype=I32)}, "residual_zero must be a code"),
     ],
 )
 def test_bad_input_is_refused(changed, message, make_weight):

@@ -16,17 +16,19 @@ def read_back(prepacked, shape, bits, groups=1, k_groups=1):
     steps = torch.stack(
         [codes >> (i * bits) & (2**bits - 1) for i in range(per_vector)], 2
     )  # [b, vectors, step, 16, 4]
-    rows = steps.permute(0, 3, 1, 2, 4).reshape(blocks * 16, k_groups, -1).to(torch.int32)
+    segments, segment_k, padded = layout["segments"], layout["segment_k"], layout["segment_padded"]
+    rows = steps.permute(0, 3, 1, 2, 4).reshape(blocks * 16, k_groups, segments // k_groups, padded)
+    assert not rows[..., segment_k:].any()  # what fills a segment up is bytes of 0
+    rows = rows[..., :segment_k].to(torch.int32)
     if bits == 8:
         values = (rows ^ 128) - 128
     else:
         zeros = prepacked[layout["zeros_at"] :][: blocks * k_groups * 16].reshape(blocks, k_groups, 16)
-        values = rows - zeros.permute(0, 2, 1).reshape(blocks * 16, k_groups, 1).to(torch.int32)
+        values = rows - zeros.permute(0, 2, 1).reshape(blocks * 16, k_groups, 1, 1).to(torch.int32)
     sums = prepacked[layout["sums_at"] : layout["zeros_at"]].view(torch.int32).reshape(blocks, k_groups, 16)
-    assert torch.equal(values.sum(2, dtype=torch.int32), sums.permute(0, 2, 1).reshape(blocks * 16, k_groups))
-    assert not values[:, :, k // k_groups :].any()  # what fills a group up has the value 0
-    assert k_padded == values.shape[1] * values.shape[2]
-    values = values[:, :, : k // k_groups].reshape(groups, -1, k)[:, : n // groups]
+    assert torch.equal(values.sum((2, 3), dtype=torch.int32), sums.permute(0, 2, 1).reshape(blocks * 16, k_groups))
+    assert k_padded == segments * padded
+    values = values.reshape(groups, -1, k)[:, : n // groups]
     return values.reshape(shape)
 
 
@@ -77,9 +79,12 @@ def test_bits_behind_the_last_code_mean_nothing(make_weight):
 
 
 def test_size_is_that_of_the_layout(make_weight):
-    # 8 bits: 2 blocks of 16 channels, 8 steps of 4. 4 bits: half the codes and a zero for each channel.
-    assert _core.packed_layout((17, 30), 8)["bytes"] == 64 + 2 * 32 * 16 + 2 * 16 * 4
-    assert _core.packed_layout((17, 30), 4)["bytes"] == 64 + 2 * 32 * 8 + 2 * 16 * 4 + 64
+    # 8 bits: 2 blocks of 16 channels, 64 codes each. 4 bits: half the codes and a zero for each channel.
+    assert _core.packed_layout((17, 30), 8)["bytes"] == 64 + 2 * 64 * 16 + 2 * 16 * 4
+    assert _core.packed_layout((17, 30), 4)["bytes"] == 64 + 2 * 64 * 8 + 2 * 16 * 4 + 64
+    # A row of a kernel fills 64 codes, a group of K a vector.
+    assert _core.packed_layout((16, 3, 3, 3), 8)["bytes"] == 64 + 3 * 64 * 16 + 16 * 4
+    assert _core.packed_layout((16, 24), 8, k_groups=2)["bytes"] == 64 + 2 * 12 * 16 + 2 * 16 * 4
     assert make_weight((17, 30), 4).prepacked.numel() == _core.packed_layout((17, 30), 4)["bytes"]
 
 
@@ -114,6 +119,7 @@ def test_registration(device, make_weight):
         ),
         ({"shape": (9, 2**62)}, "every size of shape must be positive and below"),
         ({"groups": 3}, "groups must be 1 for a weight"),
+        ({"algorithm": "fft"}, "algorithm must be direct, got fft"),
         ({"shape": (9, 1, 1, 20), "groups": 2}, "groups must be a divisor of N"),
         ({"shape": (9, 1, 1, 20), "groups": 0}, "groups must be positive"),
     ],

@@ -17,10 +17,14 @@ def finish(
     out_step: Tensor | None,
     out_zero: Tensor | None,
     out_bits: int,
+    residual: Tensor | None = None,
+    residual_step: Tensor | None = None,
+    residual_zero: Tensor | None = None,
 ) -> Tensor:
-    """activation(sum over groups of float(acc) * (x_step * weight_step) + bias), then, with out_step, codes.
+    """activation(sum over groups of float(acc) * (x_step * weight_step) + bias + residual), then, with out_step, codes.
 
     sums: for each group of K, [..., N] int32. x_step: broadcasts against [..., 1]. weight_step: [N] or [N, groups].
+    residual: [..., N], float32, or codes with residual_step and residual_zero.
     """
     steps = weight_step.reshape(weight_step.shape[0], -1)
     y = sums[0].to(torch.float32) * (x_step * steps[:, 0])
@@ -28,6 +32,11 @@ def finish(
         y = y + sums[g].to(torch.float32) * (x_step * steps[:, g])
     if bias is not None:
         y = y + bias
+    if residual is not None:
+        if residual_step is not None and residual_zero is not None:
+            units = residual.to(torch.int32) - residual_zero.reshape(1)
+            residual = units.to(torch.float32) * residual_step.reshape(1)
+        y = y + residual.reshape(y.shape)
     if activation == "relu":
         y = torch.relu(y)
     elif activation == "relu6":

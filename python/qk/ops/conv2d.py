@@ -27,8 +27,11 @@ def conv2d(
     out_step: Tensor | None = None,
     out_zero: Tensor | None = None,
     out_bits: int = 8,
+    residual: Tensor | None = None,
+    residual_step: Tensor | None = None,
+    residual_zero: Tensor | None = None,
 ) -> Tensor:
-    """activation(x_step * weight_step * sum (x - x_zero)(weight - weight_zero) + bias), the sum exact.
+    """activation(x_step * weight_step * sum (x - x_zero)(weight - weight_zero) + bias + residual), the sum exact.
 
     x: [B, H, W, C] (NHWC), uint8 codes below 2^x_bits; what is padded has the code x_zero, the value 0. x_step: float32
     and x_zero: int32, one value each. weight: from `prepack` with shape (N, kh, kw, C / groups) and the same groups.
@@ -55,6 +58,9 @@ def conv2d(
         out_step,
         out_zero,
         out_bits,
+        residual,
+        residual_step,
+        residual_zero,
     )
 
 
@@ -74,6 +80,9 @@ def reference(
     out_step: Tensor | None = None,
     out_zero: Tensor | None = None,
     out_bits: int = 8,
+    residual: Tensor | None = None,
+    residual_step: Tensor | None = None,
+    residual_zero: Tensor | None = None,
 ) -> Tensor:
     """The definition, from plain codes of the weight [N, kh, kw, C / groups]. The sums are exact in float64."""
     n = weight_codes.shape[0]
@@ -87,7 +96,8 @@ def reference(
         filters = part.reshape(weight_codes.shape).permute(0, 3, 1, 2)
         acc = F.conv2d(image, filters, None, stride, padding, dilation, groups)
         sums.append(acc.to(torch.int32).permute(0, 2, 3, 1).contiguous())
-    return finish(sums, x_step.reshape(1), weight_step, bias, activation, out_step, out_zero, out_bits)
+    epilogue = (out_step, out_zero, out_bits, residual, residual_step, residual_zero)
+    return finish(sums, x_step.reshape(1), weight_step, bias, activation, *epilogue)
 
 
 @torch.library.register_fake("qk::conv2d")
@@ -109,8 +119,25 @@ def _(
     out_step=None,
     out_zero=None,
     out_bits=8,
+    residual=None,
+    residual_step=None,
+    residual_zero=None,
 ):
-    check_operands("conv2d", x, weight_step, x_step, x_zero, weight, bias, out_step, out_zero, rank=4)
+    check_operands(
+        "conv2d",
+        x,
+        weight_step,
+        x_step,
+        x_zero,
+        weight,
+        bias,
+        out_step,
+        out_zero,
+        residual,
+        residual_step,
+        residual_zero,
+        rank=4,
+    )
 
     def pair(name, v):
         if len(v) not in (1, 2) or (name == "stride" and min(v) < 1):
