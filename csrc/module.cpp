@@ -55,6 +55,8 @@ PYBIND11_MODULE(_core, m) {
     return facts;
   });
   m.def("probe_products", &qk::probe_products, py::arg("rounds"), py::call_guard<py::gil_scoped_release>());
+  m.def("probe_bandwidth", &qk::probe_bandwidth, py::arg("bytes"), py::arg("threads") = 1,
+        py::call_guard<py::gil_scoped_release>());
   m.def("packed_layout", &packed_layout, py::arg("shape"), py::arg("bits"), py::arg("groups") = 1,
         py::arg("k_groups") = 1, py::arg("cuda") = false);
   // For reports and tests of the operator network.

@@ -24,6 +24,8 @@ ORDER = (
     ("qk.demo.digits",),
     ("qk.sources",),
     ("qk.inspection", "qk.doctor", "qk.demo"),
+    ("qk.bench.harness",),
+    ("qk.bench",),
     ("qk.cli",),
 )
 

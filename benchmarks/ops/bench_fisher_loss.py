@@ -5,48 +5,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import qk
-from harness import Case, forward_backward, main
-from qk.ops.fisher_loss import reference
-
-SHAPES = {"resnet18 layer1, batch 32 of 224x224": (32, 64, 56, 56), "1M": (1024, 1024), "16M": (4096, 4096)}
+from harness import main
+from qk.bench.training import FISHER_SHAPES, fisher_loss
 
 
 def cases(args):
-    random = torch.Generator().manual_seed(0)
     for weighted in (True, False):
-        for name, shape in SHAPES.items():
-            output, target, g = (torch.randn(shape, generator=random).to(args.device) for _ in range(3))
-            weight = g.square() if weighted else None
-            scale = shape[1] / output.numel()
-            grad = torch.ones((), device=args.device)
-            output.requires_grad_()
-
-            def ours(output=output, target=target, weight=weight, scale=scale):
-                return qk.ops.fisher_loss_and_slope(output, target, weight, scale)
-
-            def eager(output, target=target, weight=weight, scale=scale):
-                return reference(output, target, weight, scale)[0]
-
-            def check(output=output, grad=grad, ours=ours, eager=eager):
-                loss, slope = ours()
-                torch.testing.assert_close(loss, eager(output), rtol=1e-4, atol=0)
-                torch.testing.assert_close(
-                    slope, torch.autograd.grad(eager(output), output, grad)[0], rtol=1e-5, atol=0
-                )
-
-            peers = {"eager torch": eager} | ({"torch.compile": torch.compile(eager)} if args.compile else {})
-            read = 3 if weighted else 2
-            yield Case(
-                name=f"fisher_loss with gradient {name}, {'weighted' if weighted else 'no weight'}",
-                check=check,
-                ours=ours,
-                peers={name: forward_backward(f, output, grad=grad) for name, f in peers.items()},
-                moved_bytes=output.numel() * 4 * (read + 1),  # one pass: all inputs, and the gradient of output
-            )
+        for name, shape in FISHER_SHAPES.items():
+            yield fisher_loss(name, shape, weighted, args.compile, args.device)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""qk on the command line: demo, quantize, eval, inspect, doctor."""
+"""qk on the command line: demo, quantize, eval, inspect, doctor, bench."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from qk.bench.command import bench
 from qk.errors import QkError, fail
 
 
@@ -29,6 +30,7 @@ class _Group(TyperGroup):
 
 
 app = typer.Typer(cls=_Group, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__, rich_markup_mode=None)
+app.add_typer(bench, name="bench")
 
 Model = Annotated[str, typer.Option(help="torchvision:NAME, timm:NAME, hf:PATH or python:MODULE:FUNCTION.")]
 Weights = Annotated[Path | None, typer.Option(help="safetensors, or a torch file that holds tensors alone.")]
