@@ -36,6 +36,23 @@ QK_INLINE Vec get_some(const uint8_t* p, int64_t n) {
 #endif
 }
 
+QK_INLINE Lanes difference(const Lanes& a, const Lanes& b) {
+  Words x, y;
+  std::memcpy(&x, &a, sizeof x);
+  std::memcpy(&y, &b, sizeof y);
+  x -= y;
+  Lanes d;
+  std::memcpy(&d, &x, sizeof d);
+  return d;
+}
+
+// In a register: gcc would read a vector that is used three times from memory three times, and loads are the limit here.
+QK_INLINE void in_register(Bytes& v) {
+#if !defined(QK_ISA_GENERIC) && !defined(QK_ISA_AVX2)
+  asm("" : "+v"(v));
+#endif
+}
+
 // --- input: V = B' d B. Differences lie within +-2 (2^6 - 1) and are stored with 128 added; the sum of sums at position
 // (1, 1) has no sign. ---
 template <class At>
@@ -118,60 +135,86 @@ struct ProductArgs {
   int64_t m_plane;  // values from position to position
 };
 
-// One position, or sums of four neighbouring ones side by side: these are joined to the two that the result needs,
-// m0 + m1 + m2 and m1 - m2 - m3, while they are in registers.
-template <int rows, int blocks, int planes>
+// One position. more: added to what M holds. Every loop over the sums is unrolled: else gcc keeps them in memory.
+template <int rows, int blocks, bool more>
 void product(const ProductArgs& a) {
-  Lanes acc[planes][rows][blocks];
+  Lanes acc[rows][blocks];
 #pragma GCC unroll 4
-  for (int p = 0; p < planes; ++p)
-#pragma GCC unroll 2
-    for (int b = 0; b < blocks; ++b)
+  for (int b = 0; b < blocks; ++b) {
+    const Lanes start = load<Lanes>(a.init + b * block);
 #pragma GCC unroll 16
-      for (int r = 0; r < rows; ++r) acc[p][r][b] = load<Lanes>(a.init + (p * blocks + b) * block);
+    for (int r = 0; r < rows; ++r) acc[r][b] = more ? load<Lanes>(a.m + (r * blocks + b) * block) : start;
+  }
   const uint8_t* v = a.v;
   const uint8_t* u = a.u;
-  int32_t* const m = a.m;
-  const int64_t u_block = a.u_block, plane = a.v_plane;
+  for (int64_t k = 0; k < a.steps;) {
+    const int64_t stop = least(a.steps, k + steps_per_chunk);
+    for (const uint8_t* x = v; k < stop; ++k, x += 4, u += line) {
+      Bytes weights[blocks];
+#pragma GCC unroll 4
+      for (int b = 0; b < blocks; ++b) weights[b] = load64(u + b * a.u_block);
+#pragma GCC unroll 16
+      for (int r = 0; r < rows; ++r) {
+        const Four codes = broadcast4(x + r * line);
+#pragma GCC unroll 4
+        for (int b = 0; b < blocks; ++b) acc[r][b] = dot4<false>(acc[r][b], codes, weights[b]);
+      }
+    }
+    v += a.v_chunk, u += u_chunk - steps_per_chunk * line;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+    for (int b = 0; b < blocks; ++b) store(a.m + (r * blocks + b) * block, acc[r][b]);
+}
+
+// A row of four positions side by side: their sums are joined to the two that the result needs, m0 + m1 + m2 and
+// m1 - m2 - m3, while they are in registers.
+template <int rows, int blocks>
+void joined_product(const ProductArgs& a) {
+  Lanes acc[4][rows][blocks];
+#pragma GCC unroll 4
+  for (int p = 0; p < 4; ++p)
+#pragma GCC unroll 4
+    for (int b = 0; b < blocks; ++b) {
+      const Lanes start = load<Lanes>(a.init + (p * blocks + b) * block);
+#pragma GCC unroll 16
+      for (int r = 0; r < rows; ++r) acc[p][r][b] = start;
+    }
+  const uint8_t* v = a.v;
+  const uint8_t* u = a.u;
   for (int64_t left = a.steps; left > 0; left -= steps_per_chunk, v += a.v_chunk, u += u_chunk) {
-    const int64_t n = least(left, steps_per_chunk);
     const uint8_t* x = v;
     const uint8_t* w = u;
-    for (int64_t s = 0; s < n; ++s, x += 4, w += line) {
+    const uint8_t* const end = u + least(left, steps_per_chunk) * line;
+#pragma GCC unroll 1
+    for (; w != end; x += 4, w += line) {
 #pragma GCC unroll 4
-      for (int p = 0; p < planes; ++p) {
+      for (int p = 0; p < 4; ++p) {
         Bytes weights[blocks];
-#pragma GCC unroll 2
-        for (int b = 0; b < blocks; ++b) weights[b] = load64(w + p * u_plane + b * u_block);
+#pragma GCC unroll 4
+        for (int b = 0; b < blocks; ++b) {
+          weights[b] = load64(w + p * u_plane + b * a.u_block);
+          in_register(weights[b]);
+        }
 #pragma GCC unroll 16
         for (int r = 0; r < rows; ++r) {
-          const Four codes = broadcast4(x + p * plane + r * line);
-#pragma GCC unroll 2
+          const Four codes = broadcast4(x + p * a.v_plane + r * line);
+#pragma GCC unroll 4
           for (int b = 0; b < blocks; ++b) acc[p][r][b] = dot4<false>(acc[p][r][b], codes, weights[b]);
         }
       }
     }
   }
-  if constexpr (planes == 1) {
 #pragma GCC unroll 16
-    for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 2
-      for (int b = 0; b < blocks; ++b) store(m + (r * blocks + b) * block, acc[0][r][b]);
-  } else {
-    static_assert(planes == 4);
-#pragma GCC unroll 16
-    for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 2
-      for (int b = 0; b < blocks; ++b) {
-        Words x[4];
+  for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-        for (int p = 0; p < 4; ++p) std::memcpy(&x[p], &acc[p][r][b], sizeof x[p]);
-        const Words first = x[0] + x[1] + x[2], second = x[1] - x[2] - x[3];
-        int32_t* to = m + (r * blocks + b) * block;
-        std::memcpy(to, &first, sizeof first);
-        std::memcpy(to + a.m_plane, &second, sizeof second);
-      }
-  }
+    for (int b = 0; b < blocks; ++b) {
+      int32_t* to = a.m + (r * blocks + b) * block;
+      const Lanes inner = sum(acc[1][r][b], acc[2][r][b]);
+      store(to, sum(acc[0][r][b], inner));
+      store(to + a.m_plane, difference(acc[1][r][b], sum(acc[2][r][b], acc[3][r][b])));
+    }
 }
 
 using ProductOf = void (*)(const ProductArgs&);

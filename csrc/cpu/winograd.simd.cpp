@@ -10,9 +10,9 @@ namespace winograd_parts {
 namespace {
 
 #if !defined(QK_ISA_GENERIC) && !defined(QK_ISA_AVX2)
-constexpr int64_t most_rows = 14, column_blocks = 2, joined_rows = 6;
+constexpr int64_t most_rows = 14, column_blocks = 2, joined_rows = 6, few_rows = 16;
 #else
-constexpr int64_t most_rows = 4, column_blocks = 1, joined_rows = 0;
+constexpr int64_t most_rows = 4, column_blocks = 1, joined_rows = 0, few_rows = 0;
 #endif
 constexpr int64_t v_budget = 384 * 1024, m_budget = 128 * 1024;  // of L2 (1 MB and more), beside a column of weights
 constexpr double work_per_thread = 1 << 20;                      // products; see igemm.h
@@ -21,16 +21,30 @@ template <int blocks>
 ProductOf plane_for(int64_t rows) {
 #if !defined(QK_ISA_GENERIC) && !defined(QK_ISA_AVX2)
   switch (rows) {
-    case 2: return product<2, blocks, 1>;
-    case 4: return product<4, blocks, 1>;
-    case 6: return product<6, blocks, 1>;
-    case 8: return product<8, blocks, 1>;
-    case 10: return product<10, blocks, 1>;
-    case 12: return product<12, blocks, 1>;
-    default: return product<14, blocks, 1>;
+    case 2: return product<2, blocks, false>;
+    case 4: return product<4, blocks, false>;
+    case 6: return product<6, blocks, false>;
+    case 8: return product<8, blocks, false>;
+    case 10: return product<10, blocks, false>;
+    case 12: return product<12, blocks, false>;
+    default: return product<14, blocks, false>;
   }
 #else
-  return product<most_rows, blocks, 1>;
+  return product<most_rows, blocks, false>;
+#endif
+}
+
+// For few tiles: `more` or not.
+ProductOf chunk_for(int64_t rows, bool more) {
+#if !defined(QK_ISA_GENERIC) && !defined(QK_ISA_AVX2)
+  switch ((rows + 3) / 4) {
+    case 1: return more ? product<4, 1, true> : product<4, 1, false>;
+    case 2: return more ? product<8, 1, true> : product<8, 1, false>;
+    case 3: return more ? product<12, 1, true> : product<12, 1, false>;
+    default: return more ? product<16, 1, true> : product<16, 1, false>;
+  }
+#else
+  return nullptr;
 #endif
 }
 
@@ -40,6 +54,8 @@ struct Plan {
   int64_t across, down, tiles;
   int64_t chunks, steps, vectors;  // of channels: 64, 4, and what a vector of codes holds
   bool joined;
+  bool few;              // tiles: chunk by chunk of K, so that U stays in L1
+  int64_t column_blocks;  // of a column
   int64_t rows, groups, batch;  // batch: groups whose sums wait for their transform together
   int64_t stretch, stretches, columns;
   bool columns_first;  // the order of units: all stretches of a column, or all columns of a stretch
@@ -53,7 +69,9 @@ Plan plan_of(const Conv2dArgs& a) {
   p.across = ceil_div(a.ow, 2), p.down = ceil_div(a.oh, 2), p.tiles = a.batch * p.across * p.down;
   p.chunks = ceil_div(a.shape.c, 64), p.steps = ceil_div(a.shape.c, 4);
   p.vectors = l.segment_padded * l.stored_bits / 32;
-  p.columns = ceil_div(l.blocks_per_outer, column_blocks);
+  p.few = p.chunks > 1 && p.tiles <= few_rows;
+  p.column_blocks = p.few ? 1 : column_blocks;
+  p.columns = ceil_div(l.blocks_per_outer, p.column_blocks);
   const double work = static_cast<double>(p.tiles) * p.steps * 64 * 16 * static_cast<double>(l.blocks());
   const int64_t threads = least<int64_t>(thread_count(), most<int64_t>(1, static_cast<int64_t>(work / work_per_thread)));
   // Few channels: U of a column stays in L1, and sums of a row of positions are joined in registers.
@@ -62,6 +80,7 @@ Plan plan_of(const Conv2dArgs& a) {
   const int64_t top = p.joined ? joined_rows : most_rows;
   p.rows = top;
   if (!p.joined && joined_rows > 0) p.rows = least(top, round_up(ceil_div(p.tiles, ceil_div(p.tiles, top)), int64_t{2}));
+  if (p.few) p.rows = round_up(p.tiles, int64_t{4});
   p.groups = ceil_div(p.tiles, p.rows);
   p.v_group = p.chunks * v_chunk(p.rows);
   // With one or two columns it costs less to transform a group twice than to send V to L2 and back.
@@ -73,10 +92,10 @@ Plan plan_of(const Conv2dArgs& a) {
   p.stretch = ceil_div(p.groups, p.stretches);
   p.units = l.outer * p.stretches * p.columns;
   p.workers = least(threads, p.units);
-  p.u_block = p.chunks * u_chunk;
-  p.u_bytes = column_blocks * p.u_block;
+  p.u_block = p.few ? u_chunk : p.chunks * u_chunk;
+  p.u_bytes = p.column_blocks * p.u_block;
   p.v_bytes = p.stretch * p.v_group;
-  p.m_plane = p.rows * column_blocks * block + block;
+  p.m_plane = p.rows * p.column_blocks * block + block;
   p.m_group = positions * p.m_plane;
   p.batch = most<int64_t>(1, least(p.stretch, m_budget / (4 * p.m_group)));
   p.m_bytes = p.batch * p.m_group * 4;
@@ -103,7 +122,7 @@ class Worker {
       const Place at = place(unit);
       if (unit == begin) {
         prepare(at.outer * p_.columns + at.column);
-        make_weights(at_once);
+        if (!p_.few) make_weights(at_once);
         current_ = ahead_;
       }
       if (unit == begin || at.stretch != stretch_ || at.outer != outer_) input(at.outer, at.stretch);
@@ -115,8 +134,10 @@ class Worker {
         next = then.outer * p_.columns + then.column;
       }
       if (next != current_.column) prepare(next);
-      multiply(at);
-      make_weights(at_once);
+      if (p_.few)
+        multiply_few(at);
+      else
+        multiply(at), make_weights(at_once);
       current_ = ahead_;
     }
   }
@@ -143,7 +164,7 @@ class Worker {
     Column& c = ahead_;
     const int64_t first = first_block(column);
     c.column = column;
-    c.blocks = least(column_blocks, l_.blocks_per_outer - column % p_.columns * column_blocks);
+    c.blocks = least(p_.column_blocks, l_.blocks_per_outer - column % p_.columns * p_.column_blocks);
     c.made = 0, c.wanted = c.blocks * p_.vectors;
     c.u = current_.u == u_ ? u_ + p_.u_bytes : u_;
     // The 128 in V are taken back, and x_zero: as V of a constant image is 4 of it at position (1, 1) and else 0,
@@ -158,7 +179,7 @@ class Worker {
   }
 
   int64_t first_block(int64_t column) const {
-    return column / p_.columns * l_.blocks_per_outer + column % p_.columns * column_blocks;
+    return column / p_.columns * l_.blocks_per_outer + column % p_.columns * p_.column_blocks;
   }
 
   void make_weights(int64_t vectors) {
@@ -166,15 +187,19 @@ class Worker {
     while (vectors > 0 && c.made < c.wanted) {
       const int64_t b = c.made / p_.vectors, begin = c.made % p_.vectors;
       const int64_t end = begin + least(vectors, p_.vectors - begin), at = first_block(c.column) + b;
-      const WeightArgs w{a_.weight + l_.codes_at + at * l_.block_bytes, a_.weight + l_.zeros_at + at * block,
-                         c.u + b * p_.u_block};
-      if (l_.stored_bits == 4)
-        transform_weights<4>(w, begin, end);
-      else
-        transform_weights<2>(w, begin, end);
+      transform(at, begin, end, c.u + b * p_.u_block);
       c.made += end - begin;
       vectors -= end - begin;
     }
+  }
+
+  void transform(int64_t block_index, int64_t begin, int64_t end, uint8_t* u) const {
+    const WeightArgs w{a_.weight + l_.codes_at + block_index * l_.block_bytes, a_.weight + l_.zeros_at + block_index * block,
+                       u};
+    if (l_.stored_bits == 4)
+      transform_weights<4>(w, begin, end);
+    else
+      transform_weights<2>(w, begin, end);
   }
 
   void input(int64_t outer, int64_t stretch) {
@@ -221,12 +246,7 @@ class Worker {
     product.u_block = p_.u_block;
     product.steps = p_.steps;
     product.m_plane = p_.m_plane;
-    const int64_t n_column = at.column * column_blocks * block;
-    ResultArgs r{};
-    r.m_plane = p_.m_plane, r.rows = p_.rows, r.blocks = c.blocks;
-    r.across = p_.across, r.down = p_.down, r.oh = a_.oh, r.ow = a_.ow, r.n = a_.shape.n;
-    r.n_first = at.outer * l_.n_per_outer + n_column, r.n_valid = l_.n_per_outer - n_column;
-    r.epilogue = &a_.epilogue, r.out = a_.out;
+    ResultArgs r = result_args(at);
     // So many vectors of the next column between two products that it is ready in the end.
     const int64_t calls = groups * (p_.joined ? 4 : positions), share = ceil_div(ahead_.wanted, calls);
     const ProductOf plane = c.blocks == 1 ? plane_for<1>(p_.rows) : plane_for<column_blocks>(p_.rows);
@@ -252,14 +272,47 @@ class Worker {
     }
   }
 
+  // One group of tiles and one block: chunk by chunk of K.
+  void multiply_few(const Place& at) {
+    ProductArgs product{};
+    product.u_block = u_chunk, product.m_plane = p_.m_plane;
+    const int64_t chunk_vectors = steps_per_chunk * l_.stored_bits / 8;
+    const ProductOf first = chunk_for(p_.rows, false), more = chunk_for(p_.rows, true);
+    for (int64_t k = 0; k < p_.chunks; ++k) {
+      transform(first_block(current_.column), k * chunk_vectors, least(p_.vectors, (k + 1) * chunk_vectors),
+                u_ - k * u_chunk);
+      product.steps = least(steps_per_chunk, p_.steps - k * steps_per_chunk);
+      for (int64_t i = 0; i < positions; ++i) {
+        product.v = v_ + k * v_chunk(p_.rows) + i * v_plane(p_.rows);
+        product.u = u_ + i * u_plane;
+        product.init = current_.init + i * block;
+        product.m = m_ + i * p_.m_plane;
+        (k ? more : first)(product);
+      }
+    }
+    ResultArgs r = result_args(at);
+    r.first = 0, r.count = p_.tiles, r.m = m_;
+    result_(r);
+  }
+
+  ResultArgs result_args(const Place& at) const {
+    const int64_t n_column = at.column * p_.column_blocks * block;
+    ResultArgs r{};
+    r.m_plane = p_.m_plane, r.rows = p_.rows, r.blocks = current_.blocks;
+    r.across = p_.across, r.down = p_.down, r.oh = a_.oh, r.ow = a_.ow, r.n = a_.shape.n;
+    r.n_first = at.outer * l_.n_per_outer + n_column, r.n_valid = l_.n_per_outer - n_column;
+    r.epilogue = &a_.epilogue, r.out = a_.out;
+    return r;
+  }
+
   // Six tiles: 3 x 4 positions x 2 blocks of sums at a time, or 6 x 4 x 1.
   static void joined(ProductArgs a, int64_t blocks) {
 #if !defined(QK_ISA_GENERIC) && !defined(QK_ISA_AVX2)
-    if (blocks == 1) return product<6, 1, 4>(a);
-    product<3, 2, 4>(a);
+    if (blocks == 1) return joined_product<6, 1>(a);
+    joined_product<3, 2>(a);
     a.v += 3 * line;
     a.m += 3 * 2 * block;
-    product<3, 2, 4>(a);
+    joined_product<3, 2>(a);
 #endif
   }
 
