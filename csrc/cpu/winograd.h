@@ -36,23 +36,6 @@ QK_INLINE Vec get_some(const uint8_t* p, int64_t n) {
 #endif
 }
 
-QK_INLINE Lanes difference(const Lanes& a, const Lanes& b) {
-  Words x, y;
-  std::memcpy(&x, &a, sizeof x);
-  std::memcpy(&y, &b, sizeof y);
-  x -= y;
-  Lanes d;
-  std::memcpy(&d, &x, sizeof d);
-  return d;
-}
-
-// In a register: gcc would read a vector that is used three times from memory three times, and loads are the limit here.
-QK_INLINE void in_register(Bytes& v) {
-#if !defined(QK_ISA_GENERIC) && !defined(QK_ISA_AVX2)
-  asm("" : "+v"(v));
-#endif
-}
-
 // --- input: V = B' d B. Differences lie within +-2 (2^6 - 1) and are stored with 128 added; the sum of sums at position
 // (1, 1) has no sign. ---
 template <class At>
@@ -87,14 +70,14 @@ struct WeightArgs {
   uint8_t* u;
 };
 
-// Vectors [begin, end) of a block: 32 / B input channels each.
+// All vectors of a block: 32 / B input channels each.
 template <int B>
-void transform_weights(const WeightArgs& a, int64_t begin, int64_t end) {
+void transform_weights(const WeightArgs& a, int64_t vectors) {
   constexpr int parts = 8 / B;
   const Bytes spread = spread16(a.zeros);
   Vec zero;
   std::memcpy(&zero, &spread, sizeof zero);
-  for (int64_t v = begin; v < end; ++v) {
+  for (int64_t v = 0; v < vectors; ++v) {
     const uint8_t* codes = a.codes + v * 9 * line;
     const int64_t step = v * parts;
     uint8_t* u = a.u + step / steps_per_chunk * u_chunk + step % steps_per_chunk * line;
@@ -125,25 +108,24 @@ void transform_weights(const WeightArgs& a, int64_t begin, int64_t end) {
 
 // --- products: at each position [rows tiles x channels] . [channels x 16 blocks] ---
 struct ProductArgs {
-  const uint8_t* v;  // at the first position
+  const uint8_t* v;
   const uint8_t* u;
-  int64_t v_plane, v_chunk;
-  int64_t u_block;      // bytes from block to block
+  int64_t v_chunk;      // bytes from chunk to chunk
+  int64_t u_block;      // and from block to block
   int64_t steps;        // of four channels
-  const int32_t* init;  // [positions][blocks][16]: what the sums start with
+  const int32_t* init;  // [blocks][16]: what the sums start with
   int32_t* m;
-  int64_t m_plane;  // values from position to position
 };
 
-// One position. more: added to what M holds. Every loop over the sums is unrolled: else gcc keeps them in memory.
-template <int rows, int blocks, bool more>
+// One position. Every loop over the sums is unrolled: else gcc keeps them in memory.
+template <int rows, int blocks>
 void product(const ProductArgs& a) {
   Lanes acc[rows][blocks];
 #pragma GCC unroll 4
   for (int b = 0; b < blocks; ++b) {
     const Lanes start = load<Lanes>(a.init + b * block);
 #pragma GCC unroll 16
-    for (int r = 0; r < rows; ++r) acc[r][b] = more ? load<Lanes>(a.m + (r * blocks + b) * block) : start;
+    for (int r = 0; r < rows; ++r) acc[r][b] = start;
   }
   const uint8_t* v = a.v;
   const uint8_t* u = a.u;
@@ -168,61 +150,12 @@ void product(const ProductArgs& a) {
     for (int b = 0; b < blocks; ++b) store(a.m + (r * blocks + b) * block, acc[r][b]);
 }
 
-// A row of four positions side by side: their sums are joined to the two that the result needs, m0 + m1 + m2 and
-// m1 - m2 - m3, while they are in registers.
-template <int rows, int blocks>
-void joined_product(const ProductArgs& a) {
-  Lanes acc[4][rows][blocks];
-#pragma GCC unroll 4
-  for (int p = 0; p < 4; ++p)
-#pragma GCC unroll 4
-    for (int b = 0; b < blocks; ++b) {
-      const Lanes start = load<Lanes>(a.init + (p * blocks + b) * block);
-#pragma GCC unroll 16
-      for (int r = 0; r < rows; ++r) acc[p][r][b] = start;
-    }
-  const uint8_t* v = a.v;
-  const uint8_t* u = a.u;
-  for (int64_t left = a.steps; left > 0; left -= steps_per_chunk, v += a.v_chunk, u += u_chunk) {
-    const uint8_t* x = v;
-    const uint8_t* w = u;
-    const uint8_t* const end = u + least(left, steps_per_chunk) * line;
-#pragma GCC unroll 1
-    for (; w != end; x += 4, w += line) {
-#pragma GCC unroll 4
-      for (int p = 0; p < 4; ++p) {
-        Bytes weights[blocks];
-#pragma GCC unroll 4
-        for (int b = 0; b < blocks; ++b) {
-          weights[b] = load64(w + p * u_plane + b * a.u_block);
-          in_register(weights[b]);
-        }
-#pragma GCC unroll 16
-        for (int r = 0; r < rows; ++r) {
-          const Four codes = broadcast4(x + p * a.v_plane + r * line);
-#pragma GCC unroll 4
-          for (int b = 0; b < blocks; ++b) acc[p][r][b] = dot4<false>(acc[p][r][b], codes, weights[b]);
-        }
-      }
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 4
-    for (int b = 0; b < blocks; ++b) {
-      int32_t* to = a.m + (r * blocks + b) * block;
-      const Lanes inner = sum(acc[1][r][b], acc[2][r][b]);
-      store(to, sum(acc[0][r][b], inner));
-      store(to + a.m_plane, difference(acc[1][r][b], sum(acc[2][r][b], acc[3][r][b])));
-    }
-}
-
 using ProductOf = void (*)(const ProductArgs&);
 
 // --- result: 4 Y = A' M A, then the epilogue ---
 struct ResultArgs {
   const int32_t* m;
-  int64_t m_plane, rows, blocks;  // of M
+  int64_t m_plane, blocks;    // of M
   int64_t first, count;           // tiles
   int64_t across, down;           // tiles of an image
   int64_t oh, ow, n;
@@ -231,8 +164,7 @@ struct ResultArgs {
   void* out;
 };
 
-// joined: M holds two planes for each row of positions (see product).
-template <bool joined, class Finisher>
+template <class Finisher>
 void result(const ResultArgs& a, const Finisher& f) {
   const Finisher finish = f;
   for (int64_t b = 0; b < a.blocks; ++b) {
@@ -249,14 +181,9 @@ void result(const ResultArgs& a, const Finisher& f) {
       Words z[4][2];  // M A
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        if constexpr (joined) {
-          z[i][0] = load<Words>(m + 2 * i * plane);
-          z[i][1] = load<Words>(m + (2 * i + 1) * plane);
-        } else {
-          const Words x1 = load<Words>(m + (4 * i + 1) * plane), x2 = load<Words>(m + (4 * i + 2) * plane);
-          z[i][0] = load<Words>(m + 4 * i * plane) + x1 + x2;
-          z[i][1] = x1 - x2 - load<Words>(m + (4 * i + 3) * plane);
-        }
+        const Words x1 = load<Words>(m + (4 * i + 1) * plane), x2 = load<Words>(m + (4 * i + 2) * plane);
+        z[i][0] = load<Words>(m + 4 * i * plane) + x1 + x2;
+        z[i][1] = x1 - x2 - load<Words>(m + (4 * i + 3) * plane);
       }
       const int64_t at = ((image * a.oh + 2 * ty) * ow + 2 * tx) * n + n_first;
       const bool below = 2 * ty + 1 < a.oh, right = 2 * tx + 1 < ow;
@@ -278,19 +205,15 @@ void result(const ResultArgs& a, const Finisher& f) {
 
 using ResultOf = void (*)(const ResultArgs&);
 
-template <bool joined, bool codes, Residual residual>
+template <bool codes, Residual residual>
 void result_with(const ResultArgs& a) {
-  result<joined>(a, Finish<codes, residual>(*a.epilogue));
+  result(a, Finish<codes, residual>(*a.epilogue));
 }
 
-template <bool joined>
+template <bool codes>
 ResultOf result_for(const Epilogue& e) {
-  const Residual kind = !e.residual ? Residual::none : e.residual_step ? Residual::codes : Residual::floats;
-  switch (kind) {
-    case Residual::codes: return e.out_step ? result_with<joined, true, Residual::codes> : result_with<joined, false, Residual::codes>;
-    case Residual::floats: return e.out_step ? result_with<joined, true, Residual::floats> : result_with<joined, false, Residual::floats>;
-    default: return e.out_step ? result_with<joined, true, Residual::none> : result_with<joined, false, Residual::none>;
-  }
+  if (!e.residual) return result_with<codes, Residual::none>;
+  return e.residual_step ? result_with<codes, Residual::codes> : result_with<codes, Residual::floats>;
 }
 
 }  // namespace
