@@ -51,7 +51,7 @@ def test_the_study_measures_every_width_and_method(tmp_path, monkeypatch):
     assert [(run.name, run.method) for run in made.runs] == [
         ("W8A8", "nearest"), ("W8A8", "brecq"), ("W2A4", "nearest"), ("W2A4", "brecq"),
     ]  # fmt: skip
-    assert all(run.not_definition == 0 for run in made.runs)
+    assert all(run.not_definition == run.not_unfused == 0 for run in made.runs)
     assert made.runs[0].integer == pytest.approx(made.float_accuracy, abs=0.02)
     assert made.runs[-1].size_bytes < made.runs[0].size_bytes < made.float_bytes
     assert len(lines) == 5

@@ -16,16 +16,18 @@ from qk import machine, timing
 from qk.calibrate import calibrate
 from qk.calibrate.batches import hold
 from qk.deploy import (
+    FusedModel,
     LayerMeasure,
     all_layer_times,
     check_state,
     checkpoint_bytes,
     convert,
     file_bytes,
+    fuse,
     measure_layers,
     save,
 )
-from qk.errors import fail
+from qk.errors import QkError, fail
 from qk.files import writable_folder
 from qk.inputs import copied_to, device_of, feed, map_tensors
 from qk.methods import reconstruct
@@ -39,12 +41,14 @@ MEASURED_BATCHES = 2  # for the error of each layer
 
 @dataclass(frozen=True)
 class Result:
-    """model: integer layers in place, runs torch.ops.qk. prepared: the model that simulates it in float."""
+    """model: integer layers in place, runs torch.ops.qk. prepared: the model that simulates it in float. fused: the fast
+    one, or None where it could not be made or was not wanted; report.notes has the reason."""
 
     model: nn.Module
     plan: Plan
     report: Report
     prepared: Prepared
+    fused: FusedModel | None = None
 
 
 def quantize(
@@ -58,6 +62,7 @@ def quantize(
     out: str | Path | None = None,
     latency_batches: tuple[int, ...] = (1,),
     measure: bool = True,
+    fused: bool = True,
     progress: bool = True,
     title: str = "",
 ) -> Result:
@@ -68,7 +73,8 @@ def quantize(
     batches if not given. blocks: module names to reconstruct together instead of those found.
     evaluate: model -> share of labels met, in [0, 1]; called on the float, the simulated and the integer model.
     out: folder to save the checkpoint in. latency_batches: sizes at which the whole model is timed, with the example
-    repeated or cut along its first axis. measure: False leaves out errors and times of layers, and latency.
+    repeated or cut along its first axis. measure: False leaves out errors and times of layers, and latency. fused:
+    False leaves out qk.fuse, whose model holds weights of its own.
     Raises QkError for input that a stage cannot work with, before that stage changes anything; whatever can be checked
     without learning is checked before it.
     """
@@ -109,33 +115,61 @@ def quantize(
     with _timed(seconds, "convert"):
         integer = convert(p)
     report.size_bytes["integer"] = file_bytes(integer) if out is None else checkpoint_bytes(save(integer, out))
+    fast = None
+    if fused:
+        with _timed(seconds, "fuse"):
+            fast, left = _fused(integer, example, held)
     if evaluate is not None:
         with _timed(seconds, "evaluate"):
             with p.quantized() as simulated:
                 report.accuracy["simulated"] = _share(evaluate, simulated)
             report.accuracy["integer"] = _share(evaluate, integer)
+            if fast is not None:
+                report.accuracy["fused"] = _share(evaluate, fast)
     with _timed(seconds, "measure"):
         measured = measure_layers(p, integer, held[:MEASURED_BATCHES]) if measure else []
-        report.latency = [latency(model, integer, example, n) for n in latency_batches] if measure else []
+        report.latency = [latency(model, integer, example, n, fast) for n in latency_batches] if measure else []
     report.losses = {  # without the last entry, which is of another kind: over all data, with weights rounded
         unit: [{"iteration": s["iteration"], "loss": s["loss"]} for s in h[:-1]] for unit, h in p.history.items()
     }
     report.layers = _layers(p, measured)
-    report.notes = _notes(p, measured)
-    return Result(integer, p.plan, report, p)
+    report.notes = _notes(p, measured) + (left if fused else [])
+    return Result(integer, p.plan, report, p, fast)
 
 
-def latency(floating: nn.Module, integer: nn.Module, example: Any, batch: int, seconds: float = 1.0) -> Latency:
-    """Both models on the example, repeated or cut to `batch`; alternating for about `seconds`."""
+def latency(
+    floating: nn.Module,
+    integer: nn.Module,
+    example: Any,
+    batch: int,
+    fused: nn.Module | None = None,
+    seconds: float = 1.0,
+) -> Latency:
+    """The models on the example, repeated or cut to `batch`; alternating for about `seconds`."""
     inputs = copied_to(resized(example, batch), device_of(floating))
+    models = [model for model in (floating, integer, fused) if model is not None]
     with _evaluating(floating), torch.inference_mode():
-        times = timing.alternate([lambda: feed(floating, inputs), lambda: feed(integer, inputs)], seconds)
+        times = timing.alternate([lambda model=model: feed(model, inputs) for model in models], seconds)
     return Latency(batch, *(timing.quantile(side, share) for side in times for share in (0.5, 0.99)))
 
 
 def resized(example: Any, batch: int) -> Any:
     """Every tensor of the example repeated or cut to `batch` along its first axis."""
     return map_tensors(lambda x: x[torch.arange(batch, device=x.device) % x.shape[0]] if x.dim() else x, example)
+
+
+def _fused(integer: nn.Module, example: Any, held: list[Any]) -> tuple[FusedModel | None, list[str]]:
+    """The fused model, and notes on what it leaves in float; None and the reason if there is none."""
+    if device_of(integer).type != "cpu":
+        return None, ["Not fused: qk.fuse works on the CPU."]
+    try:
+        fast = fuse(integer, [example, *held])
+    except QkError as error:
+        return None, [f"Not fused: {error}"]
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in fast.report:
+        by_reason.setdefault(reason, []).append(name)
+    return fast, [f"Not fused: {', '.join(names)}: {reason}." for reason, names in by_reason.items()]
 
 
 def _leave_slower_in_float(p: Prepared) -> None:

@@ -44,18 +44,20 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds per call of the whole model at one batch size, float and integer alternating in one process."""
+    """Milliseconds per call of the whole model at one batch size, alternating in one process. fused: None without one."""
 
     batch: int
     float_p50: float
     float_p99: float
     integer_p50: float
     integer_p99: float
+    fused_p50: float | None = None
+    fused_p99: float | None = None
 
 
 @dataclass
 class Report:
-    """accuracy: "float", "simulated", "integer" -> share of labels met. losses: unit -> [{"iteration", "loss"}].
+    """accuracy: "float", "simulated", "integer", "fused" -> share of labels met. losses: unit -> [{"iteration", "loss"}].
 
     size_bytes: "float", "integer" -> bytes on disk. seconds: stage -> time it took.
     """
@@ -77,23 +79,29 @@ class Report:
         """The whole model, before and after."""
         rows: list[list[Any]] = []
         if self.accuracy:
-            share = {name: self.accuracy.get(name) for name in ("float", "simulated", "integer")}
+            share = {name: self.accuracy.get(name) for name in ("float", "simulated", "integer", "fused")}
+            last = share["integer"] if share["fused"] is None else share["fused"]
             change = None
-            if share["float"] is not None and share["integer"] is not None:
-                change = f"{100 * (share['integer'] - share['float']):+.2f} points"
-            rows.append(["accuracy (%)", tables.percent(share["float"]), tables.percent(share["integer"]), change])
-            rows.append(["accuracy, simulated in float (%)", None, tables.percent(share["simulated"]), None])
+            if share["float"] is not None and last is not None:
+                change = f"{100 * (last - share['float']):+.2f} points"
+            shown = [tables.percent(share[name]) for name in ("float", "integer", "fused")]
+            rows.append(["accuracy (%)", *shown, change])
+            rows.append(["accuracy, simulated in float (%)", None, tables.percent(share["simulated"]), None, None])
         if self.size_bytes:
             before, after = self.size_bytes.get("float"), self.size_bytes.get("integer")
             change = f"{before / after:.2f}x smaller" if before and after else None
-            rows.append(["size on disk", tables.size(before), tables.size(after), change])
+            rows.append(["size on disk", tables.size(before), tables.size(after), None, change])
         for timing in self.latency:
             for which in ("p50", "p99"):
-                before, after = getattr(timing, f"float_{which}"), getattr(timing, f"integer_{which}")
+                times = [getattr(timing, f"{side}_{which}") for side in ("float", "integer", "fused")]
+                before, after = times[0], times[1] if times[2] is None else times[2]
                 change = f"{before / after:.2f}x faster" if before >= after else f"{after / before:.2f}x slower"
                 name = f"latency {which}, batch {timing.batch} (ms)"
-                rows.append([name, tables.ms(before), tables.ms(after), change])
-        return Table("", ["whole model", "float", "quantized", "change"], rows)
+                rows.append([name, *(tables.ms(t) for t in times), change])
+        headers = ["whole model", "float", "quantized", "fused", "change"]
+        if all(row[3] is None for row in rows):
+            headers, rows = headers[:3] + headers[4:], [row[:3] + row[4:] for row in rows]
+        return Table("", headers, rows)
 
     def layer_table(self) -> Table:
         """Every layer: width, error, size and time before and after."""

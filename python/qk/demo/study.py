@@ -15,7 +15,7 @@ from torch import nn
 
 from qk import flow, machine, tables
 from qk.demo import digits
-from qk.deploy import definition, file_bytes
+from qk.deploy import definition, file_bytes, unfused
 from qk.files import replace_file, writable_folder
 from qk.page import page
 from qk.report import Latency, Report
@@ -23,7 +23,7 @@ from qk.sources import predictions
 from qk.spec import Recipe
 from qk.tables import Table
 
-WIDTHS = ((8, 8), (4, 8), (4, 4), (2, 4))
+WIDTHS = ((8, 8), (4, 8), (4, 6), (4, 4), (2, 4))
 METHODS = ("nearest", "brecq")
 CALIBRATION = 1024  # images; none of them is held out
 LATENCY_BATCHES = (1, 64)
@@ -33,14 +33,17 @@ RECIPE = {"iterations": 500, "batch_size": 32, "weight_lr": 3e-3, "act_lr": 1e-4
 @dataclass(frozen=True)
 class Run:
     """One quantized network. not_definition, not_simulated: held-out images with another prediction than the integer
-    model computed by the definitions in torch, and than the float simulation."""
+    model computed by the definitions in torch, and than the float simulation. fused: accuracy of the fused network;
+    not_unfused: images on which it predicts something else than the same network run one operator after the other."""
 
     name: str
     method: str
     simulated: float
     integer: float
+    fused: float
     not_definition: int
     not_simulated: int
+    not_unfused: int
     size_bytes: int
     seconds: float
     latency: list[Latency]
@@ -69,20 +72,23 @@ class Study:
             "float %",
             "simulated %",
             "integer %",
+            "fused %",
             "≠ definition",
             "≠ simulated",
+            "≠ unfused",
             "on disk",
         ]
         rows: list[list[Any]] = [
-            ["float", "", accuracy, None, None, None, None, tables.size(self.float_bytes)]
+            ["float", "", accuracy, None, None, None, None, None, None, tables.size(self.float_bytes)]
             + [self._float_times(i) for i in range(len(LATENCY_BATCHES))]
             + [f"{self.train_seconds:.1f} (training)" if self.train_seconds > 0.5 else "(trained before)"]
         ]
         for run in self.runs:
             rows.append(
-                [run.name, run.method, accuracy, tables.percent(run.simulated), tables.percent(run.integer)]
-                + [run.not_definition, run.not_simulated, tables.size(run.size_bytes)]
-                + [f"{tables.ms(t.integer_p50)}/{tables.ms(t.integer_p99)}" for t in run.latency]
+                [run.name, run.method, accuracy]
+                + [tables.percent(share) for share in (run.simulated, run.integer, run.fused)]
+                + [run.not_definition, run.not_simulated, run.not_unfused, tables.size(run.size_bytes)]
+                + [f"{tables.ms(t.fused_p50)}/{tables.ms(t.fused_p99)}" for t in run.latency]
                 + [f"{run.seconds:.1f}"]
             )
         title = f"{self.held_out} held-out digits, seed {self.seed}"
@@ -98,9 +104,12 @@ class Study:
 
     def verdict(self) -> str:
         """Whether the integer kernels kept their word, in a sentence."""
-        wrong = sum(run.not_definition for run in self.runs)
+        wrong = sum(run.not_definition + run.not_unfused for run in self.runs)
         exact = "equal the definition on every image" if wrong == 0 else f"differ from the definition on {wrong} images"
-        return f"Integer predictions {exact}. ≠ simulated counts images on which the float simulation says otherwise."
+        return (
+            f"Integer and fused predictions {exact}. ≠ simulated counts images on which the float simulation says "
+            "otherwise. Times are of the fused network."
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"report_path": str(self.report_path)}
@@ -157,15 +166,18 @@ def _one(network: nn.Module, data: digits.Digits, recipe: Recipe, folder: Path) 
         defined = predictions(result.model, data.test)
     with result.prepared.quantized() as simulated:
         simulation = predictions(simulated, data.test)
-    integer = predictions(result.model, data.test)
-    seconds = sum(report.seconds.get(stage, 0) for stage in ("prepare", "calibrate", "reconstruct", "convert"))
+    integer, fused = predictions(result.model, data.test), predictions(result.fused, data.test)
+    by_operators = predictions(unfused(result.model, batches), data.test)
+    seconds = sum(report.seconds.get(stage, 0) for stage in ("prepare", "calibrate", "reconstruct", "convert", "fuse"))
     made = Run(
         name=f"W{recipe.weights}A{recipe.activations}",
         method=recipe.method,
         simulated=report.accuracy["simulated"],
         integer=report.accuracy["integer"],
+        fused=report.accuracy["fused"],
         not_definition=int((integer != defined).sum()),
         not_simulated=int((integer != simulation).sum()),
+        not_unfused=int((fused != by_operators).sum()),
         size_bytes=report.size_bytes["integer"],
         seconds=seconds,
         latency=report.latency,
