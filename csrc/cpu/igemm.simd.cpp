@@ -20,7 +20,7 @@ struct Room {
 };
 
 constexpr int64_t most_sums =
-    block * most(tile_limits.rows * tile_limits.blocks, tile_limits.few_rows* tile_limits.few_blocks);
+    block * most<int64_t>(tile_limits.rows * tile_limits.blocks, tile_limits.few_rows* tile_limits.few_blocks);
 
 template <int B, class Finish>
 class Worker {
@@ -61,8 +61,9 @@ class Worker {
     const int64_t at = outer * l_.blocks_per_outer + begin;
     const int64_t n_first = outer * l_.n_per_outer + begin * block;
     const int64_t n_valid = least(blocks * block, l_.n_per_outer - begin * block);
-    Terms terms = load_terms(at, blocks, n_first, n_valid);
     TileArgs t{};
+    Terms& terms = t.terms;
+    load_terms(at, blocks, n_first, n_valid, terms);
     t.weight = codes_ + at * l_.block_bytes;
     t.weight_pitch = l_.block_bytes;
     t.kept = room_.kept;
@@ -95,7 +96,6 @@ class Worker {
           terms.row_zero = p_.epilogue.x_zero + first_ + row;
         }
         terms.row_terms = room_.row_terms + row * l_.k_groups;
-        t.terms = terms;
         tile(t);
         const int64_t to = (first_ + row) * p_.n + n_first;
         if (l_.k_groups > 1)
@@ -123,7 +123,7 @@ class Worker {
  private:
   // What the values of a column need; nothing for channels that are not there. No bias is -0, which leaves every sum
   // alone.
-  Terms load_terms(int64_t at, int64_t blocks, int64_t n_first, int64_t n_valid) {
+  void load_terms(int64_t at, int64_t blocks, int64_t n_first, int64_t n_valid, Terms& t) {
     const Epilogue& e = p_.epilogue;
     const bool per_row = e.per_row;
     const float x_step = per_row ? 1.0f : *e.x_step;
@@ -154,13 +154,11 @@ class Worker {
         }
       }
     }
-    Terms t{};
     t.steps = room_.steps;
     t.sums = room_.sums;
     t.zeros = B < 8 ? room_.zeros : nullptr;
     t.wide = wide_;
     t.k_groups = k_groups;
-    return t;
   }
 
   // to[j] has value j of `valid` rows, `count` values a row.
