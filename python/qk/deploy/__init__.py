@@ -2,6 +2,7 @@
 
 from qk.deploy.checkpoint import check_state, checkpoint_bytes, file_bytes, load, save
 from qk.deploy.convert import Info, convert
+from qk.deploy.embedding import QEmbedding, QEmbeddingBag, pack_table
 from qk.deploy.measure import LayerMeasure, LayerTimes, all_layer_times, layer_errors, measure_layers
 from qk.deploy.modules import IntegerLayer, QConv2d, QLinear, definition
 
@@ -11,6 +12,8 @@ __all__ = [
     "LayerMeasure",
     "LayerTimes",
     "QConv2d",
+    "QEmbedding",
+    "QEmbeddingBag",
     "QLinear",
     "all_layer_times",
     "check_state",
@@ -21,5 +24,6 @@ __all__ = [
     "layer_errors",
     "load",
     "measure_layers",
+    "pack_table",
     "save",
 ]
