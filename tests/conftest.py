@@ -11,7 +11,7 @@ import qk
 from qk import _native
 from threads import threads
 
-_ISAS = ("generic", "avx2", "avx512vnni")
+_ISAS = ("generic", "avx2", "avx512vnni", "amx")
 
 
 class _Emulated:

@@ -14,7 +14,7 @@ from qk import _core
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("isa", ["avx2", "avx512vnni"])
+@pytest.mark.parametrize("isa", ["avx2", "avx512vnni", "amx"])
 def test_no_other_code_can_be_linked_with_a_function_of_this_set(isa):
     """Of an inline function in two objects the linker keeps one: perhaps the one that only newer processors can run."""
     builds = ROOT.glob(f"build/**/simd_{isa}.dir/csrc/cpu/gemm.simd.cpp.o")

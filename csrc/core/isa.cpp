@@ -4,10 +4,33 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(QK_WITH_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace qk {
 namespace {
 
-constexpr Isa all[] = {Isa::generic, Isa::avx2, Isa::avx512vnni};
+constexpr Isa all[] = {Isa::generic, Isa::avx2, Isa::avx512vnni, Isa::amx};  // from the slowest to the fastest
+
+#if defined(QK_WITH_AMX)
+// The processor has tiles and their 8-bit products, the system saves them, and this process may use them: Linux gives
+// 8 KB of state a thread only to who asks.
+bool tiles_granted() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned amx_tile = 1u << 24, amx_int8 = 1u << 25;
+  if (!(d & amx_tile) || !(d & amx_int8)) return false;
+  unsigned low, high;
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  constexpr unsigned tile_state = 3u << 17;
+  if ((low & tile_state) != tile_state) return false;
+  constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+#endif
 
 bool runs_here(Isa isa) {
 #if defined(__x86_64__)
@@ -18,6 +41,14 @@ bool runs_here(Isa isa) {
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
              __builtin_cpu_supports("avx512vnni");
+    case Isa::amx: {
+#if defined(QK_WITH_AMX)
+      static const bool granted = runs_here(Isa::avx512vnni) && tiles_granted();
+      return granted;
+#else
+      return false;
+#endif
+    }
   }
   return false;
 #else
@@ -54,6 +85,7 @@ std::string isa_name(Isa isa) {
     case Isa::generic: return "generic";
     case Isa::avx2: return "avx2";
     case Isa::avx512vnni: return "avx512vnni";
+    case Isa::amx: return "amx";
   }
   return "unknown";
 }

@@ -7,7 +7,7 @@
 
 namespace qk {
 
-enum class Isa { generic, avx2, avx512vnni };
+enum class Isa { generic, avx2, avx512vnni, amx };
 
 QK_EXPORT Isa active_isa();
 // Empty gives the choice back to the environment or the machine. Throws for a name that cannot run here.

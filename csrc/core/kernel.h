@@ -3,6 +3,17 @@
 #pragma once
 #include "core/isa.h"
 
+#if defined(QK_WITH_AMX)  // a compiler that knows it
+#define QK_DECLARE_AMX(name, Args) \
+  namespace amx {                  \
+  void name(const Args&);          \
+  }
+#define QK_PICK_AMX(name, args) amx::name(args)
+#else
+#define QK_DECLARE_AMX(name, Args)
+#define QK_PICK_AMX(name, args) avx512vnni::name(args)
+#endif
+
 #if defined(__x86_64__)
 #define QK_DECLARE_CPU(name, Args) \
   namespace generic {              \
@@ -13,12 +24,14 @@
   }                                \
   namespace avx512vnni {           \
   void name(const Args&);          \
-  }
+  }                                \
+  QK_DECLARE_AMX(name, Args)
 #define QK_PICK(name, args)                              \
   switch (active_isa()) {                                \
     case Isa::generic: return generic::name(args);       \
     case Isa::avx2: return avx2::name(args);             \
     case Isa::avx512vnni: return avx512vnni::name(args); \
+    case Isa::amx: return QK_PICK_AMX(name, args);       \
   }
 #else
 #define QK_DECLARE_CPU(name, Args) \

@@ -3,6 +3,9 @@
 
 #include "core/scratch.h"
 #include "cpu/finish.h"
+#if defined(QK_ISA_AMX)
+#include "cpu/amx_igemm.h"
+#endif
 
 namespace qk::cpu::QK_ISA {
 namespace {
@@ -231,6 +234,9 @@ void multiply_stored(const Product& p, const Finish& finish) {
 
 void multiply(const Product& p) {
   if (p.rows == 0) return;
+#if defined(QK_ISA_AMX)
+  if (multiply_on_tiles(p)) return;
+#endif
   with_finish(p.epilogue, [&](const auto& finish) {
     switch (p.layout.stored_bits) {
       case 2: return multiply_stored<2>(p, finish);

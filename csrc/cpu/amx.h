@@ -1,0 +1,251 @@
+// Tiles of registers (AMX): TDPBUSD adds to 16 x 16 sums the products of 16 rows of 64 codes with 64 codes of int8
+// weights of 16 channels, 16,384 products in 16 cycles, in exact int32. The driver is amx_igemm.h.
+//
+// What was measured on Sapphire Rapids, in cycles: a product takes as long as A has rows (9 at least); loading a tile 8
+// from L1 and 23 from L2, storing one 16, all beside the products, as long as enough of them lie in the window of the
+// out-of-order machine. TILEZERO does not run beside them: sums begin with a load of one line, sixteen times. While
+// products run, float vectors have one port instead of two: an epilogue is cheap only between products, not behind
+// them.
+#pragma once
+#include "cpu/dot.h"
+#include "cpu/finish.h"
+
+namespace qk::cpu::QK_ISA {
+namespace {
+
+constexpr int64_t tile_k = 64, tile_bytes = 1024;  // a tile B: 64 codes of K of 16 channels
+constexpr int side = 16;
+
+// gcc's own intrinsics tell the compiler nothing about the memory that a load reads.
+template <int tile>
+QK_INLINE void load_tile(const void* p, int64_t stride) {
+  asm volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(tile), "r"(p), "r"(stride) : "memory");
+}
+template <int tile>
+QK_INLINE void store_tile(void* p, int64_t stride) {
+  asm volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(tile), "r"(p), "r"(stride) : "memory");
+}
+template <int c, int a, int b>
+QK_INLINE void products() {
+  asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b));
+}
+
+// Tiles 0 .. 3: sums; 4, 5: rows of x; 6, 7: weights. Other libraries of the process have their own configuration, so
+// each body of a parallel loop sets ours and leaves none behind.
+class TileState {
+ public:
+  // Rows of x in a tile: 1 .. 16. Forgets what is in the tiles.
+  void set_rows(int64_t rows) {
+    if (rows == rows_) return;
+    rows_ = rows;
+    struct alignas(64) {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {};
+    } config;
+    for (int i = 0; i < 8; ++i) config.rows[i] = static_cast<uint8_t>(i < 6 ? rows : side);
+    asm volatile("ldtilecfg %0" ::"m"(config));
+  }
+  // At the end; not a destructor, which would need tables for exceptions in code that throws none.
+  void release() { asm volatile("tilerelease"); }
+
+ private:
+  int64_t rows_ = 0;
+};
+
+// A tile of rows of x, `stride` bytes apart.
+struct TileRows {
+  const uint8_t* x;
+  int64_t stride;
+  bool copied;       // rows lie step by step, not as the pieces say
+  int64_t to[side];  // rows of the product; -1 is not wanted
+};
+
+// What two blocks of 16 channels share. Channels that are not there have step 0.
+struct alignas(64) Channels {
+  int32_t start[2 * side];  // where the sums begin: -x_zero * sums, or 0 with zeros of rows
+  int32_t sums[2 * side];
+  float step[2 * side], bias[2 * side];
+  uint32_t there;  // a bit for each channel
+  int64_t first;   // output channel
+  bool careful;    // a result may be NaN or beyond int32
+};
+
+// Epilogue of 32 channels at a time, in the arithmetic of finish.h; made once for a call.
+class TileFinish {
+ public:
+  TileFinish(const Epilogue& e, void* out, int64_t n)
+      : e_(e),
+        out_(out),
+        n_(n),
+        codes_(e.out_step != nullptr),
+        low_(e.activation == Activation::none ? -__builtin_inff() : 0.0f),
+        high_(e.activation == Activation::relu6 ? 6.0f : __builtin_inff()) {
+    if (!codes_) return;
+    // Rounding is monotone, so an activation is a pair of limits of the code.
+    const int top = top_code(e.out_bits);
+    inverse_ = 1.0f / *e.out_step;
+    zero_ = *e.out_zero;
+    least_ = e.activation == Activation::none ? 0 : zero_;
+    most_ = top;
+    top_ = static_cast<float>(top - zero_);
+    if (e.activation == Activation::relu6) {
+      const float six = 6.0f * inverse_;
+      if (six < top_) most_ = zero_ + static_cast<int>((six + 12582912.0f) - 12582912.0f);
+    }
+  }
+
+  // Steps, bias and sums of the channels from ch.first on that ch.there names; sums: of their blocks. No bias is -0, which
+  // leaves every sum alone.
+  void load(Channels& ch, const uint8_t* sums, int64_t blocks, int64_t k) const {
+    __m512 worst_step = _mm512_setzero_ps(), worst_bias = _mm512_setzero_ps();
+    __mmask16 nan = 0;
+    for (int i = 0; i < 2; ++i) {
+      const __mmask16 there = static_cast<__mmask16>(ch.there >> (i * side));
+      const int64_t first = ch.first + i * side;
+      __m512 step = _mm512_maskz_loadu_ps(there, e_.weight_step + first), bias = _mm512_set1_ps(-0.0f);
+      if (e_.bias) bias = _mm512_mask_loadu_ps(bias, there, e_.bias + first);
+      const __m512i sum = i < blocks ? _mm512_loadu_si512(sums + i * side * 4) : _mm512_setzero_si512();
+      __m512i start = _mm512_setzero_si512();
+      if (!e_.per_row) {
+        step = _mm512_mul_ps(step, _mm512_set1_ps(*e_.x_step));
+        start = _mm512_sub_epi32(start, _mm512_mullo_epi32(sum, _mm512_set1_epi32(*e_.x_zero)));
+      }
+      _mm512_store_ps(ch.step + i * side, step);
+      _mm512_store_ps(ch.bias + i * side, bias);
+      _mm512_store_si512(ch.sums + i * side, sum);
+      _mm512_store_si512(ch.start + i * side, start);
+      nan |= _mm512_cmp_ps_mask(step, bias, _CMP_UNORD_Q);
+      worst_step = _mm512_max_ps(worst_step, _mm512_abs_ps(step));
+      worst_bias = _mm512_max_ps(worst_bias, _mm512_abs_ps(bias));
+    }
+    float worst = static_cast<float>(k) * (255.0f * 128.0f) * _mm512_reduce_max_ps(worst_step) +
+                  _mm512_reduce_max_ps(worst_bias);
+    if (e_.residual) worst += e_.residual_step ? 256.0f * *e_.residual_step : __builtin_inff();
+    ch.careful = nan || e_.per_row || !(worst * inverse_ < 1e9f);
+  }
+
+  // Two neighbouring rows of a block's sums go to `row` and `next` of the product, -1 to nowhere.
+  template <bool codes>
+  QK_INLINE void pair(const int32_t* sums, const Channels& ch, int64_t row, int64_t next) const {
+    const bool one = row >= 0, two = next >= 0;
+    if (!one && !two) return;
+    row = one ? row : next;  // something that there is
+    next = two ? next : row;
+    __m512 y[4];
+    if (!e_.per_row) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i)
+        y[i] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums + i * side)),
+                             _mm512_load_ps(ch.step + i % 2 * side));
+    } else {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const int64_t r = i < 2 ? row : next;
+        const __m512i zero_sums =
+            _mm512_mullo_epi32(_mm512_load_si512(ch.sums + i % 2 * side), _mm512_set1_epi32(e_.x_zero[r]));
+        const __m512 step = _mm512_mul_ps(_mm512_load_ps(ch.step + i % 2 * side), _mm512_set1_ps(e_.x_step[r]));
+        const __m512i acc = _mm512_sub_epi32(_mm512_load_si512(sums + i * side), zero_sums);
+        y[i] = _mm512_mul_ps(_mm512_cvtepi32_ps(acc), step);
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) y[i] = _mm512_add_ps(y[i], _mm512_load_ps(ch.bias + i % 2 * side));
+    const int64_t at = row * n_ + ch.first, at_next = next * n_ + ch.first;
+    const __mmask16 there[2] = {static_cast<__mmask16>(ch.there), static_cast<__mmask16>(ch.there >> 16)};
+    if (e_.residual) add_residual(y, at, at_next, there);
+    if constexpr (!codes) {
+      const __m512 low = _mm512_set1_ps(low_), high = _mm512_set1_ps(high_);
+      float* const out = static_cast<float*>(out_);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) y[i] = _mm512_min_ps(high, _mm512_max_ps(low, y[i]));  // NaN passes
+      if (one) {
+        _mm512_mask_storeu_ps(out + at, there[0], y[0]);
+        _mm512_mask_storeu_ps(out + at + side, there[1], y[1]);
+      }
+      if (two) {
+        _mm512_mask_storeu_ps(out + at_next, there[0], y[2]);
+        _mm512_mask_storeu_ps(out + at_next + side, there[1], y[3]);
+      }
+    } else {
+      const __m512 inverse = _mm512_set1_ps(inverse_);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) y[i] = _mm512_mul_ps(y[i], inverse);
+      if (ch.careful) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+          const __mmask16 number = _mm512_cmp_ps_mask(y[i], y[i], _CMP_ORD_Q);
+          y[i] = _mm512_min_ps(_mm512_maskz_mov_ps(number, y[i]), _mm512_set1_ps(top_));
+        }
+      }
+      __m512i q[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) q[i] = _mm512_cvtps_epi32(y[i]);  // ties to even; below int32: its least
+      const __m512i zero = _mm512_set1_epi16(static_cast<short>(zero_));
+      const __m512i a = _mm512_adds_epi16(_mm512_packs_epi32(q[0], q[1]), zero);
+      const __m512i b = _mm512_adds_epi16(_mm512_packs_epi32(q[2], q[3]), zero);
+      __m512i u = _mm512_packus_epi16(a, b);
+      u = _mm512_max_epu8(u, _mm512_set1_epi8(static_cast<char>(least_)));
+      u = _mm512_min_epu8(u, _mm512_set1_epi8(static_cast<char>(most_)));
+      // Packing goes in lanes of 128 bits: four channels of each of the four vectors.
+      u = _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), u);
+      uint8_t* const out = static_cast<uint8_t*>(out_);
+      if (one) _mm256_mask_storeu_epi8(out + at, ch.there, _mm512_castsi512_si256(u));
+      if (two) _mm256_mask_storeu_epi8(out + at_next, ch.there, _mm512_extracti64x4_epi64(u, 1));
+    }
+  }
+
+ private:
+  QK_INLINE void add_residual(__m512* y, int64_t at, int64_t at_next, const __mmask16* there) const {
+    if (e_.residual_step) {
+      const uint8_t* from = static_cast<const uint8_t*>(e_.residual);
+      const __m512i zero = _mm512_set1_epi32(*e_.residual_zero);
+      const __m512 step = _mm512_set1_ps(*e_.residual_step);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const __m128i u = _mm_maskz_loadu_epi8(there[i % 2], from + (i < 2 ? at : at_next) + i % 2 * side);
+        const __m512i units = _mm512_sub_epi32(_mm512_cvtepu8_epi32(u), zero);
+        y[i] = _mm512_add_ps(y[i], _mm512_mul_ps(_mm512_cvtepi32_ps(units), step));
+      }
+    } else {
+      const float* from = static_cast<const float*>(e_.residual);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i)
+        y[i] = _mm512_add_ps(y[i], _mm512_maskz_loadu_ps(there[i % 2], from + (i < 2 ? at : at_next) + i % 2 * side));
+    }
+  }
+
+  const Epilogue e_;
+  void* const out_;
+  const int64_t n_;
+  const bool codes_;
+  const float low_, high_;
+  float inverse_ = 0.0f, top_ = 0.0f;
+  int zero_ = 0, least_ = 0, most_ = 0;
+};
+
+// 64 codes of K of 16 channels: u - zero, and 0 behind the first n.
+template <int B>
+QK_INLINE void unpack_tile(const uint8_t* packed, Bytes zero, int64_t n, uint8_t* out) {
+  constexpr int parts = 8 / B;
+  if (n >= tile_k) {
+#pragma GCC unroll 16
+    for (int v = 0; v < 16 / parts; ++v) {
+      const Bytes raw = load64(packed + v * 64);
+#pragma GCC unroll 4
+      for (int p = 0; p < parts; ++p) store64(out + (v * parts + p) * 64, minus(unpack<B>(raw, p), zero));
+    }
+    return;
+  }
+  for (int v = 0; v < 16; ++v) {
+    const int64_t there = least<int64_t>(4, most<int64_t>(0, n - 4 * v));
+    const __mmask64 mask = 0x1111111111111111ull * ((1u << there) - 1);
+    const Bytes raw = load64(packed + v / parts * 64);
+    const Bytes codes = _mm512_and_si512(_mm512_srlv_epi16(raw, _mm512_set1_epi16(static_cast<short>(v % parts * B))),
+                                         _mm512_set1_epi8((1 << B) - 1));
+    store64(out + v * 64, _mm512_maskz_sub_epi8(mask, codes, zero));
+  }
+}
+
+}  // namespace
+}  // namespace qk::cpu::QK_ISA

@@ -1,0 +1,312 @@
+// The driver of the matrix product on tiles: blocks of 32 rows x 32 channels, 2 x 2 tiles of sums. While the products of
+// one block run, the results of the block before are finished, the weights of the next steps are unpacked and the next
+// columns fetched into L2.
+#pragma once
+#include "core/scratch.h"
+#include "cpu/amx.h"
+#include "cpu/igemm.h"
+
+namespace qk::cpu::QK_ISA {
+namespace {
+
+constexpr int64_t few_rows = 4;
+constexpr int64_t tiles_budget = 768 * 1024;  // rows of x in L2 (2 MB where there are tiles)
+
+struct TilePlan {
+  int64_t steps;                          // of 64 codes of K
+  int64_t block_rows, row_blocks, columns, units, workers;
+};
+
+inline TilePlan plan_tiles(const Product& p, int64_t threads) {
+  const PackedLayout& l = p.layout;
+  TilePlan t{};
+  t.steps = l.k_padded / tile_k;
+  t.columns = ceil_div(l.blocks_per_outer, 2);
+  const int64_t unit = p.source.row_unit > 1 ? p.source.row_unit : 2 * side;
+  const int64_t row_bytes = p.source.row_bytes > 0 ? p.source.row_bytes : l.k_padded;
+  t.block_rows = least(round_up(most<int64_t>(1, tiles_budget / row_bytes), unit), round_up(p.rows, unit));
+  if (l.outer * t.columns < 4 * threads)
+    t.block_rows = least(t.block_rows, round_up(ceil_div(p.rows, 2 * threads), unit));
+  t.row_blocks = ceil_div(p.rows, t.block_rows);
+  t.block_rows = least(t.block_rows, round_up(ceil_div(p.rows, t.row_blocks), unit));  // of equal size
+  t.row_blocks = ceil_div(p.rows, t.block_rows);
+  t.units = l.outer * t.row_blocks * t.columns;
+  constexpr double work_per_thread = 1 << 22;
+  const double work = static_cast<double>(p.rows) * static_cast<double>(l.blocks() * PackedLayout::block) *
+                      static_cast<double>(l.k_padded);
+  const double useful = least(work / work_per_thread, static_cast<double>(threads));
+  t.workers = most<int64_t>(1, least(t.units, static_cast<int64_t>(useful)));
+  return t;
+}
+
+// One worker's memory.
+struct TileRoom {
+  Piece* pieces;
+  Run* runs;
+  uint8_t* rows;  // of Source::fill
+  int64_t rows_bytes;
+  TileRows* tiles;
+  uint8_t* copies;    // of tiles of rows that cannot be read where they lie
+  int64_t *at, *row;  // [steps]: where a step begins in a row of x, and in a copied one
+  int64_t* codes;     // [steps]: of 64
+  uint8_t* unpacked;  // [2][k_padded * 16]
+  int32_t* sums;      // [2][block_sums]: of this block and of the one before
+  Channels* channels;  // [2]
+};
+constexpr int64_t block_sums = 2 * side * 2 * side;
+
+template <int B, bool codes>
+class TileWorker {
+ public:
+  TileWorker(const Product& p, const TilePlan& plan, const TileRoom& room, const TileFinish& finish)
+      : p_(p), l_(p.layout), plan_(plan), room_(room), finish_(finish) {
+    for (int64_t i = 0, s = 0; i < l_.segments; ++i)
+      for (int64_t k = 0; k < l_.segment_k; k += tile_k, ++s) {
+        room.at[s] = room.pieces[i].x + k;
+        room.row[s] = s * tile_k;
+        room.codes[s] = least(tile_k, l_.segment_k - k);
+      }
+  }
+
+  void load_rows(TileState& state, int64_t outer, int64_t first, int64_t count) {
+    flush();
+    const int64_t runs = p_.source.fill(p_.source.self, room_.rows, outer, first, count, room_.runs);
+    int64_t longest = 0;
+    for (int64_t i = 0; i < runs; ++i) longest = most(longest, room_.runs[i].rows);
+    // Products take as long as tiles have rows, so tiles are cut evenly.
+    height_ = ceil_div(longest, ceil_div(longest, side));
+    state.set_rows(height_);
+    tiles_ = 0;
+    uint8_t* copy = room_.copies;
+    for (int64_t i = 0; i < runs; ++i) {
+      const Run& run = room_.runs[i];
+      const bool ours = run.x >= room_.rows && run.x < room_.rows + room_.rows_bytes;
+      // Rows of the caller's that a step of 64 codes begins in may end behind his memory.
+      const int64_t rows_behind = ours || l_.segment_k % tile_k == 0 ? 0 : ceil_div(tile_k, most<int64_t>(1, run.stride));
+      for (int64_t r = 0; r < run.rows; r += height_) {
+        // The last tile begins early enough to be whole; rows that it shares with the one before are not written again.
+        const int64_t from = most<int64_t>(0, least(r, run.rows - height_));
+        TileRows& t = room_.tiles[tiles_++];
+        t = {run.x + from * run.stride, run.stride, false, {}};
+        for (int64_t j = 0; j < side; ++j) {
+          const bool wanted = from + j >= r && j < height_ && from + j < run.rows;
+          t.to[j] = wanted ? first++ : -1;
+        }
+        if (from + height_ + rows_behind > run.rows) copy_rows(t, least(height_, run.rows - from), copy);
+      }
+    }
+  }
+
+  void column(int64_t outer, int64_t column) {
+    const int64_t in_outer = column * 2, blocks = least<int64_t>(2, l_.blocks_per_outer - in_outer);
+    const int64_t at = outer * l_.blocks_per_outer + in_outer;
+    const uint8_t* const weight = p_.weight + l_.codes_at + at * l_.block_bytes;
+    channels_ = room_.channels + (channels_ == room_.channels ? 1 : 0);
+    const int64_t valid = least(blocks * side, l_.n_per_outer - in_outer * side);
+    channels_->first = outer * l_.n_per_outer + in_outer * side;
+    channels_->there = valid >= 2 * side ? ~0u : (1u << valid) - 1;
+    finish_.load(*channels_, p_.weight + l_.sums_at + at * side * 4, blocks, l_.k);
+    two_ = blocks == 2;
+    packed_[0] = weight;
+    packed_[1] = weight + (two_ ? l_.block_bytes : 0);
+    const int64_t pairs = ceil_div(tiles_, 2);
+    ahead_ = weight + blocks * l_.block_bytes;
+    ahead_end_ = ahead_ + 2 * l_.block_bytes;
+    ahead_lines_ = ceil_div(2 * l_.block_bytes / 64, pairs * plan_.steps);
+    if constexpr (B < 8) {
+      const uint8_t* const zeros = p_.weight + l_.zeros_at + at * side;
+      zero_[0] = spread16(zeros);
+      zero_[1] = spread16(zeros + (two_ ? side : 0));
+    }
+    for (int64_t i = 0; i < tiles_;) {
+      const TileRows& a = room_.tiles[i];
+      const TileRows& b = room_.tiles[i + 1 < tiles_ ? i + 1 : i];
+      const bool pair = i + 1 < tiles_ && a.copied == b.copied;
+      if (B < 8 && i == 0)
+        block_of<true>(a, b, pair);
+      else
+        block_of<false>(a, b, pair);
+      i += pair ? 2 : 1;
+    }
+  }
+
+  // Finishes the last block.
+  void flush() {
+    while (next_ < end_) finish_next();
+  }
+
+ private:
+  void copy_rows(TileRows& t, int64_t rows, uint8_t*& copy) const {
+    const int64_t stride = plan_.steps * tile_k;
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t s = 0; s < plan_.steps; ++s)
+        std::memcpy(copy + r * stride + s * tile_k, t.x + r * t.stride + room_.at[s],
+                    static_cast<size_t>(room_.codes[s]));
+    t.x = copy;
+    t.stride = stride;
+    t.copied = true;
+    copy += rows * stride;
+  }
+
+  QK_INLINE void unpack_step(int64_t s) {
+    if constexpr (B < 8) {
+      constexpr int64_t packed = tile_bytes * B / 8;
+      unpack_tile<B>(packed_[0] + s * packed, zero_[0], room_.codes[s], room_.unpacked + s * tile_bytes);
+      if (two_)
+        unpack_tile<B>(packed_[1] + s * packed, zero_[1], room_.codes[s],
+                       room_.unpacked + l_.k_padded * side + s * tile_bytes);
+    }
+  }
+
+  QK_INLINE void finish_next() {
+    const TileRows& rows = *done_[next_ >= side ? 1 : 0];
+    const int64_t r = next_ % side;
+    finish_.template pair<codes>(done_sums_ + next_ * 2 * side, *done_channels_, rows.to[r], rows.to[r + 1]);
+    next_ += 2;
+    if (next_ % side >= height_) next_ = next_ < side ? side : end_;
+  }
+
+  // unpacking: with this block, the first of its column, the weights are unpacked for all of them.
+  template <bool unpacking>
+  void block_of(const TileRows& a, const TileRows& b, bool pair) {
+    constexpr int64_t early = 2;  // steps: what is stored must have reached L1 before a tile loads it
+    const int64_t steps = plan_.steps;
+    if constexpr (unpacking)
+      for (int64_t s = 0; s < least(early, steps); ++s) unpack_step(s);
+    const int32_t* const start = channels_->start;
+    load_tile<0>(start, 0);
+    load_tile<1>(start + side, 0);
+    load_tile<2>(start, 0);
+    load_tile<3>(start + side, 0);
+    const uint8_t* w0 = B < 8 ? room_.unpacked : packed_[0];
+    const uint8_t* w1 = B < 8 ? room_.unpacked + l_.k_padded * side : packed_[1];
+    const int64_t* const at = a.copied ? room_.row : room_.at;
+    const uint8_t *const xa = a.x, *const xb = b.x;
+    const int64_t stride_a = a.stride, stride_b = b.stride;
+    const bool two = two_;
+    const int64_t per_step = ceil_div(end_ - next_, 2 * steps);
+    for (int64_t s = 0; s < steps; ++s, w0 += tile_bytes, w1 += tile_bytes) {
+      load_tile<6>(w0, 64);
+      load_tile<4>(xa + at[s], stride_a);
+      products<0, 4, 6>();
+      if (two) {
+        load_tile<7>(w1, 64);
+        products<1, 4, 7>();
+      }
+      if (pair) {
+        load_tile<5>(xb + at[s], stride_b);
+        products<2, 5, 6>();
+        if (two) products<3, 5, 7>();
+      }
+      if constexpr (unpacking)
+        if (s + early < steps) unpack_step(s + early);
+      for (int64_t i = 0; i < ahead_lines_ && ahead_ < ahead_end_; ++i, ahead_ += 64) __builtin_prefetch(ahead_, 0, 2);
+      for (int64_t i = 0; i < per_step && next_ < end_; ++i) finish_next();
+    }
+    flush();
+    int32_t* const sums = room_.sums + (done_sums_ == room_.sums ? block_sums : 0);
+    store_tile<0>(sums, 2 * side * 4);
+    if (two) store_tile<1>(sums + side, 2 * side * 4);
+    if (pair) {
+      store_tile<2>(sums + block_sums / 2, 2 * side * 4);
+      if (two) store_tile<3>(sums + block_sums / 2 + side, 2 * side * 4);
+    }
+    done_sums_ = sums;
+    done_channels_ = channels_;
+    done_[0] = &a;
+    done_[1] = &b;
+    next_ = 0;
+    end_ = pair ? 2 * side : side;
+  }
+
+  const Product& p_;
+  const PackedLayout& l_;
+  const TilePlan& plan_;
+  const TileRoom room_;
+  const TileFinish finish_;
+  int64_t height_ = 0, tiles_ = 0;
+  // The column.
+  Channels* channels_ = nullptr;
+  const uint8_t* packed_[2] = {};
+  bool two_ = false;
+  Bytes zero_[2];
+  const uint8_t *ahead_ = nullptr, *ahead_end_ = nullptr;
+  int64_t ahead_lines_ = 0;
+  // The block before: rows next_ .. end_ - 1 of its two tiles are not finished yet.
+  const int32_t* done_sums_ = nullptr;
+  const Channels* done_channels_ = nullptr;
+  const TileRows* done_[2] = {};
+  int64_t next_ = 0, end_ = 0;
+};
+
+template <int B, bool codes>
+void multiply_tiles(const Product& p) {
+  const PackedLayout& l = p.layout;
+  const TilePlan plan = plan_tiles(p, thread_count());
+  const TileFinish finish(p.epilogue, p.out, p.n);
+  int64_t bytes = 0;
+  const auto take = [&](int64_t size, int64_t count) {
+    const int64_t at = bytes;
+    bytes += round_up(size * count, 64);
+    return at;
+  };
+  const int64_t rows_bytes = plan.block_rows * p.source.row_bytes + p.source.fixed_bytes + 64;
+  const int64_t pieces = take(sizeof(Piece), p.source.piece_count), runs = take(sizeof(Run), plan.block_rows);
+  const int64_t rows = take(1, rows_bytes), tiles = take(sizeof(TileRows), plan.block_rows);
+  // At worst all tiles are copied, with rows that two of them share, and a tile reads behind the last.
+  const int64_t copies = take(l.k_padded, 2 * plan.block_rows + side), steps = take(8, 3 * plan.steps);
+  const int64_t unpacked = take(1, B < 8 ? 2 * l.k_padded * side : 0), sums = take(4, 2 * block_sums);
+  const int64_t channels = take(sizeof(Channels), 2);
+  parallel_for(plan.workers, 1, [&](int64_t begin, int64_t end) {
+    uint8_t* const memory = static_cast<uint8_t*>(thread_scratch(bytes));
+    int64_t* const step = reinterpret_cast<int64_t*>(memory + steps);
+    const TileRoom room{reinterpret_cast<Piece*>(memory + pieces),
+                        reinterpret_cast<Run*>(memory + runs),
+                        memory + rows,
+                        rows_bytes,
+                        reinterpret_cast<TileRows*>(memory + tiles),
+                        memory + copies,
+                        step,
+                        step + plan.steps,
+                        step + 2 * plan.steps,
+                        memory + unpacked,
+                        reinterpret_cast<int32_t*>(memory + sums),
+                        reinterpret_cast<Channels*>(memory + channels)};
+    p.source.pieces(p.source.self, room.pieces);
+    TileState state;
+    TileWorker<B, codes> worker(p, plan, room, finish);
+    int64_t loaded = -1;
+    for (int64_t unit = plan.units * begin / plan.workers; unit < plan.units * end / plan.workers; ++unit) {
+      const int64_t at = unit / plan.columns, outer = at / plan.row_blocks;
+      const int64_t first = at % plan.row_blocks * plan.block_rows;
+      if (loaded != at) worker.load_rows(state, outer, first, least(plan.block_rows, p.rows - first));
+      loaded = at;
+      worker.column(outer, unit % plan.columns);
+    }
+    worker.flush();
+    state.release();
+  });
+}
+
+// Does what it can do: tiles of weights are read in their order, so the pieces must be whole segments, in one group of K.
+// A few rows would leave the tiles empty.
+inline bool multiply_on_tiles(const Product& p) {
+  const PackedLayout& l = p.layout;
+  if (l.k_groups > 1 || p.rows < few_rows || p.source.piece_count != l.segments) return false;
+  Piece* const pieces = static_cast<Piece*>(thread_scratch(l.segments * static_cast<int64_t>(sizeof(Piece))));
+  p.source.pieces(p.source.self, pieces);
+  for (int64_t i = 0; i < l.segments; ++i)
+    if (pieces[i].k != i * l.segment_padded || pieces[i].n != l.segment_k) return false;
+  const auto run = [&](auto codes) {
+    switch (l.stored_bits) {
+      case 2: return multiply_tiles<2, codes>(p);
+      case 4: return multiply_tiles<4, codes>(p);
+      default: return multiply_tiles<8, codes>(p);
+    }
+  };
+  p.epilogue.out_step ? run(std::true_type()) : run(std::false_type());
+  return true;
+}
+
+}  // namespace
+}  // namespace qk::cpu::QK_ISA
