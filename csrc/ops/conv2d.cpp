@@ -21,17 +21,6 @@ int64_t out_size(const char* axis, int64_t size, int64_t kernel, int64_t stride,
   return (padded - reach) / stride + 1;
 }
 
-// What a weight prepacked for Winograd's algorithm can be used for (docs/winograd.md).
-void check_winograd(const WeightShape& s, const std::vector<int64_t>& stride, const std::vector<int64_t>& dilation,
-                    int64_t x_bits) {
-  const char* advice = "The weight was prepacked for winograd: use algorithm=\"direct\" there.";
-  check(s.kh == 3 && s.kw == 3 && s.k_groups == 1 && s.bits <= 4, "conv2d", "weight", "of the kernel and bits given",
-        "one for winograd", advice);
-  check(stride[0] == 1 && stride[1] == 1, "conv2d", "stride", "1", "another", advice);
-  check(dilation[0] == 1 && dilation[1] == 1, "conv2d", "dilation", "1", "another", advice);
-  check(x_bits <= 6, "conv2d", "x_bits", "at most 6", x_bits, advice);
-}
-
 }  // namespace
 
 template <void (*run)(const Conv2dArgs&)>
@@ -66,7 +55,7 @@ Tensor conv2d(const Tensor& x, const Tensor& x_step, const Tensor& x_zero, const
   product("conv2d", "the result", {oh, ow, n, batch ? batch : 1});
   const Tensor xs = dense(x), weights = dense(weight);
   shape.algorithm = packed_algorithm(weights);
-  if (shape.algorithm == Algorithm::winograd) check_winograd(shape, stride, dilation, x_bits);
+  if (shape.algorithm == Algorithm::winograd) check_winograd("conv2d", shape, stride, dilation, x_bits);
   const PackedLayout layout = check_prepacked("conv2d", weights, shape);
   check_sum("conv2d", xs, x_bits, shape);
   check_residual("conv2d", x, {batch, oh, ow, n}, residual, residual_step, residual_zero, t);

@@ -34,6 +34,17 @@ inline Algorithm packed_algorithm(const Tensor& weight) {
   return h.magic == packed_magic && h.algorithm == Algorithm::winograd ? Algorithm::winograd : Algorithm::direct;
 }
 
+// What a weight prepacked for Winograd's algorithm can be used for (docs/winograd.md). stride, dilation: pairs.
+template <class Pair>
+void check_winograd(const char* op, const WeightShape& s, const Pair& stride, const Pair& dilation, int64_t x_bits) {
+  const char* advice = "The weight was prepacked for winograd: use algorithm=\"direct\" there.";
+  check(s.kh == 3 && s.kw == 3 && s.k_groups == 1 && s.bits <= 4, op, "weight", "of the kernel and bits given",
+        "one for winograd", advice);
+  check(stride[0] == 1 && stride[1] == 1, op, "stride", "1", "another", advice);
+  check(dilation[0] == 1 && dilation[1] == 1, op, "dilation", "1", "another", advice);
+  check(x_bits <= 6, op, "x_bits", "at most 6", x_bits, advice);
+}
+
 // A prepacked weight has the size and, on the CPU, the header of `shape`.
 inline PackedLayout check_prepacked(const char* op, const Tensor& weight, const WeightShape& shape) {
   check_dtype(op, "weight", weight, ScalarType::Byte);
