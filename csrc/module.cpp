@@ -23,11 +23,12 @@ static bool is_weight(const qk::WeightShape& w) {
 
 // A prepacked weight: where its parts begin. shape [N, K] or [N, kh, kw, C / groups].
 static py::dict packed_layout(const std::vector<int64_t>& shape, int64_t bits, int64_t groups, int64_t k_groups,
-                              bool cuda) {
+                              bool cuda, bool winograd) {
   const bool conv = shape.size() == 4;
   qk::WeightShape w{};
   if (shape.size() == 2 || conv)
     w = {shape[0], conv ? shape[1] : 1, conv ? shape[2] : 1, shape.back(), groups, k_groups, static_cast<int>(bits)};
+  if (winograd) w.algorithm = qk::Algorithm::winograd;
   if (!qk::is_storage_width(bits) || !is_weight(w))
     throw std::invalid_argument("qk: packed_layout's arguments must be those of a weight. Look at qk.ops.prepack.");
   const qk::PackedLayout p = cuda ? qk::cuda::packed_layout(w) : qk::cpu::packed_layout(w);
@@ -82,7 +83,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("cut", &cut, py::arg("rows"), py::arg("row_unit"), py::arg("n"), py::arg("k"), py::arg("groups"),
         py::arg("tile"), py::arg("threads"));
   m.def("packed_layout", &packed_layout, py::arg("shape"), py::arg("bits"), py::arg("groups") = 1,
-        py::arg("k_groups") = 1, py::arg("cuda") = false);
+        py::arg("k_groups") = 1, py::arg("cuda") = false, py::arg("winograd") = false);
   // For reports and tests of the operator network.
   m.def("time_steps", [](bool wanted) { qk::step_times().wanted = wanted; }, py::arg("wanted"));
   m.def("step_seconds", [] { return qk::step_times().seconds; });

@@ -62,8 +62,8 @@ constexpr int32_t packed_magic = 0x32304b51;  // "QK02": change it with the layo
 //   header | codes [blocks][k_groups][vectors][64] | sums int32 [blocks][k_groups][16] |
 //   zeros uint8 [blocks][k_groups][16] | 0 up to whole cache lines
 // sums: of u - zero over the group. zeros: only below 8 bits.
-// For Winograd's algorithm (docs/winograd.md) a block is [vectors][9 taps][64]: a vector holds 32 / bits input channels of
-// one tap, and is filled up with codes of zero. sums: int32 [blocks][16 positions][16] of the transformed weights.
+// For Winograd's algorithm (docs/winograd.md) a block is [vectors][9 taps][64]: a vector holds 32 / bits input channels
+// of one tap, and is filled up with codes of zero. sums: int32 [blocks][16 positions][16] of the transformed weights.
 struct PackedLayout {
   static constexpr int64_t block = 16, step = 4, vector = 64, segment_unit = 64;
   int stored_bits;
@@ -107,8 +107,8 @@ QK_HD constexpr PackedLayout packed_layout(const WeightShape& w) {
   p.segments = depthwise ? w.kw : winograd ? w.taps() : w.k_groups == 1 ? w.kh : w.k_groups;
   p.segment_k = p.k / p.segments;
   const int64_t whole_vectors = PackedLayout::step * (8 / p.stored_bits);
-  p.segment_padded =
-      round_up(p.segment_k, depthwise || winograd || w.k_groups > 1 ? whole_vectors : int64_t{PackedLayout::segment_unit});
+  p.segment_padded = round_up(
+      p.segment_k, depthwise || winograd || w.k_groups > 1 ? whole_vectors : int64_t{PackedLayout::segment_unit});
   p.k_padded = p.segment_padded * p.segments;
   p.block_bytes = p.k_padded * PackedLayout::block * p.stored_bits / 8;
   p.codes_at = sizeof(PackedHeader);

@@ -1,10 +1,10 @@
-// Winograd's F(2 x 2, 3 x 3) in integers (docs/winograd.md): the transforms of input, weight and result, and the products
-// between them. Positions are the 16 places of a 4 x 4 tile, row by row.
+// Winograd's F(2 x 2, 3 x 3) in integers (docs/winograd.md): the transforms of input, weight and result, and the
+// products between them. Positions are the 16 places of a 4 x 4 tile, row by row.
 //   V, transformed input:   [groups of tiles][chunks][16 positions][rows][64 channels], uint8
 //   U, transformed weights: [blocks][chunks][16 positions][16 steps][16 output channels x 4], int8
 //   M, sums:                [16 positions][rows][blocks][16], int32
-// A chunk is 64 channels. All that is written together lies together: sixteen streams in sixteen pages would miss the TLB.
-// Planes are a line longer than a power of two, so that they do not share cache sets.
+// A chunk is 64 channels. All that is written together lies together: sixteen streams in sixteen pages would miss the
+// TLB. Planes are a line longer than a power of two, so that they do not share cache sets.
 #pragma once
 #include "core/layout.h"
 #include "cpu/dot.h"
@@ -36,8 +36,8 @@ QK_INLINE Vec get_some(const uint8_t* p, int64_t n) {
 #endif
 }
 
-// --- input: V = B' d B. Differences lie within +-2 (2^6 - 1) and are stored with 128 added; the sum of sums at position
-// (1, 1) has no sign. ---
+// --- input: V = B' d B. Differences lie within +-2 (2^6 - 1) and are stored with 128 added; the sum of sums at
+// position (1, 1) has no sign. ---
 template <class At>
 QK_INLINE void input_tile(const At& at, uint8_t* v, int64_t plane) {
   Vec b[4][4];
@@ -155,9 +155,9 @@ using ProductOf = void (*)(const ProductArgs&);
 // --- result: 4 Y = A' M A, then the epilogue ---
 struct ResultArgs {
   const int32_t* m;
-  int64_t m_plane, blocks;    // of M
-  int64_t first, count;           // tiles
-  int64_t across, down;           // tiles of an image
+  int64_t m_plane, blocks;  // of M
+  int64_t first, count;     // tiles
+  int64_t across, down;     // tiles of an image
   int64_t oh, ow, n;
   int64_t n_first, n_valid;  // output channels
   const Epilogue* epilogue;

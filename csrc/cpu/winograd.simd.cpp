@@ -39,7 +39,7 @@ ProductOf product_for(int64_t rows) {
 struct Plan {
   int64_t across, down, tiles;
   int64_t chunks, steps, vectors;  // of channels: 64, 4, and what a vector of codes holds
-  int64_t rows, groups, batch;  // batch: groups whose sums wait for their transform together
+  int64_t rows, groups, batch;     // batch: groups whose sums wait for their transform together
   int64_t stretch, stretches, columns;
   bool columns_first;  // the order of units: all stretches of a column, or all columns of a stretch
   int64_t units, workers;
@@ -54,7 +54,8 @@ Plan plan_of(const Conv2dArgs& a) {
   p.vectors = l.segment_padded * l.stored_bits / 32;
   p.columns = ceil_div(l.blocks_per_outer, column_blocks);
   const double work = static_cast<double>(p.tiles) * p.steps * 64 * 16 * static_cast<double>(l.blocks());
-  const int64_t threads = least<int64_t>(thread_count(), most<int64_t>(1, static_cast<int64_t>(work / work_per_thread)));
+  const int64_t threads =
+      least<int64_t>(thread_count(), most<int64_t>(1, static_cast<int64_t>(work / work_per_thread)));
   // Groups of equal size: 16 tiles are 8 and 8, not 14 and 2.
   p.rows = ceil_div(p.tiles, ceil_div(p.tiles, most_rows));
   p.rows = column_blocks == 1 ? most_rows : round_up(p.rows, int64_t{2});
@@ -63,8 +64,10 @@ Plan plan_of(const Conv2dArgs& a) {
   // With one or two columns it costs less to transform a group twice than to send V to L2 and back.
   p.columns_first = p.chunks == 1 && p.columns <= 2;
   p.stretch = p.columns_first ? 1 : most<int64_t>(1, least(p.groups, v_budget / p.v_group));
-  // Threads share the tiles, if there are enough of them, else the columns; one transforms weights twice, the other inputs.
-  if (threads > 1 && p.tiles > 9 * l.blocks_per_outer) p.stretch = least(p.stretch, most<int64_t>(1, p.groups / threads));
+  // Threads share the tiles, if there are enough of them, else the columns; one transforms weights twice, the other
+  // inputs.
+  if (threads > 1 && p.tiles > 9 * l.blocks_per_outer)
+    p.stretch = least(p.stretch, most<int64_t>(1, p.groups / threads));
   p.stretches = ceil_div(p.groups, p.stretch);
   p.stretch = ceil_div(p.groups, p.stretches);
   p.units = l.outer * p.stretches * p.columns;
@@ -166,9 +169,9 @@ class Worker {
           input_tile([&](int i, int j) __attribute__((always_inline)) { return get(from[4 * i + j] + k * 64); }, to,
                      plane);
         if (rest)
-          input_tile(
-              [&](int i, int j) __attribute__((always_inline)) { return get_some(from[4 * i + j] + whole * 64, rest); },
-              to, plane);
+          input_tile([&](int i, int j)
+                         __attribute__((always_inline)) { return get_some(from[4 * i + j] + whole * 64, rest); },
+                     to, plane);
       }
       if (++tx == p_.across) {
         tx = 0;
@@ -231,7 +234,8 @@ void winograd(const Conv2dArgs& a) {
   });
 }
 
-// Vectors as in the direct layout, of the nine taps in turn, and what the transformed weights add up to at each position.
+// Vectors as in the direct layout, of the nine taps in turn, and what the transformed weights add up to at each
+// position.
 void winograd_prepack(const PrepackArgs& a) {
   const PackedLayout& l = a.layout;
   const PackedHeader header{packed_magic, a.shape.bits,   a.shape.n,        a.shape.kh,        a.shape.kw,

@@ -120,7 +120,7 @@ def test_registration(device, make_weight):
         ),
         ({"shape": (9, 2**62)}, "every size of shape must be positive and below"),
         ({"groups": 3}, "groups must be 1 for a weight"),
-        ({"algorithm": "fft"}, "algorithm must be direct, got fft"),
+        ({"algorithm": "fft"}, "algorithm must be direct or winograd, got fft"),
         ({"shape": (9, 1, 1, 20), "groups": 2}, "groups must be a divisor of N"),
         ({"shape": (9, 1, 1, 20), "groups": 0}, "groups must be positive"),
     ],

@@ -2,6 +2,7 @@
 
 from qk.deploy.checkpoint import check_state, checkpoint_bytes, file_bytes, load, save
 from qk.deploy.convert import Info, convert
+from qk.deploy.embedding import QEmbedding, QEmbeddingBag, pack_table
 from qk.deploy.fuse import FusedModel, fuse, unfused
 from qk.deploy.measure import LayerMeasure, LayerTimes, all_layer_times, layer_errors, measure_layers
 from qk.deploy.modules import IntegerLayer, QConv2d, QLinear, definition
@@ -13,6 +14,8 @@ __all__ = [
     "LayerMeasure",
     "LayerTimes",
     "QConv2d",
+    "QEmbedding",
+    "QEmbeddingBag",
     "QLinear",
     "all_layer_times",
     "check_state",
@@ -24,6 +27,7 @@ __all__ = [
     "layer_errors",
     "load",
     "measure_layers",
+    "pack_table",
     "save",
     "unfused",
 ]
