@@ -15,6 +15,7 @@ PLAIN = (  # bookkeeping, no work worth a line
     *(aten.expand.default, aten.new_ones.default, aten.contiguous.default, aten.clone.default),
 )
 
+
 def note_reasons(graph: fx.Graph, model: nn.Module, tensors: int | None) -> None:
     """Why each operator would stay in float, to be asked when it did. graph: before tensors are quantized."""
     roles = Roles(graph)
