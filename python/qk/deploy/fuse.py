@@ -86,6 +86,8 @@ def _checked(model: nn.Module, example: Any, tensors: int | None, ranges: str) -
     for i, batch in enumerate(batches):
         if not isinstance(batch, KINDS) or next(tensors_in(batch), None) is None:
             raise fail(STAGE, f"batch {i} of example", "a tensor, tuple or dict of tensors", describe(batch))
+        if any(t.is_floating_point() and not torch.isfinite(t).all() for t in tensors_in(batch)):
+            raise fail(STAGE, f"batch {i} of example", "finite", "NaN or infinity in it")
         batches[i] = map_tensors(lambda x: x.detach().to(device), batch)
     _run(model, batches[0])
     return batches
