@@ -1,4 +1,4 @@
-"""Float operators on NHWC tensors: the same kernels as in the traced model, so the same bits, seen from the other layout.
+"""Float operators on NHWC tensors: the kernels of the traced model, so its bits, seen from the other layout.
 
 The graphs of fuse hold them in place of the NCHW operators, so that no permutation stands between integer layers.
 """

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qk.deploy.fusing import nhwc
-from qk.deploy.fusing.graph import ADD, CAT, FUNCTIONS, HARDTANH, LAYERS, MUL, QUANTIZE, RELU, Constants, aten, is_call
+from qk.deploy.fusing.graph import ADD, CAT, FUNCTIONS, HARDTANH, LAYERS, MUL, QUANTIZE, RELU, Constants, aten
 from qk.errors import fail
 from qk.inputs import copied_to, device_of, map_tensors
 
@@ -95,7 +95,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _watched(model: nn.Module, entered: list[str]) -> Iterator[None]:
     """Keeps in `entered` the names of the modules that are running."""
-
 
     def leave(*_: Any) -> None:
         entered.pop()
