@@ -125,16 +125,22 @@ def kind_table(run: dict[str, Any], kind: str) -> Table:
         cells: list[Any] = [row["name"].removeprefix(f"{kind} ")]
         for family in mine:
             entry = best(row, family, ours=True)
-            share = f" ({100 * entry['limit_ms'] / entry['ms'][1]:.0f} %)" if entry and "limit_ms" in entry else ""
+            share = f" {100 * entry['limit_ms'] / entry['ms'][1]:.0f} %" if entry and "limit_ms" in entry else ""
             name = " winograd" if entry and "winograd" in entry["name"] else ""
-            cells.append(entry and f"{shown_ms(entry['ms'][1])}{share}{name}{_bytes(entry)}")
+            cells.append(entry and f"{_spread(entry)}{share}{name}{_bytes(entry)}")
         for family in theirs:
             entry = best(row, family)
-            cells.append(entry and f"{shown_ms(entry['ms'][1])} {entry['name']}")
+            cells.append(entry and f"{_spread(entry)} {entry['name']}")
         ours, peer = best(row, None, ours=True), best(row, None)
         cells.append(f"{peer['ms'][1] / ours['ms'][1]:.2f}" if ours and peer else None)
         table.rows.append(cells)
     return table
+
+
+def _spread(entry: dict[str, Any]) -> str:
+    """Median, 10 % and 90 %."""
+    low, middle, high = (shown_ms(value) for value in entry["ms"])
+    return f"{middle} ({low}-{high})"
 
 
 def _families(rows: Iterable[dict[str, Any]], ours: bool) -> list[str]:

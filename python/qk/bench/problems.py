@@ -168,6 +168,7 @@ class BagData:
 
     def __init__(self, p: Bag):
         self.p, rng = p, torch.Generator().manual_seed(0)
+        self.made: dict[int, tuple[Tensor, Tensor]] = {}
         sizes = torch.randint(p.fewest, p.most + 1, (p.bags,), generator=rng)
         self.offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)[:-1]])
         self.indices = torch.randint(0, p.rows, (int(sizes.sum()),), generator=rng)
@@ -178,11 +179,13 @@ class BagData:
 
     def halves(self, bits: int) -> tuple[Tensor, Tensor]:
         """Packed codes [rows, bytes] and, as bytes, scale and offset of each row in float16."""
-        rng = torch.Generator().manual_seed(bits)
-        shape = (self.p.rows, self.p.cols * bits // 8)
-        codes = torch.randint(0, 256, shape, dtype=torch.uint8, generator=rng)
-        numbers = torch.rand(self.p.rows, 2, generator=rng).sub_(0.5).mul_(0.1).half()
-        return codes, numbers.view(torch.uint8)
+        if bits not in self.made:
+            rng = torch.Generator().manual_seed(bits)
+            shape = (self.p.rows, self.p.cols * bits // 8)
+            codes = torch.randint(0, 256, shape, dtype=torch.uint8, generator=rng)
+            numbers = torch.rand(self.p.rows, 2, generator=rng).sub_(0.5).mul_(0.1).half()
+            self.made[bits] = codes, numbers.view(torch.uint8)
+        return self.made[bits]
 
     def table(self, bits: int) -> Tensor:
         codes, numbers = self.halves(bits)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -64,7 +64,8 @@ def _layers(wanted: Wanted, found: dict[str, ModuleType]) -> list[Row]:
 
 
 def _sources(what: str, mine: Callable, problem: Any, found: dict[str, ModuleType]) -> dict[str, Source]:
-    """Ours and each peer's that can do such work."""
+    """Ours and each peer's that can do such work, on data that they share and that go with them."""
+    problem = replace(problem)
     theirs = {name: partial(getattr(module, what), problem) for name, module in found.items() if hasattr(module, what)}
     return {"qk": partial(mine, problem), **theirs}
 
