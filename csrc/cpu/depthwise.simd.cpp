@@ -91,7 +91,7 @@ void pixels(const Conv2dArgs& a, const Plan& p, const Finish& finish, uint8_t* m
       alignas(64) int32_t total[strip];
       store_strip(total, acc);
       for (int64_t i = 0; i < strip && i < valid; i += block) {
-        const Floats y = scaled(total + i, load<Words>(sums + at + i), load<Floats>(steps + at + i));
+        const Floats y = scaled(load<Words>(total + i), load<Words>(sums + at + i), load<Floats>(steps + at + i));
         finish.write(y + load<Floats>(bias + at + i), a.out, pixel * p.channels + at + i, valid - i);
       }
     }

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstring>
 
+#include "core/cut.h"
 #include "cpu/simd.h"
 #if !defined(QK_ISA_GENERIC)
 #pragma GCC diagnostic push
@@ -27,8 +28,9 @@ using Bytes = __m512i;
 using Lanes = __m512i;
 using Four = __m512i;  // four codes of x, seen by every channel
 
-// 14 x 2 sums, 2 weights and 1 x of the 32 registers; with weights unpacked on the way, 4 more are needed.
-constexpr int tile_rows = 14, tile_rows_unpacking = 8, tile_blocks = 2;
+// 9 x 3 sums, 3 weights and 1 x of the 32 registers.
+constexpr TileLimits tile_limits{9, 3, 6, 4};
+constexpr int most_blocks = 4, probe_sums = 28;
 
 QK_INLINE Bytes load64(const uint8_t* p) { return _mm512_loadu_si512(p); }
 QK_INLINE void store64(uint8_t* p, Bytes v) { _mm512_storeu_si512(p, v); }
@@ -50,6 +52,20 @@ QK_INLINE Lanes dot4(Lanes acc, Four x, Bytes w) {
   return _mm512_dpbusd_epi32(acc, x, w);
 }
 QK_INLINE void store(int32_t* p, Lanes v) { _mm512_storeu_si512(p, v); }
+inline uint32_t sum_codes(const uint8_t* x, int64_t n) {
+  const __m512i ones = _mm512_set1_epi8(1);
+  __m512i a = none(), b = none();
+  int64_t i = 0;
+  for (; i + 128 <= n; i += 128) {
+    a = _mm512_dpbusd_epi32(a, load64(x + i), ones);
+    b = _mm512_dpbusd_epi32(b, load64(x + i + 64), ones);
+  }
+  for (; i < n; i += 64) {
+    const __mmask64 there = n - i >= 64 ? ~__mmask64{0} : (__mmask64{1} << (n - i)) - 1;
+    a = _mm512_dpbusd_epi32(a, _mm512_maskz_loadu_epi8(there, x + i), ones);
+  }
+  return static_cast<uint32_t>(_mm512_reduce_add_epi32(_mm512_add_epi32(a, b)));
+}
 
 // --- depthwise: a strip of neighbouring channels, four taps at a time ---
 // Bytes of four taps are interleaved so that each channel's four stand together. The unpack instructions work in lanes
@@ -94,7 +110,8 @@ struct Lanes {
 };
 using Four = __m256i;
 
-constexpr int tile_rows = 4, tile_rows_unpacking = 4, tile_blocks = 1;
+constexpr TileLimits tile_limits{4, 1, 4, 1};
+constexpr int most_blocks = 1, probe_sums = 4;
 
 QK_INLINE __m256i load32(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 QK_INLINE Bytes load64(const uint8_t* p) { return {load32(p), load32(p + 32)}; }
@@ -189,7 +206,8 @@ struct Four {
   int32_t v[4];
 };
 
-constexpr int tile_rows = 4, tile_rows_unpacking = 4, tile_blocks = 1;
+constexpr TileLimits tile_limits{4, 1, 4, 1};
+constexpr int most_blocks = 1, probe_sums = 4;
 
 QK_INLINE Bytes load64(const uint8_t* p) {
   Bytes v;
@@ -254,6 +272,14 @@ QK_INLINE void store_strip(int32_t* out, const Part* p) {
   for (int i = 0; i < 16; ++i) out[i] = p->v[4 * i] + p->v[4 * i + 1] + p->v[4 * i + 2] + p->v[4 * i + 3];
 }
 
+#endif
+
+#if !defined(QK_ISA_AVX512VNNI)
+inline uint32_t sum_codes(const uint8_t* x, int64_t n) {
+  uint32_t total = 0;
+  for (int64_t i = 0; i < n; ++i) total += x[i];
+  return total;
+}
 #endif
 
 }  // namespace

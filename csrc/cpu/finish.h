@@ -4,7 +4,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "cpu/simd.h"
+#include "cpu/dot.h"
 #include "ops/epilogue.h"
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // such vectors never cross a call here: everything below is inlined
@@ -49,13 +49,38 @@ QK_INLINE Vector load_some(const T* p, int64_t valid) {
 
 // float(acc - zero * sums) * step with step = x_step * weight_step. The difference wraps, as the exact one does that
 // fits int32.
-QK_INLINE Floats scaled(const int32_t* acc, const Words& zero_sums, const Floats& step) {
-  return __builtin_convertvector(reinterpret_cast<Ints>(load<Words>(acc) - zero_sums), Floats) * step;
+QK_INLINE Floats scaled(const Words& acc, const Words& zero_sums, const Floats& step) {
+  return __builtin_convertvector(reinterpret_cast<Ints>(acc - zero_sums), Floats) * step;
 }
+
+// What zeros of weights below 8 bits add to the sums: zero * (sum of the row's codes). Terms of the 16 channels and of
+// the row make one multiplication of 16-bit pairs; sum_limit is what they can hold.
+#if defined(QK_ISA_AVX512VNNI)
+constexpr int64_t sum_limit = int64_t{1} << 26;
+QK_INLINE Words zero_terms(const uint8_t* zeros) {
+  const __m512i z = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros)));
+  const __m512i low = _mm512_sub_epi32(_mm512_setzero_si512(), z);  // pair (-zero, -zero * 2048): 15 * 2048 < 2^15
+  return reinterpret_cast<Words>(_mm512_mask_slli_epi16(low, 0xaaaaaaaa, _mm512_slli_epi32(low, 16), 11));
+}
+QK_INLINE int32_t row_term(uint32_t sum) { return static_cast<int32_t>((sum >> 11) << 16 | (sum & 2047)); }
+QK_INLINE Words less_zeros(const Words& acc, const Words& zeros, int32_t row) {
+  return reinterpret_cast<Words>(
+      _mm512_dpwssd_epi32(reinterpret_cast<__m512i>(acc), reinterpret_cast<__m512i>(zeros), _mm512_set1_epi32(row)));
+}
+#else
+constexpr int64_t sum_limit = INT64_MAX;
+QK_INLINE Words zero_terms(const uint8_t* zeros) { return __builtin_convertvector(load<Codes>(zeros), Words); }
+QK_INLINE int32_t row_term(uint32_t sum) { return static_cast<int32_t>(sum); }
+QK_INLINE Words less_zeros(const Words& acc, const Words& zeros, int32_t row) {
+  return acc - zeros * static_cast<uint32_t>(row);
+}
+#endif
 
 enum class Residual { none, codes, floats };
 
-// What the results of a call share. Without an activation the limits are infinite: a comparison less to think of.
+// What the results of a call share. Without an activation the limits are infinite: a comparison less to think of. For
+// codes the limits are those of code - zero and of the activation, both divided by the step: rounding a product is
+// monotone, so the smaller of two y gives the smaller of two y / step.
 template <bool codes, Residual residual>
 class Finish {
  public:
@@ -63,16 +88,18 @@ class Finish {
       : low_(e.activation == Activation::none ? -__builtin_inff() : 0.0f),
         high_(e.activation == Activation::relu6 ? 6.0f : __builtin_inff()),
         inverse_(codes ? 1.0f / *e.out_step : 0.0f),
-        code_low_(codes ? static_cast<float>(-*e.out_zero) : 0.0f),
-        code_high_(codes ? static_cast<float>(top_code(e.out_bits) - *e.out_zero) : 0.0f),
         zero_(codes ? *e.out_zero : 0),
         added_(e.residual),
         added_step_(residual == Residual::codes ? *e.residual_step : 0.0f),
-        added_zero_(residual == Residual::codes ? *e.residual_zero : 0) {}
+        added_zero_(residual == Residual::codes ? *e.residual_zero : 0) {
+    if (!codes) return;
+    low_ = most(e.activation == Activation::none ? low_ : 0.0f, static_cast<float>(-zero_));
+    high_ = least(e.activation == Activation::relu6 ? 6.0f * inverse_ : high_,
+                  static_cast<float>(top_code(e.out_bits) - zero_));
+  }
 
   // y with bias -> `valid` results from index `at` of out on. NaN passes the limits, as in torch; its code is the zero.
   QK_INLINE void write(const Floats& sum, void* out, int64_t at, int64_t valid) const {
-    const Floats nothing = {}, low = nothing + low_, high = nothing + high_;
     Floats y = sum;
     if constexpr (residual == Residual::codes) {
       const Codes u = load_some<Codes>(static_cast<const uint8_t*>(added_) + at, valid);
@@ -80,23 +107,41 @@ class Finish {
     }
     if constexpr (residual == Residual::floats)
       y = y + load_some<Floats>(static_cast<const float*>(added_) + at, valid);
-    y = y < low ? low : y;
-    y = y > high ? high : y;
-    if constexpr (!codes) {
-      store_some(static_cast<float*>(out) + at, y, valid);
-    } else {
-      const Floats bottom = nothing + code_low_, top = nothing + code_high_, magic = nothing + 12582912.0f;
-      Floats t = y * inverse_;
-      t = t == t ? t : nothing;
-      t = t > bottom ? t : bottom;
-      t = t < top ? t : top;
-      const Ints code = __builtin_convertvector((t + magic) - magic, Ints) + zero_;
-      store_some(static_cast<uint8_t*>(out) + at, __builtin_convertvector(code, Codes), valid);
-    }
+    if constexpr (codes)
+      store_some(static_cast<uint8_t*>(out) + at, code_of(y), valid);
+    else
+      store_some(static_cast<float*>(out) + at, limited(y), valid);
   }
 
  private:
-  float low_, high_, inverse_, code_low_, code_high_;
+#if defined(QK_ISA_AVX512VNNI)
+  // min and max give the second operand if one is NaN, or if both are zeros.
+  QK_INLINE Floats limited(const Floats& y) const {
+    return _mm512_min_ps(_mm512_set1_ps(high_), _mm512_max_ps(_mm512_set1_ps(low_), y));
+  }
+  QK_INLINE Codes code_of(const Floats& y) const {
+    const __m512 t = y * inverse_;
+    const __m512 number = _mm512_maskz_max_ps(_mm512_cmp_ps_mask(t, t, _CMP_ORD_Q), t, _mm512_set1_ps(low_));
+    const __m512i units = _mm512_cvtps_epi32(_mm512_min_ps(number, _mm512_set1_ps(high_)));  // ties to even
+    return reinterpret_cast<Codes>(_mm512_cvtepi32_epi8(_mm512_add_epi32(units, _mm512_set1_epi32(zero_))));
+  }
+#else
+  QK_INLINE Floats limited(const Floats& sum) const {
+    const Floats nothing = {}, low = nothing + low_, high = nothing + high_;
+    const Floats y = sum < low ? low : sum;
+    return y > high ? high : y;
+  }
+  QK_INLINE Codes code_of(const Floats& y) const {
+    const Floats nothing = {}, bottom = nothing + low_, top = nothing + high_, magic = nothing + 12582912.0f;
+    Floats t = y * inverse_;
+    t = t == t ? t : nothing;
+    t = t > bottom ? t : bottom;
+    t = t < top ? t : top;
+    return __builtin_convertvector(__builtin_convertvector((t + magic) - magic, Ints) + zero_, Codes);
+  }
+#endif
+
+  float low_, high_, inverse_;
   int32_t zero_;
   const void* added_;
   float added_step_;

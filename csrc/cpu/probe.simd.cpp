@@ -38,7 +38,7 @@ void probe(const ProbeArgs& a) {
 
 // As many independent sums as the register tile has, of one vector.
 void probe(const ProbeArgs& a) {
-  constexpr int sums = tile_rows * tile_blocks;
+  constexpr int sums = probe_sums;
   alignas(64) uint8_t bytes[64];
   for (int i = 0; i < 64; ++i) bytes[i] = static_cast<uint8_t>(i * a.rounds);  // sums that the compiler cannot unite
   alignas(64) int32_t out[16];

@@ -11,8 +11,8 @@
 //    not matter, but they must be memory of ours: the caller's x is read in place only if n % 4 = 0.
 //    AMX goes in steps of 64 with a shorter last tile; k is a multiple of 64 for such pieces, and 64 codes of int8
 //    weights (8 bits, or unpacked) are 1,024 bytes in a row: one tile B, blocks weight_pitch apart.
-//  - Weights below 8 bits are read as they are, codes from 0 (`raw`): the sum then lacks zero * (sum of the row's
-//    codes), which finish_rows (igemm.h) subtracts. Or they were unpacked to u - zero by unpack_weights.
+//  - Weights below 8 bits are multiplied as codes from 0: zero * (sum of the row's codes) is too much in the sum, which
+//    finish_rows (igemm.simd.cpp) subtracts. The first tile of a column unpacks them and keeps them as int8 for others.
 //  - acc is [rows][blocks * 16] int32; finish_rows takes it from there.
 #pragma once
 #include "core/layout.h"
@@ -33,20 +33,26 @@ struct TileArgs {
   int64_t piece_count;
   const uint8_t* weight;  // of the first block, padded position 0 of K
   int64_t weight_pitch;   // bytes from block to block
-  int32_t* acc;           // [rows][blocks * 16], written
+  uint8_t* kept;          // where a tile that unpacks stores int8 weights of the first block, from position 0 on
+  int64_t kept_pitch;
+  int32_t* acc;  // [rows][blocks * 16], written
   // What is needed after this column of tiles: one line of it is fetched into L2 with each vector. Any address will do.
   const uint8_t* ahead;
 };
 
-// B: stored width; below 8 the codes are unpacked in registers. Every loop over the sums is unrolled: else gcc keeps
-// them in memory.
-template <int B, int rows, int blocks>
+// B: stored width; below 8 the codes are unpacked in registers and, with `keep`, also stored for the tiles that follow.
+// Every loop over the sums is unrolled: else gcc keeps them in memory. Each load beside the products costs them a slot
+// now and then, so a tile of 9 x 3 (12 loads for 27 products) is faster than one of 14 x 2 (16 for 28).
+template <int B, int rows, int blocks, bool keep>
 void tile(const TileArgs& a) {
   constexpr int parts = 8 / B;
   constexpr int64_t per_vector = 4 * parts;  // codes of K
   // Few rows: more sets of sums, so that one product need not wait for the one before.
   constexpr int sets = rows * blocks >= 8 ? 1 : rows * blocks >= 4 ? 2 : 4;
-  constexpr int unroll = sets > parts ? sets / parts : 1;
+  constexpr int unroll = sets > parts ? sets / parts : parts > 1 ? 1 : 2;
+  static_assert(unroll * parts % sets == 0, "every set gets its turn in each round");
+  // Few rows wait for the weights, more for the units that multiply.
+  constexpr int64_t fetch = rows <= 4 && blocks > 1 ? 24 : 0;
   Lanes acc[sets][rows][blocks];
 #pragma GCC unroll 4
   for (int s = 0; s < sets; ++s)
@@ -54,22 +60,22 @@ void tile(const TileArgs& a) {
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
       for (int c = 0; c < blocks; ++c) acc[s][r][c] = none();
-  const int64_t x_stride = a.x_stride, weight_pitch = a.weight_pitch;
-  const auto vector = [&](const uint8_t* x, const uint8_t* w, int first, int steps) __attribute__((always_inline)) {
-    Bytes raw[blocks];
+  const int64_t x_stride = a.x_stride, weight_pitch = a.weight_pitch, kept_pitch = a.kept_pitch;
+  const auto vector = [&](const uint8_t* x, const uint8_t* w, uint8_t* kept, int first,
+                          int steps) __attribute__((always_inline)) {
+    if constexpr (fetch > 0) {
 #pragma GCC unroll 4
-    for (int c = 0; c < blocks; ++c) raw[c] = load64(w + c * weight_pitch);
+      for (int c = 0; c < blocks; ++c) __builtin_prefetch(w + c * weight_pitch + fetch * 64, 0, 3);
+    }
 #pragma GCC unroll 4
     for (int p = 0; p < parts; ++p) {
       if (p >= steps) break;
       Bytes weights[blocks];
 #pragma GCC unroll 4
       for (int c = 0; c < blocks; ++c) {
-        if constexpr (B < 8) {
-          weights[c] = unpack<B>(raw[c], p);
-        } else {
-          weights[c] = raw[c];
-        }
+        weights[c] = load64(w + c * weight_pitch);
+        if constexpr (B < 8) weights[c] = unpack<B>(weights[c], p);
+        if constexpr (keep) store64(kept + c * kept_pitch + p * 64, weights[c]);
       }
 #pragma GCC unroll 16
       for (int r = 0; r < rows; ++r) {
@@ -85,19 +91,22 @@ void tile(const TileArgs& a) {
     const Piece piece = a.pieces[i];
     const uint8_t* x = a.x + piece.x;
     const uint8_t* w = a.weight + piece.k / per_vector * 64;
+    uint8_t* kept = keep ? a.kept + piece.k * 16 : nullptr;
     int64_t k = round_up(piece.n, 4);
     for (; k >= unroll * per_vector; k -= unroll * per_vector, x += unroll * per_vector, w += unroll * 64) {
-      if constexpr (unroll == 1) {
+      if constexpr (fetch == 0) {
         __builtin_prefetch(ahead, 0, 2);
         ahead += 64;
       }
 #pragma GCC unroll 4
-      for (int u = 0; u < unroll; ++u) vector(x + u * per_vector, w + u * 64, u * parts, parts);
+      for (int u = 0; u < unroll; ++u) vector(x + u * per_vector, w + u * 64, kept + u * parts * 64, u * parts, parts);
+      if constexpr (keep) kept += unroll * parts * 64;
     }
     if constexpr (unroll > 1)
-      for (; k >= per_vector; k -= per_vector, x += per_vector, w += 64) vector(x, w, 0, parts);
+      for (; k >= per_vector; k -= per_vector, x += per_vector, w += 64, kept += keep ? parts * 64 : 0)
+        vector(x, w, kept, 0, parts);
     if constexpr (parts > 1) {
-      if (k > 0) vector(x, w, 0, static_cast<int>(k / 4));
+      if (k > 0) vector(x, w, kept, 0, static_cast<int>(k / 4));
     }
   }
 #pragma GCC unroll 16
@@ -113,38 +122,22 @@ void tile(const TileArgs& a) {
 
 using Tile = void (*)(const TileArgs&);
 
-// The tile for exactly `rows` (1 .. tile_rows) and `blocks` (1 .. tile_blocks).
-template <int B, int blocks, int rows = tile_rows>
-Tile tile_for(int64_t n) {
+// The tile for exactly `rows` and `blocks`, within the limits.
+template <int B, bool keep, int blocks, int rows>
+Tile tile_of(int64_t n) {
   if constexpr (rows > 1) {
-    if (n < rows) return tile_for<B, blocks, rows - 1>(n);
+    if (n < rows) return tile_of<B, keep, blocks, rows - 1>(n);
   }
-  return tile<B, rows, blocks>;
+  return tile<B, rows, blocks, keep>;
 }
-template <int B>
+template <int B, bool keep>
 Tile tile_for(int64_t rows, int64_t blocks) {
-  if constexpr (tile_blocks > 1) {
-    if (blocks > 1) return tile_for<B, 2>(rows);
+  if constexpr (most_blocks > 1) {
+    if (blocks == 2) return tile_of<B, keep, 2, tile_limits.rows>(rows);
+    if (blocks == 3) return tile_of<B, keep, 3, tile_limits.rows>(rows);
+    if (blocks == 4) return tile_of<B, keep, 4, tile_limits.few_rows>(rows);
   }
-  return tile_for<B, 1>(rows);
-}
-
-// u - zero as int8 in place of packed codes, for a block that many tiles will read; behind a segment's codes 0.
-template <int B>
-void unpack_weights(const uint8_t* weight, const uint8_t* zeros, const PackedLayout& layout, uint8_t* out) {
-  constexpr int parts = 8 / B;
-  const int64_t vectors = layout.segment_padded / (4 * parts), per_group = layout.group_segments();
-  for (int64_t s = 0; s < layout.segments; ++s) {
-    const Bytes zero = spread16(zeros + s / per_group * 16);
-    uint8_t* const begin = out;
-    for (int64_t v = 0; v < vectors; ++v, weight += 64) {
-      const Bytes raw = load64(weight);
-#pragma GCC unroll 4
-      for (int p = 0; p < parts; ++p, out += 64) store64(out, minus(unpack<B>(raw, p), zero));
-    }
-    for (int64_t k = layout.segment_k; k < layout.segment_padded; ++k)
-      for (int64_t i = 0; i < 16; ++i) begin[k / 4 * 64 + i * 4 + k % 4] = 0;
-  }
+  return tile_of<B, keep, 1, tile_limits.rows>(rows);
 }
 
 }  // namespace
