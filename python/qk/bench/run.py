@@ -139,6 +139,7 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def _counterpart(family: str, row: dict[str, Any]) -> dict[str, Any] | None:
-    """Ours whose weights are as wide as those of a peer's family; the first of ours, the widest, for all others."""
+    """Ours whose weights are as wide as those of a peer's family; the fastest of ours for all others."""
     mine = [e for e in row["entries"] if e["ours"]]
-    return next((e for e in mine if e["family"].startswith(family)), mine[0] if mine else None)
+    alike = (e for e in mine if e["family"].startswith(family))
+    return next(alike, min(mine, key=lambda e: e["ms"][1], default=None))

@@ -80,7 +80,9 @@ def build(row: Row, threads: int) -> tuple[list[Candidate], dict[str, str]]:
 
 def measure(row: Row, threads: int, known: dict[str, Any], budget: float) -> dict[str, Any]:
     """Checks every candidate, then times those that are right in turns."""
+    begin = time.perf_counter()
     made, failed = build(row, threads)
+    built = time.perf_counter()
     right: dict[str, Candidate] = {}
     for candidate in made:
         try:
@@ -88,9 +90,12 @@ def measure(row: Row, threads: int, known: dict[str, Any], budget: float) -> dic
             right[candidate.name] = candidate
         except Exception as error:
             failed[candidate.name] = _words(error)
-    times = _times(right, budget)
+    checked = time.perf_counter()
+    times = _times(right, budget - (checked - begin))
     entries = [_entry(row, c, times[name], known) for name, c in right.items()]
-    return _facts(row) | {"entries": entries, "failed": failed}
+    spent = {"build": built - begin, "check": checked - built, "time": time.perf_counter() - checked}
+    spent = {what: round(seconds, 2) for what, seconds in spent.items()}
+    return _facts(row) | {"entries": entries, "failed": failed, "seconds": spent}
 
 
 def _times(right: dict[str, Candidate], budget: float) -> dict[str, list[float]]:
