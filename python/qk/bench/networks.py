@@ -6,7 +6,7 @@ import contextlib
 import copy
 import hashlib
 from collections.abc import Callable, Iterable
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -115,14 +115,22 @@ def quantized(net: Network, widths: str, cache: Path) -> nn.Module:
     return model
 
 
-def ours(net: Network, widths: Iterable[str], cache: Path) -> Iterable[Candidate]:
-    """As integer modules, and fused where this version can fuse."""
-    for name in widths:
+def ours(net: Network, widths: Iterable[str], cache: Path, modules: bool = True) -> Iterable[Candidate]:
+    """Fused, and as integer modules: all of them with `modules`, else the first width."""
+    for i, name in enumerate(widths):
         model = quantized(net, name, cache)
-        yield _candidate(net, f"qk {name}", f"{name} unfused", model, None)
+        if modules or i == 0:
+            yield _candidate(net, f"qk {name} modules", f"{name} modules", model, None)
         if hasattr(deploy, "fuse"):
-            fused, definition = (make(model, net.inputs) for make in (deploy.fuse, deploy.unfused))
-            yield _candidate(net, f"qk {name} fused", name, fused, definition)
+            yield _candidate(net, f"qk {name}", name, *_fused(net.source, net.size, name, cache))
+
+
+@lru_cache(maxsize=2 * len(WIDTHS))  # for the next batch size
+def _fused(source: str, size: int, widths: str, cache: Path) -> tuple[nn.Module, nn.Module]:
+    """The fused network, and the graph of single operators that it must equal bit for bit."""
+    first = Network(source, 1, size)
+    model = quantized(first, widths, cache)
+    return deploy.fuse(model, first.inputs), deploy.unfused(model, first.inputs)
 
 
 def _candidate(net: Network, name: str, family: str, model: Any, definition: nn.Module | None) -> Candidate:

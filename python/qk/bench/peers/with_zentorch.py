@@ -30,17 +30,15 @@ def gemm(p: Gemm, threads: int) -> Iterable[Candidate]:
     weight = (d.w_codes, x_step, zero, d.w_step, zeros, d.bias)
     run = partial(z.zentorch_qlinear, d.x_codes, *weight, None, None, torch.float32)
     yield _candidate("int8 static", "W8", run, d.y, 1e-2)
-    step = d.w.abs().amax(1, keepdim=True) / 7
-    codes = (d.w / step).round().clamp(-8, 7).to(torch.int8)
-    expected = d.x @ (codes * step).t() + d.bias
+    codes, step, product = d.blocks(4, p.k)
     run = partial(
         z.zentorch_dynamic_qlinear,
         d.x.bfloat16(),
-        z.zentorch_woq_repack_weight(codes),
+        z.zentorch_woq_repack_weight(codes[:, 0]),
         step.reshape(1, -1),
         d.bias.bfloat16(),
     )
-    yield _candidate("W4A8", "W4", run, expected, DYNAMIC_ERROR)
+    yield _candidate("W4A8", "W4", run, product + d.bias, DYNAMIC_ERROR)
 
 
 def bag(p: Bag, threads: int) -> Iterable[Candidate]:
