@@ -12,7 +12,7 @@ SOURCES := pyproject.toml CMakeLists.txt README.md $(shell find csrc python -typ
 LINTERS = $(shell grep -oE '"(ruff|clang-format)==[^"]+"' pyproject.toml)
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-all lint format dev install emulated clean gpu
+.PHONY: demo test test-all lint format dev install emulated sanitize clean gpu
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/qk
@@ -45,6 +45,18 @@ dev: $(VENV)/build-tools
 emulated: $(VENV)/build-tools
 	$(BIN)/cmake -S . -B build/emulated -G Ninja -DQK_CUDA=off -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
 	$(BIN)/ninja -C build/emulated qk_emulated
+
+# The kernels under AddressSanitizer and UBSan, through the operators' own tests. Python itself is not built for them:
+# leaks are not looked for, and the sanitizer must be loaded before it.
+SANITIZED := build/sanitize/python
+sanitize: $(VENV)/tests
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DQK_SANITIZE=ON -DQK_CUDA=off -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
+	$(BIN)/ninja -C build/sanitize
+	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED) && cp -r python/qk $(SANITIZED)/qk && rm -f $(SANITIZED)/qk/*.so
+	cp build/sanitize/*.so $(SANITIZED)/qk/
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
+	  $(BIN)/python -m pytest -n $(JOBS) -m "not slow" -p no:cacheprovider tests/ops
 
 clean:
 	rm -rf build $(VENV)/qk $(VENV)/tests

@@ -2,9 +2,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "core/arena.h"
 #include "core/isa.h"
 #include "core/layout.h"
 #include "core/probe.h"
+#include "core/step_times.h"
 
 namespace py = pybind11;
 
@@ -57,4 +59,20 @@ PYBIND11_MODULE(_core, m) {
         py::call_guard<py::gil_scoped_release>());
   m.def("packed_layout", &packed_layout, py::arg("shape"), py::arg("bits"), py::arg("groups") = 1,
         py::arg("k_groups") = 1, py::arg("cuda") = false);
+  // For reports and tests of the operator network.
+  m.def("time_steps", [](bool wanted) { qk::step_times().wanted = wanted; }, py::arg("wanted"));
+  m.def("step_seconds", [] { return qk::step_times().seconds; });
+  m.def(
+      "place",
+      [](const std::vector<std::array<int64_t, 3>>& values, bool reuse) {
+        std::vector<qk::Interval> intervals;
+        for (const auto& [bytes, begin, end] : values)
+          intervals.push_back({bytes, static_cast<int>(begin), static_cast<int>(end), 0});
+        const int64_t total = qk::place(intervals, reuse);
+        std::vector<int64_t> at;
+        for (const qk::Interval& i : intervals) at.push_back(i.at);
+        return std::make_pair(at, total);
+      },
+      py::arg("values"), py::arg("reuse") = true);
+  m.def("reuse_memory", [](bool reuse) { qk::reuse_memory() = reuse; }, py::arg("reuse"));
 }

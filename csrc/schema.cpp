@@ -76,4 +76,49 @@ STABLE_TORCH_LIBRARY(qk, m) {
       " int[2] kernel, int[2] stride=1, int[2] padding=0, int[2] dilation=1, int groups=1,"
       " int x_bits=8, str activation=\"none\", Tensor? out_step=None, Tensor? out_zero=None, int out_bits=8,"
       " Tensor? residual=None, Tensor? residual_step=None, Tensor? residual_zero=None) -> Tensor");
+
+  // --- integer, between layers: codes in, codes or float32 out -----------------------------------------------------
+  // A result without out_step and out_zero (one value each) is float32, with them uint8 codes of out_bits.
+
+  // a, b [...] of one shape: uint8 codes with step and zero [1], or float32 without -> [...]: activation(value(a) +
+  // value(b)), value step * (code - zero). activation: none, relu, relu6.
+  m.def(
+      "add(Tensor a, Tensor? a_step, Tensor? a_zero, Tensor b, Tensor? b_step, Tensor? b_zero,"
+      " str activation=\"none\", Tensor? out_step=None, Tensor? out_zero=None, int out_bits=8) -> Tensor");
+  // x [B, ..., C], gate [B, ..., C] with sizes 1 between, each codes or float32 as for add -> [B, ..., C]:
+  // activation(value(x) * value(gate)).
+  m.def(
+      "multiply(Tensor x, Tensor? x_step, Tensor? x_zero, Tensor gate, Tensor? gate_step, Tensor? gate_zero,"
+      " str activation=\"none\", Tensor? out_step=None, Tensor? out_zero=None, int out_bits=8) -> Tensor");
+  // x [B, H, W, C] codes (NHWC), x_step and x_zero [1] -> [B, OH, OW, C]. mode max: uint8, the largest code of each
+  // window, what is padded takes no part. mode average: float(sum of (x - x_zero)) * (x_step / count), count as in
+  // torch's avg_pool2d. Sizes as in torch's pools.
+  m.def(
+      "pool(Tensor x, Tensor x_step, Tensor x_zero, str mode, int[2] kernel, int[2] stride, int[2] padding=0,"
+      " int[2] dilation=1, bool ceil_mode=False, bool count_include_pad=True, int? divisor_override=None,"
+      " str activation=\"none\", Tensor? out_step=None, Tensor? out_zero=None, int out_bits=8) -> Tensor");
+  // codes [...] uint8, table [256] uint8 or float32 -> [...] of the table's type: table[code].
+  m.def("lookup(Tensor codes, Tensor table) -> Tensor");
+  // codes: uint8 [..., C] each, alike but for C, steps and zeros [1] each -> uint8 [..., sum of C], side by side:
+  // quantize(step * (code - zero)) with out_step, out_zero [1] and out_bits.
+  m.def(
+      "concat(Tensor[] codes, Tensor[] steps, Tensor[] zeros, Tensor out_step, Tensor out_zero, int out_bits=8) -> "
+      "Tensor");
+
+  // rows [N, row_bytes] uint8: `cols` codes, value i at bit i * bits, in front of them or, with codes_first, behind
+  // them (kind affine) scale and offset, (codebook) 2^bits values, of dtype float16, bfloat16 or float32, or (shared)
+  // int32, a row of books [.., 2^bits] float32. value: code * scale + offset, or the codebook's at code.
+  // indices [count] int32 or int64 with offsets [bags], or [bags, bag_size] without -> [bags, cols] float32: mode sum,
+  // mean or max of the rows that each bag names, as torch's embedding_bag. per_sample_weights [like indices] float32.
+  m.def(
+      "embedding_bag(Tensor rows, Tensor indices, Tensor? offsets, int bits, int cols, str kind=\"affine\","
+      " str dtype=\"float16\", bool codes_first=True, Tensor? books=None, str mode=\"sum\","
+      " Tensor? per_sample_weights=None, bool include_last_offset=False, int? padding_idx=None) -> Tensor");
+
+  // --- whole networks ------------------------------------------------------------------------------------------------
+
+  // program: text, a list of the steps above (python/qk/ops/_program.py). inputs: float32 or codes, as it says.
+  // constants: steps float32 [S], zeros int32 [S], floats float32 [F], bytes uint8 [B], to which it refers.
+  // -> one fresh tensor for each output line.
+  m.def("network(Tensor[] inputs, Tensor[] constants, str program) -> Tensor[]");
 }

@@ -17,6 +17,8 @@ FILES = {
     "test": "tests/ops/test_{}.py",
     "benchmark": "benchmarks/ops/bench_{}.py",
 }
+# It calls the kernels of the others and has none of its own.
+COMPOSED = {"network": ("CPU kernel", "CUDA kernel")}
 
 
 def declared(root: Path) -> list[str]:
@@ -31,7 +33,8 @@ def operators(root: Path) -> list[str]:
 
 def missing(root: Path, op: str) -> list[str]:
     """What `op` lacks under root, in words."""
-    gaps = [f"{part}: {path.format(op)}" for part, path in FILES.items() if not (root / path.format(op)).is_file()]
+    files = {part: path.format(op) for part, path in FILES.items() if part not in COMPOSED.get(op, ())}
+    gaps = [f"{part}: {path}" for part, path in files.items() if not (root / path).is_file()]
     python = root / FILES["Python side"].format(op)
     names = [name for name in declared(root) if name in (op, f"{op}_backward")]
     for name in names:

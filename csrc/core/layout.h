@@ -15,7 +15,7 @@ QK_HD constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) *
 constexpr int64_t size_limit = int64_t{1} << 31, values_limit = int64_t{1} << 47;
 
 // What a prepacked weight is made for.
-enum class Algorithm : int32_t { direct };
+enum class Algorithm : int32_t { direct, winograd };
 
 // A weight [n, kh, kw, c], c input channels of each of `groups`; a Linear is [n, 1, 1, K].
 struct WeightShape {
@@ -61,6 +61,8 @@ constexpr int32_t packed_magic = 0x32304b51;  // "QK02": change it with the layo
 //   header | codes [blocks][k_groups][vectors][64] | sums int32 [blocks][k_groups][16] |
 //   zeros uint8 [blocks][k_groups][16] | 0 up to whole cache lines
 // sums: of u - zero over the group. zeros: only below 8 bits.
+// For Winograd's algorithm (docs/winograd.md) a block is [vectors][9 taps][64]: a vector holds 32 / bits input channels of
+// one tap, and is filled up with codes of zero. sums: int32 [blocks][16 positions][16] of the transformed weights.
 struct PackedLayout {
   static constexpr int64_t block = 16, step = 4, vector = 64, segment_unit = 64;
   int stored_bits;
@@ -80,29 +82,35 @@ struct PackedLayout {
     const int64_t per = 8 / stored_bits;
     return codes_at + block_index * block_bytes + k_pos / (step * per) * vector + i * step + k_pos % step;
   }
+  // The same for input channel c of a tap in Winograd's order, and its first bit.
+  QK_HD constexpr int64_t winograd_at(int64_t block_index, int64_t tap, int64_t c, int64_t i) const {
+    const int64_t per = step * (8 / stored_bits);
+    return codes_at + block_index * block_bytes + (c / per * 9 + tap) * vector + i * step + c % step;
+  }
+  QK_HD constexpr int64_t winograd_bit(int64_t c) const { return c / step % (8 / stored_bits) * stored_bits; }
 };
 
 namespace cpu {
 
 QK_HD constexpr PackedLayout packed_layout(const WeightShape& w) {
   PackedLayout p{};
-  const bool depthwise = w.depthwise();
+  const bool depthwise = w.depthwise(), winograd = w.algorithm == Algorithm::winograd;
   p.stored_bits = depthwise ? 8 : w.bits;
   p.outer = depthwise ? 1 : w.groups;
   p.n_per_outer = w.n / p.outer;
   p.blocks_per_outer = ceil_div(p.n_per_outer, PackedLayout::block);
   p.k = w.k();
   p.k_groups = w.k_groups;
-  p.segments = depthwise ? 1 : w.k_groups == 1 ? w.kh : w.k_groups;
+  p.segments = depthwise ? 1 : winograd ? w.taps() : w.k_groups == 1 ? w.kh : w.k_groups;
   p.segment_k = p.k / p.segments;
   const int64_t whole_vectors = PackedLayout::step * (8 / p.stored_bits);
   p.segment_padded =
-      round_up(p.segment_k, depthwise || w.k_groups > 1 ? whole_vectors : int64_t{PackedLayout::segment_unit});
+      round_up(p.segment_k, depthwise || winograd || w.k_groups > 1 ? whole_vectors : int64_t{PackedLayout::segment_unit});
   p.k_padded = p.segment_padded * p.segments;
   p.block_bytes = p.k_padded * PackedLayout::block * p.stored_bits / 8;
   p.codes_at = sizeof(PackedHeader);
   p.sums_at = p.codes_at + p.blocks() * p.block_bytes;
-  p.zeros_at = p.sums_at + p.blocks() * p.k_groups * PackedLayout::block * 4;
+  p.zeros_at = p.sums_at + p.blocks() * (winograd ? 16 : p.k_groups) * PackedLayout::block * 4;
   p.bytes = round_up(p.zeros_at + (p.stored_bits < 8 ? p.blocks() * p.k_groups * PackedLayout::block : 0), 64);
   return p;
 }

@@ -48,9 +48,11 @@ void pack_pixels(const Conv2dArgs& a, uint8_t* rows, int64_t outer, int64_t firs
 }  // namespace
 
 void depthwise(const Conv2dArgs& a);
+void winograd(const Conv2dArgs& a);
 
 void conv2d(const Conv2dArgs& a) {
   if (a.shape.depthwise()) return depthwise(a);
+  if (a.shape.algorithm == Algorithm::winograd) return winograd(a);
   Source source{};
   source.self = &a;
   source.piece_count = a.layout.segments;

@@ -95,7 +95,10 @@ void pack_depthwise_block(const PrepackArgs& a, int64_t at) {
 
 }  // namespace
 
+void winograd_prepack(const PrepackArgs& a);
+
 void prepack(const PrepackArgs& a) {
+  if (a.shape.algorithm == Algorithm::winograd) return winograd_prepack(a);
   const PackedLayout& l = a.layout;
   const PackedHeader header{packed_magic, a.shape.bits,   a.shape.n,        a.shape.kh,        a.shape.kw,
                             a.shape.c,    a.shape.groups, a.shape.k_groups, a.shape.algorithm, 0};

@@ -13,6 +13,16 @@ struct DequantizeArgs {
   int64_t rows, cols;
 };
 
+// NHWC codes seen as NCHW: read as they lie, written transposed, one step and zero for all.
+struct DequantizeTransposedArgs {
+  const uint8_t* codes;  // [images, pixels, channels]
+  const float* step;     // [1]
+  const int32_t* zero;   // [1]
+  float* out;            // [images, channels, pixels]
+  int64_t images, channels, pixels;
+};
+
 }  // namespace qk
 
 QK_KERNEL(dequantize, qk::DequantizeArgs)
+QK_KERNEL(dequantize_transposed, qk::DequantizeTransposedArgs)

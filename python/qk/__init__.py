@@ -3,7 +3,7 @@
 from qk import ops
 from qk._native import active_isa, build_facts, force_isa, usable_isas
 from qk.calibrate import calibrate
-from qk.deploy import convert, load, save
+from qk.deploy import convert, fuse, load, save
 from qk.errors import QkError
 from qk.flow import Result, quantize
 from qk.methods import reconstruct
@@ -22,6 +22,7 @@ __all__ = [
     "calibrate",
     "convert",
     "force_isa",
+    "fuse",
     "load",
     "ops",
     "prepare",

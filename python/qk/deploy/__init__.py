@@ -2,10 +2,12 @@
 
 from qk.deploy.checkpoint import check_state, checkpoint_bytes, file_bytes, load, save
 from qk.deploy.convert import Info, convert
+from qk.deploy.fuse import FusedModel, fuse, unfused
 from qk.deploy.measure import LayerMeasure, LayerTimes, all_layer_times, layer_errors, measure_layers
 from qk.deploy.modules import IntegerLayer, QConv2d, QLinear, definition
 
 __all__ = [
+    "FusedModel",
     "Info",
     "IntegerLayer",
     "LayerMeasure",
@@ -18,8 +20,10 @@ __all__ = [
     "convert",
     "definition",
     "file_bytes",
+    "fuse",
     "layer_errors",
     "load",
     "measure_layers",
     "save",
+    "unfused",
 ]

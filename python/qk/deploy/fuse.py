@@ -1,0 +1,139 @@
+"""fuse: from an integer model to one whose activations stay in codes between layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from qk import ops
+from qk.deploy.fusing.graph import CONV2D, Constants, finished, is_call, merge_equal, shape_of
+from qk.deploy.fusing.leftovers import Reasons, left_in_float, reasons
+from qk.deploy.fusing.model import FusedModel, Inputs
+from qk.deploy.fusing.regions import build_regions
+from qk.deploy.fusing.rewrite import fuse_exactly, read_images_as_they_lie
+from qk.deploy.fusing.tensors import note_shapes, quantize_tensors
+from qk.deploy.fusing.trace import canonical, input_shapes, traced
+from qk.deploy.modules import IntegerLayer, integer_layers
+from qk.errors import fail
+from qk.inputs import KINDS, describe, device_of, feed, map_tensors, tensors_in
+
+__all__ = ["FusedModel", "fuse", "unfused"]
+
+STAGE = "qk.fuse"
+RANGES = ("minmax", "percentile")
+
+
+def fuse(model: nn.Module, example: Any, *, tensors: int | None = 8, ranges: str = "minmax") -> FusedModel:
+    """A copy of an integer model in which activations stay in codes between layers; `model` stays as it is.
+
+    model: from qk.convert, qk.quantize or qk.load, on the CPU. example: a batch (tensor, tuple of positional arguments
+    or dict of keywords), or a list of batches. The sizes of the first are those that the result takes; only the batch,
+    and the length of sequences, may differ.
+    tensors: 8 also quantizes what integer layers hand to each other (skip connections, inputs of pools and of
+    activation functions, gates, concatenations); None changes no bit of the model's results and fuses what it can so.
+    ranges: of these tensors over all batches given: "minmax" clips nothing, "percentile" keeps 99.99 %. Where a layer
+    with 8-bit inputs reads the tensor, its step is taken.
+    The result equals `unfused(...)` with the same arguments bit for bit (docs/fuse.md).
+    Raises QkError for a model without an integer layer, one that torch.export cannot follow, and a batch that the model
+    does not take.
+    """
+    constants, known = _quantized(model, example, tensors, ranges)
+    graph = constants.graph
+    fuse_exactly(constants)
+    read_images_as_they_lie(graph, _repacked(model, constants))
+    _choose_layouts(graph, model)
+    regions = build_regions(constants)
+    report = left_in_float(graph, known)
+    _check_inputs(constants)
+    return FusedModel(finished(constants), regions, report)
+
+
+def unfused(model: nn.Module, example: Any, *, tensors: int | None = 8, ranges: str = "minmax") -> fx.GraphModule:
+    """What `fuse` computes, one operator after the other: the integer network that fusing must not change a bit of."""
+    return finished(_quantized(model, example, tensors, ranges)[0])
+
+
+def _quantized(model: nn.Module, example: Any, tensors: int | None, ranges: str) -> tuple[Constants, Reasons]:
+    batches = _checked(model, example, tensors, ranges)
+    constants = canonical(traced(model, batches[0]))
+    merge_equal(constants.graph)
+    note_shapes(constants, batches[0])
+    known = reasons(constants.graph, model, tensors)
+    if tensors is not None:
+        quantize_tensors(constants, batches, ranges)
+    return constants, known
+
+
+def _checked(model: nn.Module, example: Any, tensors: int | None, ranges: str) -> list[Any]:
+    """The batches, each of which the model has run."""
+    if not isinstance(model, nn.Module):
+        raise fail(STAGE, "model", "an nn.Module", type(model).__name__)
+    if isinstance(model, FusedModel):
+        raise fail(STAGE, "model", "an unfused integer model", "a fused one")
+    if not integer_layers(model):
+        advice = "Make one with qk.quantize(model, batches).model, or qk.prepare, qk.calibrate and qk.convert."
+        raise fail(STAGE, "model", "one with an integer layer", f"{type(model).__name__}, all in float", advice)
+    if tensors not in (None, 8):
+        raise fail(STAGE, "tensors", "8 or None", repr(tensors))
+    if ranges not in RANGES:
+        raise fail(STAGE, "ranges", f"one of {', '.join(RANGES)}", repr(ranges))
+    batches = list(example) if isinstance(example, list) else [example]
+    if not batches:
+        raise fail(STAGE, "example", "a batch or a list of batches", "an empty list")
+    device = device_of(model)
+    for i, batch in enumerate(batches):
+        if not isinstance(batch, KINDS) or next(tensors_in(batch), None) is None:
+            raise fail(STAGE, f"batch {i} of example", "a tensor, tuple or dict of tensors", describe(batch))
+        batches[i] = map_tensors(lambda x: x.detach().to(device), batch)
+    _run(model, batches[0])
+    return batches
+
+
+def _run(model: nn.Module, batch: Any) -> None:
+    try:
+        with torch.no_grad():
+            feed(model, batch)
+    except Exception as error:
+        got = f"{describe(batch)}, on which it raised {type(error).__name__}: {error}"
+        raise fail(STAGE, "example", "input that the model accepts", got) from error
+
+
+def _repacked(model: nn.Module, constants: Constants) -> Any:
+    """A function that makes the weight of a gemm whose columns go over [C, H, W] into one over [H, W, C]."""
+
+    def repacked(node: fx.Node, image: tuple[int, int, int]) -> fx.Node | None:
+        layer = _layer(model, node)
+        if layer is None or layer.weight_step.dim() != 1:  # groups along K are of neighbours
+            return None
+        height, width, channels = image
+        codes = layer.weight_codes().reshape(-1, channels, height, width).permute(0, 2, 3, 1).reshape(-1, layer.k)
+        packed = ops.pack(codes.contiguous(), layer.bits)
+        return constants.add("weight", ops.prepack(packed, layer.weight_zero, layer.bits, layer.shape))
+
+    return repacked
+
+
+def _layer(model: nn.Module, node: fx.Node) -> IntegerLayer | None:
+    try:
+        layer = model.get_submodule(node.meta.get("module", ""))
+    except AttributeError:
+        return None
+    return layer if isinstance(layer, IntegerLayer) else None
+
+
+def _choose_layouts(graph: fx.Graph, model: nn.Module) -> None:
+    """The one place where a convolution's weight may be packed for the image that it will see."""
+    for node in graph.nodes:
+        if is_call(node, CONV2D):
+            _, _height, _width, _ = shape_of(node.kwargs["x"])
+
+
+def _check_inputs(constants: Constants) -> None:
+    """The first thing that the graph does."""
+    graph = constants.graph
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    constants.root.add_submodule("inputs", Inputs(input_shapes(graph)))
+    with graph.inserting_after(placeholders[-1]):
+        graph.call_module("inputs", tuple(placeholders))

@@ -1,0 +1,66 @@
+"""What fuse leaves in float, and why: for the report."""
+
+from __future__ import annotations
+
+import operator
+
+from torch import fx, nn
+
+from qk.deploy.fusing.graph import MOVES, aten, is_call
+from qk.deploy.fusing.tensors import Roles, is_known
+
+WEIGHTED = (aten.conv2d.default, aten.linear.default)
+PLAIN = (  # bookkeeping, no work worth a line
+    *(operator.getitem, aten.sym_size.int, aten.arange.default, aten.slice.Tensor, aten.select.int),
+    *(aten.expand.default, aten.new_ones.default, aten.contiguous.default, aten.clone.default),
+)
+
+Reasons = dict[tuple[str, str], str]
+
+
+def reasons(graph: fx.Graph, model: nn.Module, tensors: int | None) -> Reasons:
+    """(module, operator) -> why it would stay in float. graph: before tensors are quantized."""
+    roles = Roles(graph)
+    found: Reasons = {}
+    for node in graph.nodes:
+        if _works_on_floats(node):
+            place = (node.meta.get("module", ""), name_of(node))
+            found.setdefault(place, _reason(node, roles, model, tensors))
+    return found
+
+
+def left_in_float(graph: fx.Graph, known: Reasons) -> list[tuple[str, str]]:
+    """(module and operator, reason) in running order, for what stands between the integer regions of a fused graph."""
+    found: dict[str, str] = {}
+    for node in graph.nodes:
+        if _works_on_floats(node):
+            module, name = node.meta.get("module", ""), name_of(node)
+            found.setdefault(f"{module}: {name}" if module else name, known.get((module, name), "stays in float"))
+    return list(found.items())
+
+
+def _works_on_floats(node: fx.Node) -> bool:
+    return (
+        node.op == "call_function"
+        and not is_call(node, *MOVES, *PLAIN)
+        and not str(node.target).startswith("qk.")
+        and bool(node.all_input_nodes)
+    )
+
+
+def _reason(node: fx.Node, roles: Roles, model: nn.Module, tensors: int | None) -> str:
+    if is_call(node, *WEIGHTED):
+        info = getattr(model, "qk_info", None)
+        kept = {} if info is None else info.kept
+        return kept.get(node.meta.get("module", ""), "its layer is in float")
+    if not is_known(node):
+        return f"{name_of(node)} has no integer form here"
+    if node not in roles.supplied:
+        return "reads values that no integer layer made"
+    if node not in roles.wanted:
+        return "no integer layer reads what it makes"
+    return "tensors=None leaves what it reads in float" if tensors is None else "stays in float"
+
+
+def name_of(node: fx.Node) -> str:
+    return getattr(node.target, "_opname", None) or getattr(node.target, "__name__", str(node.target))
