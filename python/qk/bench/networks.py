@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from qk import deploy, sources
 from qk.bench.rows import Candidate, same_bits
 from qk.calibrate import calibrate
+from qk.deploy import manifest
 from qk.deploy.modules import integer_layers
 from qk.errors import QkError, fail
 from qk.prepare import prepare
@@ -100,7 +101,7 @@ def folder_of(net: Network, widths: str, cache: Path) -> Path:
 def quantized(net: Network, widths: str, cache: Path) -> nn.Module:
     """With integer layers, from the cache or made now: steps from one batch, rounding to nearest."""
     first, folder = Network(net.source, 1, net.size), folder_of(net, widths, cache)
-    if (folder / "manifest.json").is_file():
+    if (folder / manifest.FILE).is_file():
         try:
             return deploy.load(folder, model=first.model)
         except QkError:
