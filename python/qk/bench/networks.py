@@ -54,6 +54,9 @@ class Network:
         """Float32, in eval mode, with weights of a fixed seed where the source has none."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
+            if self.is_transformer:
+                with contextlib.suppress(QkError):
+                    sources.import_torchvision()  # transformers imports it where it is installed
             if self.source == MINILM:
                 return _LastHidden(_minilm()).eval()
             model = sources.load_model(self.source)
@@ -193,8 +196,6 @@ class _LastHidden(nn.Module):
 
 
 def _minilm() -> nn.Module:
-    with contextlib.suppress(QkError):
-        sources.import_torchvision()  # transformers imports it where it is installed
     try:
         from transformers import BertConfig, BertModel
     except ImportError as error:
