@@ -26,7 +26,7 @@ from qk.spec import QuantSpec, Recipe
 MINILM = "minilm"  # the shape of all-MiniLM-L6-v2 with random weights: nothing to download
 TORCHVISION = ("torchvision:resnet18", "torchvision:resnet50", "torchvision:mobilenet_v2")
 DEFAULT = (*TORCHVISION, MINILM)
-WIDTHS = ("W8A8", "W4A8", "W4A6", "W4A4")
+WIDTHS = ("W8A8", "W4A8", "W4A6")
 IMAGE, TOKENS = 224, 128
 INT8_ERROR = 0.4  # root mean square of the error over that of the result: calibrated on one random batch
 

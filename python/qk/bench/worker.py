@@ -25,7 +25,7 @@ from qk.bench.suite import Wanted, rows
 
 ROUNDS, SLOW_ROUNDS = 9, 3
 SLOW = 3.0  # times the fastest of the family: such a candidate is measured in few rounds,
-HOPELESS, LONG = 6.0, 0.1  # and one so many times slower than the fastest of all, with so many seconds, in none
+HOPELESS, LONG = 6.0, 0.02  # and one so many times slower than the fastest of all, with so many seconds, in none
 SLOT = 0.004  # seconds of one candidate in one round
 SMALL_SIZES = (2**14, 2**18)
 
