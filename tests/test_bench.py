@@ -71,7 +71,7 @@ def test_a_network_is_measured(alone, tmp_path):
         pytest.skip("torchvision is not installed")
     words = ("--size", "32", "--widths", "W8A8", "--no-peers", "--seconds", "60", "--cache", str(tmp_path))
     said = call("model", "torchvision:mobilenet_v2", *words, "--json", str(tmp_path / "m.json"))
-    assert "qk W8A8" in said
+    assert "qk W8A8 modules" in said
     network, start = json.loads((tmp_path / "m.json").read_text())["runs"][0]["rows"]
     assert network["failed"] == start["failed"] == {}
     assert start["entries"][0]["packed"] > 3e6  # bytes of 3.4 million weights
@@ -236,6 +236,15 @@ def result_of(*measured, threads=1, confined="none"):
     one = {"threads": threads, "confine": confined, "rows": list(measured), "failed": []}
     one |= {"machine": machine, "limits": known, "peers": {"onnxruntime": "1.0"}, "missing": {"openvino": "not there"}}
     return {"benchmark": "peers", "runs": [one]}
+
+
+def test_a_run_of_products_alone_has_no_other_goals():
+    run_ = result_of(gemm_row(128, 1.0, 2.0))["runs"][0]
+    works = {g.work for g, _ in goals.standings(run_ | {"products_only": True})}
+    assert "GEMM, M = 16" in works
+    assert not any("lsq" in work or "start" in work or "bag" in work for work in works)
+    alone = suite.rows(suite.Wanted("peers", peers=False, cache="unused", products_only=True))
+    assert {row.kind for row in alone} == set(suite.PRODUCTS)
 
 
 def test_goals_take_geometric_means_over_their_rows():

@@ -9,6 +9,7 @@ from math import exp, log
 from typing import Any
 
 Record = dict[str, Any]  # a row of a run, as the worker writes it
+WITHOUT_PRODUCTS = ("ours", "load", "W4", "W2")  # families of work that AMX has no part in
 LIMIT, VNNI_LIMIT, ANY = "the limit", "the limit of vpdpbusd", "any peer"
 
 
@@ -117,8 +118,12 @@ GOALS = (
 
 
 def standings(run: dict[str, Any], goals: tuple[Goal, ...] = GOALS) -> list[tuple[Goal, Standing | None]]:
-    """Each goal that holds for the run's threads; None where nothing was measured for it."""
-    return [(g, _standing(g, run["rows"])) for g in goals if g.threads in (None, run["threads"])]
+    """Each goal that holds for the run's threads; None where nothing was measured for it. A run that measured products
+    alone has no others."""
+    held = [g for g in goals if g.threads in (None, run["threads"])]
+    if run.get("products_only"):
+        held = [g for g in held if g.ours not in WITHOUT_PRODUCTS]
+    return [(g, _standing(g, run["rows"])) for g in held]
 
 
 def _standing(goal: Goal, rows: list[Record]) -> Standing | None:
