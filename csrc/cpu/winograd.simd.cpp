@@ -10,13 +10,18 @@ namespace winograd_parts {
 namespace {
 
 #if !defined(QK_ISA_GENERIC) && !defined(QK_ISA_AVX2)
+#if defined(QK_ISA_AMX)
+constexpr int64_t most_rows = 16, column_blocks = 2;
+#else
 constexpr int64_t most_rows = 14, column_blocks = 2;
+#endif
 #else
 constexpr int64_t most_rows = 4, column_blocks = 1;
 #endif
 constexpr int64_t v_budget = 384 * 1024, m_budget = 128 * 1024;  // of L2 (1 MB and more), beside a column of weights
 constexpr double work_per_thread = 1 << 20;                      // products; see igemm.h
 
+#if !defined(QK_ISA_AMX)
 template <int blocks>
 ProductOf product_for(int64_t rows) {
 #if !defined(QK_ISA_GENERIC) && !defined(QK_ISA_AVX2)
@@ -33,6 +38,7 @@ ProductOf product_for(int64_t rows) {
   return product<most_rows, blocks>;
 #endif
 }
+#endif
 
 // How the work is cut. Tiles, numbered across images, go in groups of `rows`, groups in stretches whose V fits L2;
 // blocks of output channels go in columns. A unit is a stretch x a column.
@@ -58,7 +64,7 @@ Plan plan_of(const Conv2dArgs& a) {
       least<int64_t>(thread_count(), most<int64_t>(1, static_cast<int64_t>(work / work_per_thread)));
   // Groups of equal size: 16 tiles are 8 and 8, not 14 and 2.
   p.rows = ceil_div(p.tiles, ceil_div(p.tiles, most_rows));
-  p.rows = column_blocks == 1 ? most_rows : round_up(p.rows, int64_t{2});
+  p.rows = column_blocks == 1 || most_rows == 16 ? most_rows : round_up(p.rows, int64_t{2});
   p.groups = ceil_div(p.tiles, p.rows);
   p.v_group = p.chunks * v_chunk(p.rows);
   // With one or two columns it costs less to transform a group twice than to send V to L2 and back.
@@ -98,6 +104,10 @@ class Worker {
   }
 
   void run(int64_t begin, int64_t end) {
+#if defined(QK_ISA_AMX)
+    tiles_.set_rows(side);
+    if (p_.steps % steps_per_chunk) std::memset(u_, 0, static_cast<size_t>(p_.u_bytes));
+#endif
     int64_t stretch = -1, column = -1;
     for (int64_t unit = begin; unit < end; ++unit) {
       const Place at = place(unit);
@@ -106,6 +116,9 @@ class Worker {
       stretch = at.stretch, column = at.column;
       multiply(at);
     }
+#if defined(QK_ISA_AMX)
+    tiles_.release();
+#endif
   }
 
  private:
@@ -190,7 +203,9 @@ class Worker {
     r.across = p_.across, r.down = p_.down, r.oh = a_.oh, r.ow = a_.ow, r.n = a_.shape.n;
     r.n_first = at.outer * l_.n_per_outer + n_column, r.n_valid = l_.n_per_outer - n_column;
     r.epilogue = &a_.epilogue, r.out = a_.out;
+#if !defined(QK_ISA_AMX)
     const ProductOf product = blocks_ == 1 ? product_for<1>(p_.rows) : product_for<column_blocks>(p_.rows);
+#endif
     for (int64_t g = 0; g < groups; g += p_.batch) {
       const int64_t batch = least(p_.batch, groups - g);
       for (int64_t i = 0; i < positions; ++i)
@@ -199,7 +214,16 @@ class Worker {
           p.u = u_ + i * u_plane;
           p.init = init_ + i * blocks_ * block;
           p.m = m_ + b * p_.m_group + i * p_.m_plane;
+#if defined(QK_ISA_AMX)
+          const bool pair = b + 1 < batch;
+          const auto tiles = blocks_ == 1 ? pair ? tile_product<2, 1> : tile_product<1, 1>
+                             : pair       ? tile_product<2, 2>
+                                          : tile_product<1, 2>;
+          tiles(p, p_.v_group, p_.m_group);
+          b += pair;
+#else
           product(p);
+#endif
         }
       for (int64_t b = 0; b < batch; ++b) {
         r.first = (first + g + b) * p_.rows, r.count = least(p_.rows, p_.tiles - r.first);
@@ -218,6 +242,9 @@ class Worker {
   uint8_t* padding_;
   ResultOf result_;
   int64_t blocks_ = 0;  // of the column
+#if defined(QK_ISA_AMX)
+  TileState tiles_;
+#endif
   int32_t init_[positions * column_blocks * block];
 };
 
