@@ -30,7 +30,7 @@ QK_INLINE void put(uint8_t* p, const Vec& v) { std::memcpy(p, &v, sizeof v); }
 
 // The first n of 64 bytes, 0 behind them; no byte behind them is read.
 QK_INLINE Vec get_some(const uint8_t* p, int64_t n) {
-#if !defined(QK_ISA_GENERIC) && !defined(QK_ISA_AVX2)
+#if defined(QK_ISA_AVX512VNNI)
   return reinterpret_cast<Vec>(_mm512_maskz_loadu_epi8((__mmask64{1} << n) - 1, p));
 #else
   uint8_t some[64] = {};
