@@ -53,6 +53,17 @@ QK_INLINE Floats scaled(const Words& acc, const Words& zero_sums, const Floats& 
   return __builtin_convertvector(reinterpret_cast<Ints>(acc - zero_sums), Floats) * step;
 }
 
+#if defined(QK_ISA_AVX512VNNI)
+QK_INLINE Words words(Lanes v) { return reinterpret_cast<Words>(v); }
+#else
+QK_INLINE Words words(const Lanes& v) {
+  static_assert(sizeof(Lanes) == sizeof(Words), "sixteen sums in order");
+  Words w;
+  std::memcpy(&w, &v, sizeof w);
+  return w;
+}
+#endif
+
 // What zeros of weights below 8 bits add to the sums: zero * (sum of the row's codes). Terms of the 16 channels and of
 // the row make one multiplication of 16-bit pairs; sum_limit is what they can hold.
 #if defined(QK_ISA_AVX512VNNI)
@@ -75,6 +86,38 @@ QK_INLINE Words less_zeros(const Words& acc, const Words& zeros, int32_t row) {
   return acc - zeros * static_cast<uint32_t>(row);
 }
 #endif
+
+// From the sums of a tile to values, before the bias.
+struct Terms {
+  static constexpr int64_t pitch = most_blocks * block;  // of groups of K
+  const float* steps;     // [k_groups][pitch]: weight_step, times x_step unless that comes by rows
+  const uint32_t* sums;   // the same: sums of weights, times x_zero unless that comes by rows
+  const uint32_t* zeros;  // the same: zero_terms, or null for weights of 8 bits
+  bool wide;              // sums of codes reach sum_limit: zeros and row_terms are plain numbers
+  // Of the tile's first row.
+  const float* row_step;  // or null: the same for all rows
+  const int32_t* row_zero;
+  const int32_t* row_terms;  // [rows][k_groups], with zeros
+  int64_t k_groups;
+
+  // Row r of the tile, block c of the column, group g.
+  template <bool per_row>
+  QK_INLINE Floats value(Words acc, int64_t g, int64_t c, int64_t r) const {
+    const int64_t at = g * pitch + c * block;
+    if (zeros) {
+      const int32_t row = row_terms[r * k_groups + g];
+      acc = wide ? acc - load<Words>(zeros + at) * static_cast<uint32_t>(row)
+                 : less_zeros(acc, load<Words>(zeros + at), row);
+    }
+    Words zero_sums = load<Words>(sums + at);
+    Floats step = load<Floats>(steps + at);
+    if constexpr (per_row) {
+      zero_sums = zero_sums * static_cast<uint32_t>(row_zero[r]);
+      step = step * row_step[r];
+    }
+    return scaled(acc, zero_sums, step);
+  }
+};
 
 enum class Residual { none, codes, floats };
 
