@@ -10,7 +10,7 @@ namespace qk::cpu::QK_ISA {
 namespace {
 
 constexpr int64_t few_rows = 4;
-constexpr int64_t tiles_budget = 768 * 1024;  // rows of x in L2 (2 MB where there are tiles)
+constexpr int64_t tiles_budget = 256 * 1024;  // rows of x in L2 (2 MB where there are tiles), beside their results
 
 struct TilePlan {
   int64_t steps;                          // of 64 codes of K
@@ -46,6 +46,7 @@ struct TileRoom {
   uint8_t* rows;  // of Source::fill
   int64_t rows_bytes;
   TileRows* tiles;
+  int64_t* to;        // [tiles][16]: rows of the product, -1 for nowhere
   uint8_t* copies;    // of tiles of rows that cannot be read where they lie
   int64_t *at, *row;  // [steps]: where a step begins in a row of x, and in a copied one
   int64_t* codes;     // [steps]: of 64
@@ -59,7 +60,7 @@ template <int B, bool codes>
 class TileWorker {
  public:
   TileWorker(const Product& p, const TilePlan& plan, const TileRoom& room, const TileFinish& finish)
-      : p_(p), l_(p.layout), plan_(plan), room_(room), finish_(finish) {
+      : p_(p), l_(p.layout), plan_(plan), room_(room), finish_(finish), done_channels_(room.channels) {
     for (int64_t i = 0, s = 0; i < l_.segments; ++i)
       for (int64_t k = 0; k < l_.segment_k; k += tile_k, ++s) {
         room.at[s] = room.pieces[i].x + k;
@@ -86,12 +87,13 @@ class TileWorker {
       for (int64_t r = 0; r < run.rows; r += height_) {
         // The last tile begins early enough to be whole; rows that it shares with the one before are not written again.
         const int64_t from = most<int64_t>(0, least(r, run.rows - height_));
-        TileRows& t = room_.tiles[tiles_++];
-        t = {run.x + from * run.stride, run.stride, false, {}};
+        TileRows& t = room_.tiles[tiles_];
+        t = {run.x + from * run.stride, run.stride, false};
         for (int64_t j = 0; j < side; ++j) {
           const bool wanted = from + j >= r && j < height_ && from + j < run.rows;
-          t.to[j] = wanted ? first++ : -1;
+          room_.to[tiles_ * side + j] = wanted ? first++ : -1;
         }
+        ++tiles_;
         if (from + height_ + rows_behind > run.rows) copy_rows(t, least(height_, run.rows - from), copy);
       }
     }
@@ -119,20 +121,18 @@ class TileWorker {
       zero_[1] = spread16(zeros + (two_ ? side : 0));
     }
     for (int64_t i = 0; i < tiles_;) {
-      const TileRows& a = room_.tiles[i];
-      const TileRows& b = room_.tiles[i + 1 < tiles_ ? i + 1 : i];
-      const bool pair = i + 1 < tiles_ && a.copied == b.copied;
+      const bool pair = i + 1 < tiles_ && room_.tiles[i].copied == room_.tiles[i + 1].copied;
       if (B < 8 && i == 0)
-        block_of<true>(a, b, pair);
+        block_of<true>(i, pair);
       else
-        block_of<false>(a, b, pair);
+        block_of<false>(i, pair);
       i += pair ? 2 : 1;
     }
   }
 
   // Finishes the last block.
   void flush() {
-    while (next_ < end_) finish_next();
+    if (next_ < end_) finish_rows(finish_.constants(*done_channels_), end_);
   }
 
  private:
@@ -158,17 +158,18 @@ class TileWorker {
     }
   }
 
-  QK_INLINE void finish_next() {
-    const TileRows& rows = *done_[next_ >= side ? 1 : 0];
-    const int64_t r = next_ % side;
-    finish_.template pair<codes>(done_sums_ + next_ * 2 * side, *done_channels_, rows.to[r], rows.to[r + 1]);
-    next_ += 2;
-    if (next_ % side >= height_) next_ = next_ < side ? side : end_;
+  // The block before, up to row `stop`.
+  QK_INLINE void finish_rows(const TileFinish::Constants& c, int64_t stop) {
+    int64_t next = next_;
+    for (; next < stop; next += 2)
+      finish_.template pair<codes>(done_sums_ + next * 2 * side, *done_channels_, c, done_to_[next], done_to_[next + 1]);
+    next_ = next;
   }
 
   // unpacking: with this block, the first of its column, the weights are unpacked for all of them.
   template <bool unpacking>
-  void block_of(const TileRows& a, const TileRows& b, bool pair) {
+  void block_of(int64_t tile, bool pair) {
+    const TileRows &a = room_.tiles[tile], &b = room_.tiles[tile + (pair ? 1 : 0)];
     constexpr int64_t early = 2;  // steps: what is stored must have reached L1 before a tile loads it
     const int64_t steps = plan_.steps;
     if constexpr (unpacking)
@@ -184,7 +185,8 @@ class TileWorker {
     const uint8_t *const xa = a.x, *const xb = b.x;
     const int64_t stride_a = a.stride, stride_b = b.stride;
     const bool two = two_;
-    const int64_t per_step = ceil_div(end_ - next_, 2 * steps);
+    const int64_t per_step = round_up(ceil_div(end_ - next_, steps), 2);
+    const TileFinish::Constants c = finish_.constants(*done_channels_);
     for (int64_t s = 0; s < steps; ++s, w0 += tile_bytes, w1 += tile_bytes) {
       load_tile<6>(w0, 64);
       load_tile<4>(xa + at[s], stride_a);
@@ -201,9 +203,8 @@ class TileWorker {
       if constexpr (unpacking)
         if (s + early < steps) unpack_step(s + early);
       for (int64_t i = 0; i < ahead_lines_ && ahead_ < ahead_end_; ++i, ahead_ += 64) __builtin_prefetch(ahead_, 0, 2);
-      for (int64_t i = 0; i < per_step && next_ < end_; ++i) finish_next();
+      if (next_ < end_) finish_rows(c, least(end_, next_ + per_step));
     }
-    flush();
     int32_t* const sums = room_.sums + (done_sums_ == room_.sums ? block_sums : 0);
     store_tile<0>(sums, 2 * side * 4);
     if (two) store_tile<1>(sums + side, 2 * side * 4);
@@ -213,8 +214,7 @@ class TileWorker {
     }
     done_sums_ = sums;
     done_channels_ = channels_;
-    done_[0] = &a;
-    done_[1] = &b;
+    done_to_ = room_.to + tile * side;
     next_ = 0;
     end_ = pair ? 2 * side : side;
   }
@@ -234,8 +234,8 @@ class TileWorker {
   int64_t ahead_lines_ = 0;
   // The block before: rows next_ .. end_ - 1 of its two tiles are not finished yet.
   const int32_t* done_sums_ = nullptr;
-  const Channels* done_channels_ = nullptr;
-  const TileRows* done_[2] = {};
+  const Channels* done_channels_;
+  const int64_t* done_to_ = nullptr;
   int64_t next_ = 0, end_ = 0;
 };
 
@@ -253,6 +253,7 @@ void multiply_tiles(const Product& p) {
   const int64_t rows_bytes = plan.block_rows * p.source.row_bytes + p.source.fixed_bytes + 64;
   const int64_t pieces = take(sizeof(Piece), p.source.piece_count), runs = take(sizeof(Run), plan.block_rows);
   const int64_t rows = take(1, rows_bytes), tiles = take(sizeof(TileRows), plan.block_rows);
+  const int64_t to = take(8, plan.block_rows * side);
   // At worst all tiles are copied, with rows that two of them share, and a tile reads behind the last.
   const int64_t copies = take(l.k_padded, 2 * plan.block_rows + side), steps = take(8, 3 * plan.steps);
   const int64_t unpacked = take(1, B < 8 ? 2 * l.k_padded * side : 0), sums = take(4, 2 * block_sums);
@@ -265,6 +266,7 @@ void multiply_tiles(const Product& p) {
                         memory + rows,
                         rows_bytes,
                         reinterpret_cast<TileRows*>(memory + tiles),
+                        reinterpret_cast<int64_t*>(memory + to),
                         memory + copies,
                         step,
                         step + plan.steps,

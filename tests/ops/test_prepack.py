@@ -57,7 +57,8 @@ def test_depthwise_weights_are_differences(bits, device, make_weight):
     layout = _core.packed_layout((37, 3, 3, 1), bits, 37)
     assert layout["stored_bits"] == 8
     codes = w.prepacked.cpu()[layout["codes_at"] : layout["sums_at"]].view(torch.int8).reshape(3, 3, 16, 4)
-    rows = codes.permute(0, 2, 1, 3).reshape(48, 12)[:37, :9].to(torch.int32)
+    assert not codes[..., 3].any()  # a vector has a column of the kernel
+    rows = codes[..., :3].permute(0, 2, 3, 1).reshape(48, 9)[:37].to(torch.int32)
     assert torch.equal(rows, reference(w.codes.reshape(37, 9), w.zero, bits, (37, 9)).cpu())
 
 
