@@ -4,6 +4,7 @@ from qk.deploy.checkpoint import check_state, checkpoint_bytes, file_bytes, load
 from qk.deploy.convert import Info, convert
 from qk.deploy.measure import LayerMeasure, LayerTimes, all_layer_times, layer_errors, measure_layers
 from qk.deploy.modules import IntegerLayer, QConv2d, QLinear, definition
+from qk.deploy.tune import tune_kernels
 
 __all__ = [
     "Info",
@@ -22,4 +23,5 @@ __all__ = [
     "load",
     "measure_layers",
     "save",
+    "tune_kernels",
 ]
