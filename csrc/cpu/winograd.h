@@ -9,6 +9,9 @@
 #include "core/layout.h"
 #include "cpu/dot.h"
 #include "cpu/finish.h"
+#if defined(QK_ISA_AMX)
+#include "cpu/amx.h"
+#endif
 
 namespace qk::cpu::QK_ISA {
 namespace winograd_parts {
@@ -27,7 +30,7 @@ QK_INLINE void put(uint8_t* p, const Vec& v) { std::memcpy(p, &v, sizeof v); }
 
 // The first n of 64 bytes, 0 behind them; no byte behind them is read.
 QK_INLINE Vec get_some(const uint8_t* p, int64_t n) {
-#if !defined(QK_ISA_GENERIC) && !defined(QK_ISA_AVX2)
+#if defined(QK_ISA_AVX512VNNI)
   return reinterpret_cast<Vec>(_mm512_maskz_loadu_epi8((__mmask64{1} << n) - 1, p));
 #else
   uint8_t some[64] = {};
@@ -149,6 +152,38 @@ void product(const ProductArgs& a) {
 #pragma GCC unroll 4
     for (int b = 0; b < blocks; ++b) store(a.m + (r * blocks + b) * block, acc[r][b]);
 }
+
+#if defined(QK_ISA_AMX)
+// One position of one or two groups of sixteen tiles, v_group and m_group apart. Behind the last step U must be 0.
+template <int groups, int blocks>
+void tile_product(const ProductArgs& a, int64_t v_group, int64_t m_group) {
+  load_tile<0>(a.init, 0);  // one line, sixteen times
+  if constexpr (blocks == 2) load_tile<1>(a.init + block, 0);
+  if constexpr (groups == 2) load_tile<2>(a.init, 0);
+  if constexpr (groups == 2 && blocks == 2) load_tile<3>(a.init + block, 0);
+  const uint8_t* v = a.v;
+  const uint8_t* u = a.u;
+  for (int64_t k = 0; k < a.steps; k += steps_per_chunk, v += a.v_chunk, u += u_chunk) {
+    load_tile<6>(u, line);
+    load_tile<4>(v, line);
+    products<0, 4, 6>();
+    if constexpr (blocks == 2) {
+      load_tile<7>(u + a.u_block, line);
+      products<1, 4, 7>();
+    }
+    if constexpr (groups == 2) {
+      load_tile<5>(v + v_group, line);
+      products<2, 5, 6>();
+      if constexpr (blocks == 2) products<3, 5, 7>();
+    }
+  }
+  constexpr int64_t pitch = blocks * line;
+  store_tile<0>(a.m, pitch);
+  if constexpr (blocks == 2) store_tile<1>(a.m + block, pitch);
+  if constexpr (groups == 2) store_tile<2>(a.m + m_group, pitch);
+  if constexpr (groups == 2 && blocks == 2) store_tile<3>(a.m + m_group + block, pitch);
+}
+#endif
 
 using ProductOf = void (*)(const ProductArgs&);
 

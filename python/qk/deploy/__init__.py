@@ -6,6 +6,7 @@ from qk.deploy.embedding import QEmbedding, QEmbeddingBag, pack_table
 from qk.deploy.fuse import FusedModel, fuse, unfused
 from qk.deploy.measure import LayerMeasure, LayerTimes, all_layer_times, layer_errors, measure_layers
 from qk.deploy.modules import IntegerLayer, QConv2d, QLinear, definition
+from qk.deploy.tune import tune_kernels
 
 __all__ = [
     "FusedModel",
@@ -29,5 +30,6 @@ __all__ = [
     "measure_layers",
     "pack_table",
     "save",
+    "tune_kernels",
     "unfused",
 ]
