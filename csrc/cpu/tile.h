@@ -36,12 +36,13 @@ struct TileArgs {
   uint8_t* kept;          // where a tile that unpacks stores int8 weights of the first block, from position 0 on
   int64_t kept_pitch;
   int32_t* acc;  // [rows][blocks * 16], written if there is one group of K
-  // With several groups of K: the pieces of each, and their sums are added up in y [rows][blocks * 16].
+  // With several groups of K: the pieces of each, and the values of their sums are added to y [rows][blocks * 16].
   int64_t k_groups, group_pieces;
   Terms terms;
   float* y;
   // What is needed after this column of tiles: one line of it is fetched into L2 with each vector. Any address will do.
   const uint8_t* ahead;
+  bool hurry;  // three lines with each two steps, not one: few tiles stand before the next column
 };
 
 // B: stored width; below 8 the codes are unpacked in registers and, with `keep`, also stored for the tiles that follow.
@@ -106,6 +107,7 @@ void tile(const TileArgs& a) {
     }
   };
   const uint8_t* ahead = a.ahead;
+  const bool hurry = a.hurry;
   const auto along = [&](const Piece& piece) __attribute__((always_inline)) {
     const uint8_t* x = a.x + piece.x;
     const uint8_t* w = a.weight + piece.k / per_vector * 64;
@@ -115,6 +117,11 @@ void tile(const TileArgs& a) {
       if constexpr (fetch == 0) {
         __builtin_prefetch(ahead, 0, 2);
         ahead += 64;
+        if (hurry) {
+          __builtin_prefetch(ahead, 0, 2);
+          __builtin_prefetch(ahead + 64, 0, 2);
+          ahead += 128;
+        }
       }
 #pragma GCC unroll 4
       for (int u = 0; u < unroll; ++u) vector(x + u * per_vector, w + u * 64, kept + u * parts * 64, u * parts, parts);
@@ -131,18 +138,14 @@ void tile(const TileArgs& a) {
   for (int64_t i = 0, g = 0; i < a.piece_count; ++i) {
     along(a.pieces[i]);
     if (i + 1 < (g + 1) * group_pieces || a.k_groups == 1) continue;
-    const auto add_to_y = [&](auto per_row) __attribute__((always_inline)) {
+    const auto add_to_y = [&](auto per_row, auto zeros) __attribute__((always_inline)) {
       each_sum([&](int r, int c, const Lanes& total) __attribute__((always_inline)) {
         float* y = a.y + (r * blocks + c) * 16;
-        const Floats value = a.terms.template value<per_row>(words(total), g, c, r);
-        const Floats before = load<Floats>(y);
-        store_some(y, g == 0 ? value : before + value, block);
+        const Floats value = a.terms.template value<per_row, zeros>(words(total), g, c, r);
+        store_some(y, load<Floats>(y) + value, block);
       });
     };
-    if (a.terms.row_step)
-      add_to_y(std::true_type());
-    else
-      add_to_y(std::false_type());
+    with_flags(a.terms.row_step, a.terms.zeros, add_to_y);
     clear();
     ++g;
   }
