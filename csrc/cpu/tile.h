@@ -12,8 +12,9 @@
 //    AMX goes in steps of 64 with a shorter last tile; k is a multiple of 64 for such pieces, and 64 codes of int8
 //    weights (8 bits, or unpacked) are 1,024 bytes in a row: one tile B, blocks weight_pitch apart.
 //  - Weights below 8 bits are multiplied as codes from 0: zero * (sum of the row's codes) is too much in the sum, which
-//    finish_rows (igemm.simd.cpp) subtracts. The first tile of a column unpacks them and keeps them as int8 for others.
-//  - acc is [rows][blocks * 16] int32; finish_rows takes it from there.
+//    Terms::value (finish.h) takes away. The first tile of a column unpacks them and keeps them as int8 for the others.
+//  - With one group of K the sums go to acc, [rows][blocks * 16] int32; Worker::write (igemm.simd.cpp) takes them from
+//    there. With several, the tile itself adds Terms::value of each group to y, of the same shape.
 #pragma once
 #include "core/layout.h"
 #include "cpu/finish.h"
