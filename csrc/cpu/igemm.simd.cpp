@@ -78,6 +78,7 @@ class Worker {
     t.group_pieces = group_pieces_;
     // Columns follow each other in memory: the tiles of this one fetch the next, a stretch each.
     t.ahead = codes_ + (at + blocks) * l_.block_bytes;
+    constexpr bool small = B < 8 && small_matters;
     bool kept = B == 8;
     int64_t all_tiles = 0;
     for (int64_t i = 0; i < runs_; ++i) all_tiles += ceil_div(room_.runs[i].rows, tile_rows);
@@ -89,9 +90,9 @@ class Worker {
       for (int64_t j = 0; j < tiles; ++j) {
         const int64_t from = run.rows * j / tiles, rows = run.rows * (j + 1) / tiles - from;
         const bool last = i + 1 == runs_ && j + 1 == tiles;
-        const Tile tile = kept   ? tile_for<8, false>(rows, blocks)
-                          : last ? tile_for<B, false>(rows, blocks)
-                                 : tile_for<B, (B < 8)>(rows, blocks);
+        const Tile tile = kept   ? tile_for<8, false, small>(rows, blocks)
+                          : last ? tile_for<B, false, small>(rows, blocks)
+                                 : tile_for<B, (B < 8), small>(rows, blocks);
         t.x = run.x + from * run.stride;
         t.x_stride = run.stride;
         if (p_.epilogue.per_row) {

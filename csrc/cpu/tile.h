@@ -47,9 +47,10 @@ struct TileArgs {
 };
 
 // B: stored width; below 8 the codes are unpacked in registers and, with `keep`, also stored for the tiles that follow.
+// small: int8 weights of at most 64, which AVX2 multiplies faster.
 // Every loop over the sums is unrolled: else gcc keeps them in memory. Each load beside the products costs them a slot
 // now and then, so a tile of 9 x 3 (12 loads for 27 products) is faster than one of 14 x 2 (16 for 28).
-template <int B, int rows, int blocks, bool keep>
+template <int B, bool keep, bool small, int rows, int blocks>
 void tile(const TileArgs& a) {
   constexpr int parts = 8 / B;
   constexpr int64_t per_vector = 4 * parts;  // codes of K
@@ -103,7 +104,7 @@ void tile(const TileArgs& a) {
         const Four codes = broadcast4(x + r * x_stride + 4 * p);
 #pragma GCC unroll 4
         for (int c = 0; c < blocks; ++c)
-          acc[(first + p) % sets][r][c] = dot4<(B < 8)>(acc[(first + p) % sets][r][c], codes, weights[c]);
+          acc[(first + p) % sets][r][c] = dot4<small>(acc[(first + p) % sets][r][c], codes, weights[c]);
       }
     }
   };
@@ -158,21 +159,21 @@ void tile(const TileArgs& a) {
 using Tile = void (*)(const TileArgs&);
 
 // The tile for exactly `rows` and `blocks`, within the limits.
-template <int B, bool keep, int blocks, int rows>
+template <int B, bool keep, bool small, int blocks, int rows>
 Tile tile_of(int64_t n) {
   if constexpr (rows > 1) {
-    if (n < rows) return tile_of<B, keep, blocks, rows - 1>(n);
+    if (n < rows) return tile_of<B, keep, small, blocks, rows - 1>(n);
   }
-  return tile<B, rows, blocks, keep>;
+  return tile<B, keep, small, rows, blocks>;
 }
-template <int B, bool keep>
+template <int B, bool keep, bool small>
 Tile tile_for(int64_t rows, int64_t blocks) {
   if constexpr (most_blocks > 1) {
-    if (blocks == 2) return tile_of<B, keep, 2, tile_limits.rows>(rows);
-    if (blocks == 3) return tile_of<B, keep, 3, tile_limits.rows>(rows);
-    if (blocks == 4) return tile_of<B, keep, 4, tile_limits.few_rows>(rows);
+    if (blocks == 2) return tile_of<B, keep, small, 2, tile_limits.rows>(rows);
+    if (blocks == 3) return tile_of<B, keep, small, 3, tile_limits.rows>(rows);
+    if (blocks == 4) return tile_of<B, keep, small, 4, tile_limits.few_rows>(rows);
   }
-  return tile_of<B, keep, 1, tile_limits.rows>(rows);
+  return tile_of<B, keep, small, 1, tile_limits.rows>(rows);
 }
 
 }  // namespace
