@@ -31,6 +31,7 @@ using Four = __m512i;  // four codes of x, seen by every channel
 // 9 x 3 sums, 3 weights and 1 x of the 32 registers.
 constexpr TileLimits tile_limits{9, 3, 6, 4};
 constexpr int most_blocks = 4, probe_sums = 28;
+constexpr bool small_matters = false;
 
 QK_INLINE Bytes load64(const uint8_t* p) { return _mm512_loadu_si512(p); }
 QK_INLINE void store64(uint8_t* p, Bytes v) { _mm512_storeu_si512(p, v); }
@@ -79,6 +80,7 @@ using Four = __m256i;
 
 constexpr TileLimits tile_limits{4, 1, 4, 1};
 constexpr int most_blocks = 1, probe_sums = 4;
+constexpr bool small_matters = true;
 
 QK_INLINE __m256i load32(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 QK_INLINE Bytes load64(const uint8_t* p) { return {load32(p), load32(p + 32)}; }
@@ -139,6 +141,7 @@ struct Four {
 
 constexpr TileLimits tile_limits{4, 1, 4, 1};
 constexpr int most_blocks = 1, probe_sums = 4;
+constexpr bool small_matters = false;
 
 QK_INLINE Bytes load64(const uint8_t* p) {
   Bytes v;

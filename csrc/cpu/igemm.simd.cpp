@@ -81,7 +81,11 @@ class Worker {
     t.group_pieces = group_pieces_;
     // Columns follow each other in memory: the tiles of this one fetch the next, a stretch each.
     t.ahead = codes_ + (at + blocks) * l_.block_bytes;
+    constexpr bool small = B < 8 && small_matters;
     bool kept = B == 8;
+    int64_t all_tiles = 0;
+    for (int64_t i = 0; i < runs_; ++i) all_tiles += ceil_div(room_.runs[i].rows, tile_rows);
+    const bool few_tiles = all_tiles <= 3;
     int64_t row = 0;
     for (int64_t i = 0; i < runs_; ++i) {
       const Run& run = room_.runs[i];
@@ -89,9 +93,9 @@ class Worker {
       for (int64_t j = 0; j < tiles; ++j) {
         const int64_t from = run.rows * j / tiles, rows = run.rows * (j + 1) / tiles - from;
         const bool last = i + 1 == runs_ && j + 1 == tiles;
-        const Tile tile = kept   ? tile_for<8, false>(rows, blocks)
-                          : last ? tile_for<B, false>(rows, blocks)
-                                 : tile_for<B, (B < 8)>(rows, blocks);
+        const Tile tile = kept   ? tile_for<8, false, small>(rows, blocks)
+                          : last ? tile_for<B, false, small>(rows, blocks)
+                                 : tile_for<B, (B < 8), small>(rows, blocks);
         t.x = run.x + from * run.stride;
         t.x_stride = run.stride;
         if (p_.epilogue.per_row) {
@@ -99,25 +103,34 @@ class Worker {
           terms.row_zero = p_.epilogue.x_zero + first_ + row;
         }
         terms.row_terms = room_.row_terms + row * l_.k_groups;
-        tile(t);
+        t.hurry = few_tiles;
+        if (l_.k_groups == 1) {
+          tile(t);
+          if (B < 8 && wide_) subtract_zeros(terms, rows, blocks, 0, acc);
+        } else {
+          clear(y, rows * blocks);
+          if (B < 8 && wide_)
+            add_groups(t, tile, rows, blocks);
+          else
+            tile(t);
+        }
         const int64_t to = (first_ + row) * p_.n + n_first;
         if (l_.k_groups > 1)
-          write(rows, blocks, to, n_valid,
-                [&](int64_t r, int64_t b) { return load<Floats>(y + (r * blocks + b) * block); });
-        else if (p_.epilogue.per_row)
           write(rows, blocks, to, n_valid, [&](int64_t r, int64_t b) __attribute__((always_inline)) {
-            return terms.value<true>(load<Words>(acc + (r * blocks + b) * block), 0, b, r);
+            return load<Floats>(y + (r * blocks + b) * block);
           });
         else
-          write(rows, blocks, to, n_valid, [&](int64_t r, int64_t b) __attribute__((always_inline)) {
-            return terms.value<false>(load<Words>(acc + (r * blocks + b) * block), 0, b, r);
+          with_flags(p_.epilogue.per_row, B < 8 && !wide_, [&](auto per_row, auto zeros) {
+            write(rows, blocks, to, n_valid, [&](int64_t r, int64_t b) __attribute__((always_inline)) {
+              return terms.value<per_row, zeros>(load<Words>(acc + (r * blocks + b) * block), 0, b, r);
+            });
           });
         if (!kept) {  // from now on the int8 weights
           kept = true;
           t.weight = t.kept;
           t.weight_pitch = t.kept_pitch;
         }
-        t.ahead += l_.k_padded * 8;
+        t.ahead += l_.k_padded * (few_tiles ? 24 : 8);
         row += rows;
       }
     }
@@ -138,11 +151,13 @@ class Worker {
       std::memcpy(bias_ + b * block, &bias, sizeof bias);
       for (int64_t g = 0; g < k_groups; g += block) {
         Floats steps[block];
-        if (k_groups == 1)
+        if (k_groups == 1) {
           steps[0] = load_some<Floats>(e.weight_step + n, valid);
-        else
-          load_transposed(e.weight_step + n * k_groups + g, k_groups, least<int64_t>(block, k_groups - g), valid,
-                          steps);
+        } else {
+          for (int64_t i = 0; i < block; ++i)
+            steps[i] = i < valid ? load_some<Floats>(e.weight_step + (n + i) * k_groups + g, k_groups - g) : Floats{};
+          transpose(steps);
+        }
         for (int64_t i = 0; i < block && g + i < k_groups; ++i) {
           const int64_t from = (at + b) * k_groups + g + i, to = (g + i) * Terms::pitch + b * block;
           const Floats step = steps[i] * x_step;  // by 1 is exact
@@ -160,16 +175,44 @@ class Worker {
     t.steps = room_.steps;
     t.sums = room_.sums;
     t.zeros = B < 8 ? room_.zeros : nullptr;
-    t.wide = wide_;
     t.k_groups = k_groups;
   }
 
-  // to[j] has value j of `valid` rows, `count` values a row.
-  static void load_transposed(const float* from, int64_t pitch, int64_t count, int64_t valid, Floats* to) {
-    float square[block][block] = {};
-    for (int64_t i = 0; i < block && i < valid; ++i)
-      for (int64_t j = 0; j < count; ++j) square[j][i] = from[i * pitch + j];
-    std::memcpy(to, square, sizeof square);
+  // -0 leaves every sum alone.
+  static void clear(float* y, int64_t vectors) {
+    const Floats nothing = -(Floats{});
+    for (int64_t i = 0; i < vectors; ++i) std::memcpy(y + i * block, &nothing, sizeof nothing);
+  }
+
+  // The zeros' share of sums that reach sum_limit; zeros and row_terms are plain numbers then.
+  static void subtract_zeros(const Terms& t, int64_t rows, int64_t blocks, int64_t g, int32_t* acc) {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t b = 0; b < blocks; ++b) {
+        int32_t* const at = acc + (r * blocks + b) * block;
+        const uint32_t sum = static_cast<uint32_t>(t.row_terms[r * t.k_groups + g]);
+        const Words value = load<Words>(at) - load<Words>(t.zeros + g * Terms::pitch + b * block) * sum;
+        std::memcpy(at, &value, sizeof value);
+      }
+  }
+
+  // The groups of K one by one, for such sums.
+  void add_groups(TileArgs t, Tile tile, int64_t rows, int64_t blocks) const {
+    const Terms terms = t.terms;
+    t.k_groups = 1;
+    t.piece_count = group_pieces_;
+    for (int64_t g = 0; g < l_.k_groups; ++g, t.pieces += group_pieces_) {
+      tile(t);
+      subtract_zeros(terms, rows, blocks, g, t.acc);
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t b = 0; b < blocks; ++b) {
+          const int64_t at = (r * blocks + b) * block;
+          const Words acc = load<Words>(t.acc + at);
+          const Floats value =
+              terms.row_step ? terms.value<true, false>(acc, g, b, r) : terms.value<false, false>(acc, g, b, r);
+          const Floats y = load<Floats>(t.y + at) + value;
+          std::memcpy(t.y + at, &y, sizeof y);
+        }
+    }
   }
 
   // value(r, b) and the bias to results.
