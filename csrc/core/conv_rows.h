@@ -21,13 +21,15 @@ constexpr int64_t reach(int64_t kernel, int64_t dilation) { return (kernel - 1) 
 
 constexpr ConvRows conv_rows(const WeightShape& w, const ConvGeometry& g) {
   if (w.k_groups > 1) return ConvRows::packed;
-  // Pixels a multiple of 4 KiB apart share a cache set. Steps of 4 codes must not read what is not the caller's to give.
+  // Pixels a multiple of 4 KiB apart share a cache set. Steps of 4 codes must not read what is not the caller's to
+  // give.
   const bool steps = w.c % 4 == 0 && w.c * w.groups * g.stride_w % 4096 != 0;
   if (w.taps() == 1 && g.pad_h == 0 && g.pad_w == 0) return steps ? ConvRows::in_place : ConvRows::packed;
   // Rows of the kernel that are not one stretch, or copies out of proportion.
   if (g.dilation_w > 1 && w.kw > 1) return ConvRows::packed;
   const int64_t padded = (g.ow - 1) * g.stride_w + reach(w.kw, g.dilation_w);
-  if (padded > 4 * g.w + 64 || reach(w.kh, g.dilation_h) > 256 || padded * w.c > (int64_t{1} << 20)) return ConvRows::packed;
+  if (padded > 4 * g.w + 64 || reach(w.kh, g.dilation_h) > 256 || padded * w.c > (int64_t{1} << 20))
+    return ConvRows::packed;
   return ConvRows::lines;
 }
 

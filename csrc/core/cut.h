@@ -36,7 +36,9 @@ static constexpr Cut cut(int64_t rows, int64_t row_unit, const PackedLayout& p, 
   Cut c{};
   const auto shape_tiles = [&] {
     const int64_t run = row_unit > 1 ? least(row_unit, c.block_rows) : c.block_rows;
-    c.tile_rows = ceil_div(run, ceil_div(run, tile.rows));
+    // Four blocks: one column of flat tiles is faster than two of two blocks.
+    const bool flat = p.blocks_per_outer == tile.few_blocks;
+    c.tile_rows = ceil_div(run, ceil_div(run, flat ? tile.few_rows : tile.rows));
     c.tile_blocks = least(c.tile_rows <= tile.few_rows ? tile.few_blocks : tile.blocks, p.blocks_per_outer);
     c.columns = ceil_div(p.blocks_per_outer, c.tile_blocks);
   };

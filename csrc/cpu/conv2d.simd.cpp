@@ -154,8 +154,7 @@ void winograd(const Conv2dArgs& a);
 void conv2d(const Conv2dArgs& a) {
   if (a.shape.depthwise()) return depthwise(a);
   if (a.shape.algorithm == Algorithm::winograd) return winograd(a);
-  const ConvGeometry g{a.h,     a.w,     a.oh,         a.ow,        a.stride_h,
-                       a.stride_w, a.pad_h, a.pad_w, a.dilation_h, a.dilation_w};
+  const ConvGeometry g{a.h, a.w, a.oh, a.ow, a.stride_h, a.stride_w, a.pad_h, a.pad_w, a.dilation_h, a.dilation_w};
   Source source{};
   switch (conv_rows(a.shape, g)) {
     case ConvRows::in_place: {
@@ -168,8 +167,7 @@ void conv2d(const Conv2dArgs& a) {
       source = {&a, a.shape.kh, lines.row_bytes(a), lines.fixed_bytes(), a.ow, lines_rows, fill_lines};
       break;
     }
-    case ConvRows::packed:
-      source = {&a, a.layout.segments, packed_row_pitch(a.layout), 0, 1, packed_rows, fill_packed};
+    case ConvRows::packed: source = {&a, a.layout.segments, packed_row_pitch(a.layout), 0, 1, packed_rows, fill_packed};
   }
   multiply({a.weight, a.layout, a.epilogue, a.batch * a.oh * a.ow, a.shape.n, a.out, source});
 }

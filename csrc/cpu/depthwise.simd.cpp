@@ -16,13 +16,13 @@ constexpr int64_t strip_budget = 256 * 1024;         // of prepared weights: the
 constexpr int part_bytes = part_lanes * 4;
 
 struct Plan {
-  int64_t groups;       // of four rows of the image, under one or two rows of results
-  int64_t rows;         // of results at a time: 1 or 2
-  int64_t steps;        // dot products for each lane and row of results
-  bool dense;           // columns as in the image; else kw for each result
-  int64_t width;        // results at a time
-  int64_t pixel_step;   // columns from one result to the next
-  int64_t columns;      // for `width` results
+  int64_t groups;      // of four rows of the image, under one or two rows of results
+  int64_t rows;        // of results at a time: 1 or 2
+  int64_t steps;       // dot products for each lane and row of results
+  bool dense;          // columns as in the image; else kw for each result
+  int64_t width;       // results at a time
+  int64_t pixel_step;  // columns from one result to the next
+  int64_t columns;     // for `width` results
   // Units of work: a group of rows of results x a chunk of strips, chunk by chunk, so that each row of x is read once.
   int64_t row_groups, strips, chunk, chunks;
   int64_t scale_at, tame_at, strip_bytes;  // of a prepared strip
@@ -152,7 +152,8 @@ class Lines {
       const int64_t s0 = pitch_[4 * g], s1 = pitch_[4 * g + 1], s2 = pitch_[4 * g + 2], s3 = pitch_[4 * g + 3];
       // Rows that are not there have pitch 0 and no channels.
       const uint8_t *r0 = rows_[4 * g] + x * s0 + (s0 ? first : 0), *r1 = rows_[4 * g + 1] + x * s1 + (s1 ? first : 0);
-      const uint8_t *r2 = rows_[4 * g + 2] + x * s2 + (s2 ? first : 0), *r3 = rows_[4 * g + 3] + x * s3 + (s3 ? first : 0);
+      const uint8_t *r2 = rows_[4 * g + 2] + x * s2 + (s2 ? first : 0),
+                    *r3 = rows_[4 * g + 3] + x * s3 + (s3 ? first : 0);
       uint8_t* to = out;
       for (int64_t i = 0; i < count; ++i, to += pitch, r0 += s0, r1 += s1, r2 += s2, r3 += s3)
         Strip::interleave(r0, r1, r2, r3, valid, to);
@@ -184,7 +185,8 @@ class Columns {
     constexpr int64_t group_bytes = Strip::parts * part_bytes;
     const int64_t pitch = p_.groups * group_bytes;
     while (done_ < end) {
-      const int64_t x = p_.dense ? x0_ + done_ : x0_ + done_ / a_.shape.kw * a_.stride_w + done_ % a_.shape.kw * a_.dilation_w;
+      const int64_t x =
+          p_.dense ? x0_ + done_ : x0_ + done_ / a_.shape.kw * a_.stride_w + done_ % a_.shape.kw * a_.dilation_w;
       int64_t count = 1;
       uint8_t* to = memory_ + done_ * pitch;
       if (x >= 0 && x < a_.w) {
@@ -332,14 +334,9 @@ class Worker {
     const int64_t pixel_pitch = p_.pixel_step * p_.groups * group_bytes;
     const int64_t last_column = p_.dense ? (a_.shape.kw - 1) * a_.dilation_w + 1 : a_.shape.kw;
     uint8_t* const memory = memory_ + p_.columns_at;
-    TileArgs t{memory,
-               pixel_pitch,
-               reinterpret_cast<const int64_t*>(memory_ + p_.steps_at),
-               p_.steps,
-               weights,
-               p_.rows,
-               weights + p_.scale_at,
-               least<int64_t>(Strip::channels, a_.shape.n - first)};
+    TileArgs t{
+        memory,  pixel_pitch,           reinterpret_cast<const int64_t*>(memory_ + p_.steps_at), p_.steps, weights,
+        p_.rows, weights + p_.scale_at, least<int64_t>(Strip::channels, a_.shape.n - first)};
     for (int64_t ox = 0; ox < a_.ow; ox += p_.width) {
       Columns<Strip> columns(a_, p_, lines_, ox, first, memory);
       const int64_t count = least(p_.width, a_.ow - ox);
@@ -375,7 +372,8 @@ class Worker {
       alignas(64) uint8_t sums[rows * pixels][Strip::channels * 4];
       tile<Strip, small, false, rows, pixels>(
           t, 0.0f, [&](int r, int i, const Part* parts, int together) __attribute__((always_inline)) {
-            for (int j = 0; j < together * Strip::parts; ++j) store_part(sums[r * pixels + i] + j * part_bytes, parts[j]);
+            for (int j = 0; j < together * Strip::parts; ++j)
+              store_part(sums[r * pixels + i] + j * part_bytes, parts[j]);
           });
       constexpr int64_t blocks = Strip::channels / block;
       const uint8_t *scales = t.scales + Strip::parts * part_bytes, *biases = scales + Strip::parts * part_bytes;
@@ -412,19 +410,20 @@ class Worker {
 void depthwise(const Conv2dArgs& a) {
   const Plan p = plan(a, thread_count());
   const int64_t products = p.rows * a.ow * ceil_div(a.shape.n, p.chunks) * a.shape.taps();
-  parallel_for(a.batch * p.row_groups * p.chunks, ceil_div(products_per_thread, products), [&](int64_t begin, int64_t end) {
-    uint8_t* memory = static_cast<uint8_t*>(thread_scratch(p.bytes));
-    with_finish(a.epilogue, [&](const auto& finish) {
-      const auto work = [&](auto small) {
-        Worker<small, std::decay_t<decltype(finish)>> worker(a, p, finish, memory);
-        worker.units(begin, end);
-      };
-      if (small_weights_help && a.shape.bits < 8)
-        work(std::bool_constant<small_weights_help>());
-      else
-        work(std::false_type());
-    });
-  });
+  parallel_for(a.batch * p.row_groups * p.chunks, ceil_div(products_per_thread, products),
+               [&](int64_t begin, int64_t end) {
+                 uint8_t* memory = static_cast<uint8_t*>(thread_scratch(p.bytes));
+                 with_finish(a.epilogue, [&](const auto& finish) {
+                   const auto work = [&](auto small) {
+                     Worker<small, std::decay_t<decltype(finish)>> worker(a, p, finish, memory);
+                     worker.units(begin, end);
+                   };
+                   if (small_weights_help && a.shape.bits < 8)
+                     work(std::bool_constant<small_weights_help>());
+                   else
+                     work(std::false_type());
+                 });
+               });
 }
 
 }  // namespace qk::cpu::QK_ISA

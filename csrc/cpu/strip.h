@@ -1,8 +1,8 @@
 // Strips of neighbouring channels for depthwise convolutions: the second header with intrinsics, beside dot.h.
 //
-// A strip is one or four parts. A part is a vector of 32-bit lanes, one for each channel: four codes of four rows of the
-// image while it is multiplied, then their sum. The unpack instructions work in lanes of 128 bits, so part j of a wide
-// strip has channels 16 L + 4 j .. 16 L + 4 j + 3 in its 128-bit lane L; the pack instructions undo exactly that.
+// A strip is one or four parts. A part is a vector of 32-bit lanes, one for each channel: four codes of four rows of
+// the image while it is multiplied, then their sum. The unpack instructions work in lanes of 128 bits, so part j of a
+// wide strip has channels 16 L + 4 j .. 16 L + 4 j + 3 in its 128-bit lane L; the pack instructions undo exactly that.
 #pragma once
 #include "cpu/dot.h"
 #include "cpu/finish.h"
@@ -93,7 +93,9 @@ struct Wide {
 template <bool whole>
 struct Narrow {
   static constexpr int channels = 16, parts = 1;
-  static QK_INLINE __mmask16 mask(int64_t valid) { return static_cast<__mmask16>(valid >= 16 ? 0xffff : (1 << valid) - 1); }
+  static QK_INLINE __mmask16 mask(int64_t valid) {
+    return static_cast<__mmask16>(valid >= 16 ? 0xffff : (1 << valid) - 1);
+  }
   static QK_INLINE __m128i row(const uint8_t* p, int64_t valid) {
     return whole ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)) : _mm_maskz_loadu_epi8(mask(valid), p);
   }

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import qk
@@ -59,7 +59,7 @@ def random_epilogue(p, random, shape):
 
 
 @pytest.mark.parametrize("isa", qk.usable_isas())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(p=problems())
 def test_any_convolution_is_its_definition(isa, p, make_weight):
     random = torch.Generator().manual_seed(p["seed"])
