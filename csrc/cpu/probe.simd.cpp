@@ -1,8 +1,29 @@
 #include "core/probe.h"
 
 #include "cpu/dot.h"
+#if defined(QK_ISA_AMX)
+#include "cpu/amx.h"
+#endif
 
 namespace qk::cpu::QK_ISA {
+
+#if defined(QK_ISA_AMX)
+
+// Products of tiles that hold zeros: loading none, their time does not depend on what they hold.
+void probe(const ProbeArgs& a) {
+  TileState state;
+  state.set_rows(side);
+  for (int64_t round = 0; round < a.rounds; ++round) {
+    products<0, 4, 6>();
+    products<1, 4, 7>();
+    products<2, 5, 6>();
+    products<3, 5, 7>();
+  }
+  state.release();
+  *a.operations = a.rounds * 4 * side * side * tile_k * 2;
+}
+
+#else
 
 // As many independent sums as the register tile has; nothing is loaded.
 void probe(const ProbeArgs& a) {
@@ -25,5 +46,7 @@ void probe(const ProbeArgs& a) {
   asm volatile("" ::"r"(out[0]));  // or the compiler drops it all
   *a.operations = a.rounds * sums * 16 * 4 * 2;
 }
+
+#endif
 
 }  // namespace qk::cpu::QK_ISA
