@@ -1,6 +1,6 @@
-// The driver of the matrix product on tiles: blocks of 32 rows x 32 channels, 2 x 2 tiles of sums. While the products of
-// one block run, the results of the block before are finished, the weights of the next steps are unpacked and the next
-// columns fetched into L2.
+// The driver of the matrix product on tiles: blocks of 32 rows x 32 channels, 2 x 2 tiles of sums. While the products
+// of one block run, the results of the block before are finished, the weights of the next steps are unpacked and the
+// next columns fetched into L2.
 #pragma once
 #include "core/scratch.h"
 #include "cpu/amx.h"
@@ -15,7 +15,7 @@ constexpr int64_t few_rows = 4;
 constexpr int64_t tiles_budget(int64_t weight_bytes) { return weight_bytes > 1024 * 1024 ? 1024 * 1024 : 256 * 1024; }
 
 struct TilePlan {
-  int64_t steps;                          // of 64 codes of K
+  int64_t steps;  // of 64 codes of K
   int64_t block_rows, row_blocks, columns, units, workers;
 };
 
@@ -48,18 +48,18 @@ struct TileRoom {
   uint8_t* rows;  // of Source::fill
   int64_t rows_bytes;
   TileRows* tiles;
-  int64_t* to;        // [tiles][16]: rows of the product, -1 for nowhere
-  uint8_t* copies;    // of tiles of rows that cannot be read where they lie
-  int64_t *at, *row;  // [steps]: where a step begins in a row of x, and in a copied one
-  int64_t* codes;     // [steps]: of 64
-  uint8_t* unpacked;  // [2][k_padded * 16]
-  int32_t* sums;      // [sums_rooms][block_sums]
+  int64_t* to;         // [tiles][16]: rows of the product, -1 for nowhere
+  uint8_t* copies;     // of tiles of rows that cannot be read where they lie
+  int64_t *at, *row;   // [steps]: where a step begins in a row of x, and in a copied one
+  int64_t* codes;      // [steps]: of 64
+  uint8_t* unpacked;   // [2][k_padded * 16]
+  int32_t* sums;       // [sums_rooms][block_sums]
   Channels* channels;  // [2]
 };
 constexpr int64_t block_sums = 2 * side * 2 * side;
 
-// Long rows are gone through in stretches of K whose weights, of 32 channels, stay in L1; between them the sums of every
-// block wait in memory.
+// Long rows are gone through in stretches of K whose weights, of 32 channels, stay in L1; between them the sums of
+// every block wait in memory.
 constexpr int64_t stretch_steps = 14;
 constexpr int64_t stretches(int64_t steps) { return steps > stretch_steps + 4 ? ceil_div(steps, stretch_steps) : 1; }
 
@@ -90,7 +90,8 @@ class TileWorker {
       const Run& run = room_.runs[i];
       const bool ours = run.x >= room_.rows && run.x < room_.rows + room_.rows_bytes;
       // Rows of the caller's that a step of 64 codes begins in may end behind his memory.
-      const int64_t rows_behind = ours || l_.segment_k % tile_k == 0 ? 0 : ceil_div(tile_k, most<int64_t>(1, run.stride));
+      const int64_t rows_behind =
+          ours || l_.segment_k % tile_k == 0 ? 0 : ceil_div(tile_k, most<int64_t>(1, run.stride));
       for (int64_t r = 0; r < run.rows; r += height_) {
         // The last tile begins early enough to be whole; rows that it shares with the one before are not written again.
         const int64_t from = most<int64_t>(0, least(r, run.rows - height_));
@@ -175,7 +176,8 @@ class TileWorker {
   QK_INLINE void finish_rows(const TileFinish::Constants& c, int64_t stop) {
     int64_t next = next_;
     for (; next < stop; next += 2)
-      finish_.template pair<codes>(done_sums_ + next * 2 * side, *done_channels_, c, done_to_[next], done_to_[next + 1]);
+      finish_.template pair<codes>(done_sums_ + next * 2 * side, *done_channels_, c, done_to_[next],
+                                   done_to_[next + 1]);
     next_ = next;
   }
 
@@ -270,7 +272,8 @@ void multiply_tiles(const Product& p) {
   const int64_t to = take(8, plan.block_rows * side);
   // At worst all tiles are copied, with rows that two of them share, and a tile reads behind the last.
   const int64_t copies = take(l.k_padded, 2 * plan.block_rows + side), steps = take(8, 3 * plan.steps);
-  const int64_t unpacked = take(1, B < 8 ? 2 * l.k_padded * side : 0), sums = take(4, (stretches(plan.steps) > 1 ? plan.block_rows : 2) * block_sums);
+  const int64_t unpacked = take(1, B < 8 ? 2 * l.k_padded * side : 0),
+                sums = take(4, (stretches(plan.steps) > 1 ? plan.block_rows : 2) * block_sums);
   const int64_t channels = take(sizeof(Channels), 2);
   parallel_for(plan.workers, 1, [&](int64_t begin, int64_t end) {
     uint8_t* const memory = static_cast<uint8_t*>(thread_scratch(bytes));
@@ -304,8 +307,8 @@ void multiply_tiles(const Product& p) {
   });
 }
 
-// Does what it can do: tiles of weights are read in their order, so the pieces must be whole segments, in one group of K.
-// A few rows would leave the tiles empty.
+// Does what it can do: tiles of weights are read in their order, so the pieces must be whole segments, in one group of
+// K. A few rows would leave the tiles empty.
 inline bool multiply_on_tiles(const Product& p) {
   const PackedLayout& l = p.layout;
   if (l.k_groups > 1 || p.rows < few_rows || p.source.piece_count != l.segments) return false;
