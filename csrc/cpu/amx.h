@@ -95,8 +95,8 @@ class TileFinish {
     }
   }
 
-  // Steps, bias and sums of the channels from ch.first on that ch.there names; sums: of their blocks. No bias is -0, which
-  // leaves every sum alone.
+  // Steps, bias and sums of the channels from ch.first on that ch.there names; sums: of their blocks. No bias is -0,
+  // which leaves every sum alone.
   void load(Channels& ch, const uint8_t* sums, int64_t blocks, int64_t k) const {
     __m512 worst_step = _mm512_setzero_ps(), worst_bias = _mm512_setzero_ps();
     __mmask16 nan = 0;
@@ -119,8 +119,8 @@ class TileFinish {
       worst_step = _mm512_max_ps(worst_step, _mm512_abs_ps(step));
       worst_bias = _mm512_max_ps(worst_bias, _mm512_abs_ps(bias));
     }
-    float worst = static_cast<float>(k) * (255.0f * 128.0f) * _mm512_reduce_max_ps(worst_step) +
-                  _mm512_reduce_max_ps(worst_bias);
+    float worst =
+        static_cast<float>(k) * (255.0f * 128.0f) * _mm512_reduce_max_ps(worst_step) + _mm512_reduce_max_ps(worst_bias);
     if (e_.residual) worst += e_.residual_step ? 256.0f * *e_.residual_step : __builtin_inff();
     ch.careful = nan || e_.per_row || !(worst * inverse_ < 1e9f);
     ch.plain = !(codes_ && ch.careful) && !e_.per_row && !e_.residual;
