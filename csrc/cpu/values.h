@@ -144,14 +144,6 @@ QK_INLINE void with_flag(bool flag, const F& f) {
   flag ? f(std::true_type{}) : f(std::false_type{});
 }
 
-// body(at) for each whole strip of [begin, end); then the rest through buffers: rest(at, n).
-template <class F, class G>
-QK_INLINE void each_strip(int64_t begin, int64_t end, const F& body, const G& rest) {
-  int64_t at = begin;
-  for (; at + strip <= end; at += strip) body(at);
-  if (at < end) rest(at, end - at);
-}
-
 // n values of a side in a buffer of a whole strip, and back.
 template <bool codes>
 QK_INLINE const void* copy_in(float (&buffer)[strip], const void* data, int64_t at, int64_t n) {
