@@ -2,7 +2,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+
 #include "core/arena.h"
+#include "core/cut.h"
 #include "core/isa.h"
 #include "core/layout.h"
 #include "core/probe.h"
@@ -43,6 +46,25 @@ static py::dict packed_layout(const std::vector<int64_t>& shape, int64_t bits, i
   return parts;
 }
 
+// How a product of `rows` rows with a weight [n, k] is shared, for a tile of these limits.
+static py::dict cut(int64_t rows, int64_t row_unit, int64_t n, int64_t k, int64_t groups, std::array<int64_t, 4> tile,
+                    int64_t threads) {
+  const qk::WeightShape w{n, 1, 1, k, groups, 1, 8};
+  const bool positive = tile[0] > 0 && tile[1] > 0 && tile[2] > 0 && tile[3] > 0 && threads > 0;
+  if (!is_weight(w) || rows < 1 || rows >= qk::size_limit || row_unit < 1 || row_unit > rows || !positive)
+    throw std::invalid_argument("qk: cut's arguments must be positive sizes below 2^31.");
+  const qk::Cut c = qk::cut(rows, row_unit, qk::cpu::packed_layout(w), {tile[0], tile[1], tile[2], tile[3]}, threads);
+  py::dict d;
+  d["tile_rows"] = c.tile_rows;
+  d["tile_blocks"] = c.tile_blocks;
+  d["block_rows"] = c.block_rows;
+  d["row_blocks"] = c.row_blocks;
+  d["columns"] = c.columns;
+  d["units"] = c.units;
+  d["workers"] = c.workers;
+  return d;
+}
+
 PYBIND11_MODULE(_core, m) {
   m.def("active_isa", [] { return qk::isa_name(qk::active_isa()); });
   m.def("force_isa", &qk::force_isa, py::arg("name"));
@@ -56,6 +78,8 @@ PYBIND11_MODULE(_core, m) {
     return facts;
   });
   m.def("probe_products", &qk::probe_products, py::arg("rounds"), py::call_guard<py::gil_scoped_release>());
+  m.def("cut", &cut, py::arg("rows"), py::arg("row_unit"), py::arg("n"), py::arg("k"), py::arg("groups"),
+        py::arg("tile"), py::arg("threads"));
   m.def("packed_layout", &packed_layout, py::arg("shape"), py::arg("bits"), py::arg("groups") = 1,
         py::arg("k_groups") = 1, py::arg("cuda") = false, py::arg("winograd") = false);
   // For reports and tests of the operator network.

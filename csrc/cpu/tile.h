@@ -16,7 +16,7 @@
 //  - acc is [rows][blocks * 16] int32; finish_rows takes it from there.
 #pragma once
 #include "core/layout.h"
-#include "cpu/dot.h"
+#include "cpu/finish.h"
 
 namespace qk::cpu::QK_ISA {
 
@@ -35,9 +35,14 @@ struct TileArgs {
   int64_t weight_pitch;   // bytes from block to block
   uint8_t* kept;          // where a tile that unpacks stores int8 weights of the first block, from position 0 on
   int64_t kept_pitch;
-  int32_t* acc;  // [rows][blocks * 16], written
+  int32_t* acc;  // [rows][blocks * 16], written if there is one group of K
+  // With several groups of K: the pieces of each, and the values of their sums are added to y [rows][blocks * 16].
+  int64_t k_groups, group_pieces;
+  Terms terms;
+  float* y;
   // What is needed after this column of tiles: one line of it is fetched into L2 with each vector. Any address will do.
   const uint8_t* ahead;
+  bool hurry;  // three lines with each two steps, not one: few tiles stand before the next column
 };
 
 // B: stored width; below 8 the codes are unpacked in registers and, with `keep`, also stored for the tiles that follow.
@@ -54,12 +59,27 @@ void tile(const TileArgs& a) {
   // Few rows wait for the weights, more for the units that multiply.
   constexpr int64_t fetch = rows <= 4 && blocks > 1 ? 24 : 0;
   Lanes acc[sets][rows][blocks];
+  const auto clear = [&]() __attribute__((always_inline)) {
 #pragma GCC unroll 4
-  for (int s = 0; s < sets; ++s)
+    for (int s = 0; s < sets; ++s)
+#pragma GCC unroll 16
+      for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+        for (int c = 0; c < blocks; ++c) acc[s][r][c] = none();
+  };
+  // use(r, c, sum)
+  const auto each_sum = [&](const auto& use) __attribute__((always_inline)) {
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-      for (int c = 0; c < blocks; ++c) acc[s][r][c] = none();
+      for (int c = 0; c < blocks; ++c) {
+        Lanes total = acc[0][r][c];
+#pragma GCC unroll 4
+        for (int s = 1; s < sets; ++s) total = sum(total, acc[s][r][c]);
+        use(r, c, total);
+      }
+  };
+  clear();
   const int64_t x_stride = a.x_stride, weight_pitch = a.weight_pitch, kept_pitch = a.kept_pitch;
   const auto vector = [&](const uint8_t* x, const uint8_t* w, uint8_t* kept, int first,
                           int steps) __attribute__((always_inline)) {
@@ -87,8 +107,8 @@ void tile(const TileArgs& a) {
     }
   };
   const uint8_t* ahead = a.ahead;
-  for (int64_t i = 0; i < a.piece_count; ++i) {
-    const Piece piece = a.pieces[i];
+  const bool hurry = a.hurry;
+  const auto along = [&](const Piece& piece) __attribute__((always_inline)) {
     const uint8_t* x = a.x + piece.x;
     const uint8_t* w = a.weight + piece.k / per_vector * 64;
     uint8_t* kept = keep ? a.kept + piece.k * 16 : nullptr;
@@ -97,6 +117,11 @@ void tile(const TileArgs& a) {
       if constexpr (fetch == 0) {
         __builtin_prefetch(ahead, 0, 2);
         ahead += 64;
+        if (hurry) {
+          __builtin_prefetch(ahead, 0, 2);
+          __builtin_prefetch(ahead + 64, 0, 2);
+          ahead += 128;
+        }
       }
 #pragma GCC unroll 4
       for (int u = 0; u < unroll; ++u) vector(x + u * per_vector, w + u * 64, kept + u * parts * 64, u * parts, parts);
@@ -108,16 +133,25 @@ void tile(const TileArgs& a) {
     if constexpr (parts > 1) {
       if (k > 0) vector(x, w, kept, 0, static_cast<int>(k / 4));
     }
+  };
+  const int64_t group_pieces = a.group_pieces;
+  for (int64_t i = 0, g = 0; i < a.piece_count; ++i) {
+    along(a.pieces[i]);
+    if (i + 1 < (g + 1) * group_pieces || a.k_groups == 1) continue;
+    const auto add_to_y = [&](auto per_row, auto zeros) __attribute__((always_inline)) {
+      each_sum([&](int r, int c, const Lanes& total) __attribute__((always_inline)) {
+        float* y = a.y + (r * blocks + c) * 16;
+        const Floats value = a.terms.template value<per_row, zeros>(words(total), g, c, r);
+        store_some(y, load<Floats>(y) + value, block);
+      });
+    };
+    with_flags(a.terms.row_step, a.terms.zeros, add_to_y);
+    clear();
+    ++g;
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 4
-    for (int c = 0; c < blocks; ++c) {
-      Lanes total = acc[0][r][c];
-#pragma GCC unroll 4
-      for (int s = 1; s < sets; ++s) total = sum(total, acc[s][r][c]);
-      store(a.acc + (r * blocks + c) * 16, total);
-    }
+  if (a.k_groups == 1)
+    each_sum([&](int r, int c, const Lanes& total)
+                 __attribute__((always_inline)) { store(a.acc + (r * blocks + c) * 16, total); });
 }
 
 using Tile = void (*)(const TileArgs&);
