@@ -135,7 +135,9 @@ def test_registration(form, device):
     torch.library.opcheck(
         embedding_bag.default, (rows, indices, ends, form[0], 33, *form[1:], books, "sum", weights, True, 2)
     )
-    torch.library.opcheck(embedding_bag.default, (rows, indices[:12].reshape(3, 4), None, form[0], 33, *form[1:], books))
+    torch.library.opcheck(
+        embedding_bag.default, (rows, indices[:12].reshape(3, 4), None, form[0], 33, *form[1:], books)
+    )
 
 
 def test_threads_change_nothing(each_isa_and_threads):
@@ -154,7 +156,9 @@ def test_what_names_no_row_is_named(device):
     for wrong in (5, -1, 2**40, -(2**62)):
         indices = torch.tensor([[0, 1], [wrong, 2]], device=device)
         if device.type == "cpu" and not hasattr(device, "emulated"):
-            with pytest.raises(RuntimeError, match=f"indices must be from 0 to 4, the numbers of rows, got {wrong} at 2"):
+            with pytest.raises(
+                RuntimeError, match=f"indices must be from 0 to 4, the numbers of rows, got {wrong} at 2"
+            ):
                 qk.ops.embedding_bag(rows, indices, None, 4, 40, "shared", books=books)
     rows[3, -4:] = torch.tensor([7, 0, 0, 0], dtype=torch.uint8, device=device)
     if device.type == "cpu":

@@ -15,9 +15,7 @@ def value(x: Tensor, step: Tensor | None, zero: Tensor | None) -> Tensor:
     return (x.float() - zero.float().reshape(())) * step.reshape(())
 
 
-def result(
-    y: Tensor, activation: str, out_step: Tensor | None, out_zero: Tensor | None, out_bits: int
-) -> Tensor:
+def result(y: Tensor, activation: str, out_step: Tensor | None, out_zero: Tensor | None, out_bits: int) -> Tensor:
     """The activation of y, then, with out_step, its codes."""
     if activation == "relu":
         y = torch.relu(y)
