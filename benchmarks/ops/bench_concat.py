@@ -31,7 +31,13 @@ def cases(args):
         ]
         for kind in ("one step", "steps of their own"):
             steps = [0.04 if kind == "one step" else 0.01 * (i + 1) for i in range(len(codes))]
-            call = (codes, [one(s) for s in steps], [one(5, torch.int32) for _ in codes], one(0.04), one(5, torch.int32))
+            call = (
+                codes,
+                [one(s) for s in steps],
+                [one(5, torch.int32) for _ in codes],
+                one(0.04),
+                one(5, torch.int32),
+            )
 
             def check(call=call):
                 assert torch.equal(qk.ops.concat(*call), reference(*call))

@@ -82,7 +82,9 @@ def cases(args):
             peers[f"fbgemm int{bits}"] = by_turns(run)
         for half, table in halves.items():
             peers[f"torch {half}"] = by_turns(
-                lambda indices, table=table: F.embedding_bag(indices, table, offsets, mode="sum", include_last_offset=True)
+                lambda indices, table=table: F.embedding_bag(
+                    indices, table, offsets, mode="sum", include_last_offset=True
+                )
             )
         yield Case(
             name=f"embedding_bag {bits} bits, {args.rows} x {args.cols}, {args.bags} bags of 32 to 64",

@@ -7,8 +7,9 @@
 namespace qk::cpu::QK_ISA {
 namespace {
 
-// Rows are fetched this many lookups ahead: further than memory answers, near enough that they are still in L1.
-constexpr int64_t ahead = 16;
+// Rows are fetched twice, so many lookups ahead: first into L2, which waits for more lines at once than L1 can, then
+// into L1.
+constexpr int64_t far = 48, near = 8;
 
 enum class Step { plain, weighted, largest };
 
@@ -28,6 +29,16 @@ Bag bag_of(const EmbeddingBagArgs& a, int64_t bag) {
   return {begin, bag + 1 < a.bags ? number_at(a.offsets, a.wide_offsets, bag + 1) : a.count};
 }
 
+// Any index: a prefetch never faults.
+template <int locality>
+QK_INLINE void fetch(const uint8_t* rows, int64_t row_stride, int64_t row_bytes, int64_t index) {
+  const uintptr_t row = reinterpret_cast<uintptr_t>(rows) + static_cast<uint64_t>(index) * row_stride;
+  __builtin_prefetch(reinterpret_cast<const void*>(row), 0, locality);
+  __builtin_prefetch(reinterpret_cast<const void*>(row + least<int64_t>(64, row_bytes - 1)), 0, locality);
+  for (int64_t line = 128; line < row_bytes; line += 64)
+    __builtin_prefetch(reinterpret_cast<const void*>(row + line), 0, locality);
+}
+
 void report(int64_t* bad, int64_t position) {
   if (bad) __atomic_store_n(bad, position, __ATOMIC_RELAXED);
 }
@@ -39,7 +50,6 @@ QK_INLINE void run_bag(const EmbeddingBagArgs& args, const Bag& bag, int64_t las
   const EmbeddingBagArgs a = args;  // a copy stays in registers
   const int64_t row_count = a.row_count, row_stride = a.row_stride, row_bytes = a.row_bytes;
   const int64_t padding_row = a.padding_row, part_at = a.codes_at + col * bits / 8, numbers_at = a.numbers_at;
-  const int64_t second_line = least<int64_t>(64, row_bytes - 1);
   const uint8_t *rows = a.rows, *limit = rows + (row_count - 1) * row_stride + row_bytes;
   const void* indices = a.indices;
   const bool wide = a.wide_indices;
@@ -48,12 +58,8 @@ QK_INLINE void run_bag(const EmbeddingBagArgs& args, const Bag& bag, int64_t las
   for (int j = 0; j < accs; ++j) acc[j] = Lane{};
   int64_t count = 0;
   for (int64_t i = bag.begin; i < bag.end; ++i) {
-    const uint64_t soon = number_at(indices, wide, i + ahead < last ? i + ahead : last - 1);
-    const uintptr_t fetched = reinterpret_cast<uintptr_t>(rows) + soon * row_stride;  // of any index: it never faults
-    __builtin_prefetch(reinterpret_cast<const void*>(fetched));
-    __builtin_prefetch(reinterpret_cast<const void*>(fetched + second_line));
-    for (int64_t line = 128; line < row_bytes; line += 64) __builtin_prefetch(reinterpret_cast<const void*>(fetched + line));
-
+    fetch<2>(rows, row_stride, row_bytes, number_at(indices, wide, least(i + far, last - 1)));
+    fetch<3>(rows, row_stride, row_bytes, number_at(indices, wide, least(i + near, last - 1)));
     const int64_t index = number_at(indices, wide, i);
     if (__builtin_expect(static_cast<uint64_t>(index) >= static_cast<uint64_t>(row_count), 0)) {
       report(a.bad, i);

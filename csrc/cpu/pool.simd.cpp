@@ -189,7 +189,8 @@ void average_row(const PoolArgs& args, const Sink& shared, const uint8_t* image,
     const uint8_t* x = image + (rows.first * a.w + cols.first) * a.channels;
     if (a.channels < strip) {
       float buffer[strip];
-      sink.write<codes, tame>(average<true>(x, rows, cols, a.w * a.channels, a.channels, correction, factor), buffer, 0);
+      sink.write<codes, tame>(average<true>(x, rows, cols, a.w * a.channels, a.channels, correction, factor), buffer,
+                              0);
       copy_out<codes>(buffer, a.out.data, out, a.channels);
       continue;
     }
@@ -229,9 +230,8 @@ void pool(const PoolArgs& a) {
   const float window = static_cast<float>(least(a.kernel_h, a.h)) * static_cast<float>(least(a.kernel_w, a.w));
   const Sink sink(a.out, Source(a.x).largest * window);
   with_result(a.out, sink, [&](auto codes, auto tame) {
-    each_out_row(a, [&](const uint8_t* image, int64_t oy, int64_t out) {
-      average_row<codes, tame>(a, sink, image, oy, out);
-    });
+    each_out_row(
+        a, [&](const uint8_t* image, int64_t oy, int64_t out) { average_row<codes, tame>(a, sink, image, oy, out); });
   });
 }
 

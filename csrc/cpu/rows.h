@@ -251,7 +251,8 @@ class RowPart {
       return reinterpret_cast<Words>(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))));
 #endif
     Words all;
-    for (int copy = 0; copy < copies; ++copy) std::memcpy(reinterpret_cast<char*>(&all) + copy * 4 * words, codes, 4 * words);
+    for (int copy = 0; copy < copies; ++copy)
+      std::memcpy(reinterpret_cast<char*>(&all) + copy * 4 * words, codes, 4 * words);
     return all;
   }
 

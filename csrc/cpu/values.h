@@ -19,9 +19,9 @@ struct Values {
 #if defined(__AVX512BW__)
 // 2^23 + code: the code's byte below the upper bytes of 2^23.
 QK_INLINE Lane shifted_codes(const uint8_t* codes) {
-  const __m512i spread = _mm512_set_epi64(0x0000000f0000000e, 0x0000000d0000000c, 0x0000000b0000000a,
-                                          0x0000000900000008, 0x0000000700000006, 0x0000000500000004,
-                                          0x0000000300000002, 0x0000000100000000);
+  const __m512i spread =
+      _mm512_set_epi64(0x0000000f0000000e, 0x0000000d0000000c, 0x0000000b0000000a, 0x0000000900000008,
+                       0x0000000700000006, 0x0000000500000004, 0x0000000300000002, 0x0000000100000000);
   const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
   return _mm512_castsi512_ps(
       _mm512_mask_shuffle_epi8(_mm512_set1_epi32(0x4b000000), 0x1111111111111111, bytes, spread));

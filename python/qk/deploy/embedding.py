@@ -115,7 +115,7 @@ def in_huge_pages(table: Tensor) -> Tensor:
     """
     if table.device.type != "cpu" or table.nbytes < 4 << 20 or not hasattr(mmap, "MADV_HUGEPAGE"):
         return table
-    memory = mmap.mmap(-1, table.nbytes)
+    memory = mmap.mmap(-1, table.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
         memory.madvise(mmap.MADV_HUGEPAGE)
     except OSError:  # a system without them
