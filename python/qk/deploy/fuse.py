@@ -8,14 +8,14 @@ import torch
 from torch import fx, nn
 
 from qk import ops
-from qk.deploy.fusing.graph import CONV2D, Constants, finished, grid_of, is_call, merge_equal, shape_of
+from qk.deploy.fusing.graph import Constants, finished, merge_equal
 from qk.deploy.fusing.leftovers import left_in_float, note_reasons
 from qk.deploy.fusing.model import FusedModel, Inputs
 from qk.deploy.fusing.regions import build_regions
 from qk.deploy.fusing.rewrite import fuse_exactly, read_images_as_they_lie
 from qk.deploy.fusing.tensors import note_shapes, quantize_tensors
 from qk.deploy.fusing.trace import canonical, input_shapes, traced
-from qk.deploy.modules import IntegerLayer, QConv2d, integer_layers
+from qk.deploy.modules import IntegerLayer, integer_layers
 from qk.errors import fail
 from qk.inputs import KINDS, describe, device_of, feed, map_tensors, tensors_in
 
@@ -43,7 +43,6 @@ def fuse(model: nn.Module, example: Any, *, tensors: int | None = 8, ranges: str
     graph = constants.graph
     fuse_exactly(constants)
     read_images_as_they_lie(graph, _repacked(model, constants))
-    _choose_algorithms(constants, model)
     regions = build_regions(constants)
     report = left_in_float(graph)
     _check_inputs(constants)
@@ -123,24 +122,6 @@ def _layer(model: nn.Module, node: fx.Node) -> IntegerLayer | None:
     except AttributeError:
         return None
     return layer if isinstance(layer, IntegerLayer) else None
-
-
-def algorithm_for(layer: QConv2d, height: int, width: int, bits: int) -> str:
-    """How a convolution is computed on codes of `bits` [B, height, width, C]: a word that qk.ops.prepack knows."""
-    return "direct"
-
-
-def _choose_algorithms(constants: Constants, model: nn.Module) -> None:
-    """Packs the weights of convolutions for the images that they will see, where another layout is faster."""
-    for node in list(constants.graph.nodes):
-        layer, grid = (_layer(model, node), grid_of(node.kwargs["x"])) if is_call(node, CONV2D) else (None, None)
-        if not isinstance(layer, QConv2d) or grid is None:
-            continue
-        algorithm = algorithm_for(layer, *shape_of(node.kwargs["x"])[1:3], grid.bits)
-        if algorithm != "direct":
-            kind = (layer.bits, layer.shape, layer.groups, algorithm)
-            weight = constants.add("weight", ops.prepack(layer.packed, layer.weight_zero, *kind))
-            node.kwargs = node.kwargs | {"weight": weight}
 
 
 def _check_inputs(constants: Constants) -> None:

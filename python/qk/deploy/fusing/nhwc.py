@@ -5,7 +5,6 @@ The graphs of fuse hold them in place of the NCHW operators, so that no permutat
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -42,11 +41,3 @@ def mean(x: Tensor) -> Tensor:
 
 def batch_norm(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
     return F.batch_norm(x.permute(NCHW), mean, var, weight, bias, False, 0.0, eps).permute(NHWC)
-
-
-def to_nchw(x: Tensor) -> Tensor:
-    return torch.ops.aten.permute.default(x, NCHW)
-
-
-def to_nhwc(x: Tensor) -> Tensor:
-    return torch.ops.aten.permute.default(x, NHWC)

@@ -46,7 +46,6 @@ from qk.errors import fail
 
 STAGE = "qk.fuse"
 BITS = 8
-LARGEST_WINDOW = 65793  # of an average: sums of codes stay in int32
 
 
 class Roles:
@@ -185,7 +184,6 @@ class _Classes:
 def _fused_edges(graph: fx.Graph, roles: Roles) -> set[tuple[fx.Node, fx.Node]]:
     """(maker, reader) whose tensor never reaches memory: the reader is part of the maker's last step."""
     fused = set()
-    summed: set[fx.Node] = set()
     for node in graph.nodes:
         if not roles.is_integer(node):
             continue
@@ -194,7 +192,6 @@ def _fused_edges(graph: fx.Graph, roles: Roles) -> set[tuple[fx.Node, fx.Node]]:
             maker = next((n for n in node.args[:2] if is_call(n, *LAYERS) and only_user(n, node)), None)
             if maker is not None:
                 fused.add((maker, node))
-                summed.add(node)
         elif activation_of(node) is not None:
             maker = node.args[0]
             ends = is_call(maker, *LAYERS, ADD, MUL, nhwc.batch_norm)
