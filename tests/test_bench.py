@@ -295,7 +295,7 @@ def test_the_page_has_goals_tables_machine_and_failures(tmp_path):
     assert "a CPU" in text
     assert "onnxruntime 1.0" in text
     assert "Not installed: openvino (not there)." in text
-    assert "- torch: cannot (in gemm m128 (1 thread, the machine as it is) and 1 more)" in text
+    assert "- torch: cannot (in gemm m128, 1 thread, the machine as it is) and 1 more" in text
     if len(written) > 1:
         assert "<svg" in written[1].read_text()
         first = written[1].read_bytes()
