@@ -212,6 +212,20 @@ def test_rounds_end_with_the_budget():
     assert 3 <= len(times["a"]) < 200
 
 
+def test_candidates_with_threads_of_their_own_wait_for_those_that_spin():
+    order = []
+    alternate(
+        {"qk": lambda: None, "ORT int8": lambda: None},
+        rounds=2,
+        slot=0.0,
+        took={"qk": 1.0, "ORT int8": 1.0},
+        rest=lambda before, after: order.append((before, after)) or worker._rest(before, after),
+    )
+    assert order == [("ORT int8", "qk"), ("qk", "ORT int8")] * 2
+    assert worker._rest("ORT int8", "qk W8A8") > worker._rest("qk W8A8", "OpenVINO int8") > 0
+    assert worker._rest("qk W8A8", "torch float32") == worker._rest("OpenVINO int8", "OpenVINO W4") == 0
+
+
 def entry(name, family, ms, **more):
     return {"name": name, "ours": name.startswith("qk"), "family": family, "ms": [ms, ms, ms], **more}
 
@@ -281,7 +295,7 @@ def test_the_page_has_goals_tables_machine_and_failures(tmp_path):
     assert "a CPU" in text
     assert "onnxruntime 1.0" in text
     assert "Not installed: openvino (not there)." in text
-    assert "- torch: cannot (in gemm m128 (1 thread, the machine as it is) and 1 more)" in text
+    assert "- torch: cannot (in gemm m128, 1 thread, the machine as it is) and 1 more" in text
     if len(written) > 1:
         assert "<svg" in written[1].read_text()
         first = written[1].read_bytes()

@@ -99,10 +99,10 @@ GOALS = (
     Goal("network resnet50", _network("resnet50"), "W4A6", "int8", 1.3),
     Goal("network mobilenet_v2", _network("mobilenet_v2"), "W4A8", "int8", 1.3),
     Goal("network minilm", _network("minilm"), "W4A8", "int8", 1.2),
-    Goal("embedding bag, 4 bits", _kind("embedding_bag"), "W4", ANY, 1.4, 1),
-    Goal("embedding bag, 4 bits", _kind("embedding_bag"), "W4", ANY, 1.5, 2),
-    Goal("embedding bag, 2 bits", _kind("embedding_bag"), "W2", ANY, 1.8, 1),
-    Goal("embedding bag, 2 bits", _kind("embedding_bag"), "W2", ANY, 3.0, 2),
+    Goal("embedding bag, 4 bits", _kind("embedding_bag"), "W4", "W4", 1.4, 1),
+    Goal("embedding bag, 4 bits", _kind("embedding_bag"), "W4", "W4", 1.5, 2),
+    Goal("embedding bag, 2 bits", _kind("embedding_bag"), "W2", "W2", 1.8, 1),
+    Goal("embedding bag, 2 bits", _kind("embedding_bag"), "W2", "W2", 3.0, 2),
     *(
         goal
         for op in ("lsq", "soft_round", "fisher_loss")

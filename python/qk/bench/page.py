@@ -152,18 +152,18 @@ def _bytes(entry: dict[str, Any]) -> str:
 
 
 def _failures(runs: list[dict[str, Any]]) -> str:
-    """What is not in the tables, and why; the same failure of several rows once."""
+    """What is not in the tables: of each candidate the first reason, and in how many more rows it is missing."""
     seen: dict[str, list[str]] = {}
     for run in runs:
         for row in run["rows"]:
             for name, why in row["failed"].items():
-                seen.setdefault(f"{name}: {why}" if name else why, []).append(f"{row['name']} ({title(run)})")
+                seen.setdefault(name, []).append(f"{why} (in {row['name']}, {title(run)})")
         for line in run["failed"]:
-            seen.setdefault(line, []).append(title(run))
+            seen.setdefault("", []).append(f"{line} ({title(run)})")
     if not seen:
         return "## Left out\n\nNothing: every candidate ran and was right.\n"
     more = {what: f" and {len(places) - 1} more" if len(places) > 1 else "" for what, places in seen.items()}
-    lines = [f"- {what} (in {places[0]}{more[what]})" for what, places in seen.items()]
+    lines = [f"- {what + ': ' if what else ''}{places[0]}{more[what]}" for what, places in seen.items()]
     return "## Left out\n\n" + "\n".join(lines) + "\n"
 
 

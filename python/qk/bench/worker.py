@@ -11,6 +11,7 @@ import json
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -91,14 +92,23 @@ def measure(row: Row, threads: int, known: dict[str, Any], budget: float) -> dic
         except Exception as error:
             failed[candidate.name] = _words(error)
     checked = time.perf_counter()
-    times = _times(right, budget - (checked - begin))
+    times = _times(right, budget - (checked - begin), _rest if threads > 1 else lambda before, after: 0.0)
     entries = [_entry(row, c, times[name], known) for name, c in right.items()]
     spent = {"build": built - begin, "check": checked - built, "time": time.perf_counter() - checked}
     spent = {what: round(seconds, 2) for what, seconds in spent.items()}
     return _facts(row) | {"entries": entries, "failed": failed, "seconds": spent}
 
 
-def _times(right: dict[str, Candidate], budget: float) -> dict[str, list[float]]:
+def _rest(before: str, after: str) -> float:
+    """Threads wait for more work by spinning: ONNX Runtime's tens of milliseconds, libgomp's (of ours, torch, zentorch)
+    some. Who comes next and has threads of its own would have to share the cores with them."""
+    if before.startswith("ORT"):
+        return 0.05
+    own_threads = ("ORT", "OpenVINO")
+    return 0.015 if after.startswith(own_threads) and not before.startswith(own_threads) else 0.0
+
+
+def _times(right: dict[str, Candidate], budget: float, rest: Callable[[str, str], float]) -> dict[str, list[float]]:
     """Seconds of each, sorted: the fast ones in turns, the others in fewer."""
     times = {name: sorted(_seconds(c) for _ in range(2)) for name, c in right.items()}
     took = {name: t[0] for name, t in times.items()}
@@ -108,8 +118,8 @@ def _times(right: dict[str, Candidate], budget: float) -> dict[str, list[float]]
     kept = [n for n in right if took[n] <= max(HOPELESS * min(took.values()), LONG)]
     slow = [n for n in kept if took[n] > SLOW * fastest[right[n].family]]
     fast = {n: right[n].run for n in kept if n not in slow}
-    times |= alternate(fast, ROUNDS, slot=SLOT, budget=budget, took=took)
-    times |= alternate({n: right[n].run for n in slow}, SLOW_ROUNDS, slot=0.0, took=took)
+    times |= alternate(fast, ROUNDS, slot=SLOT, budget=budget, took=took, rest=rest)
+    times |= alternate({n: right[n].run for n in slow}, SLOW_ROUNDS, slot=0.0, took=took, rest=rest)
     return times
 
 

@@ -29,7 +29,6 @@ ort.set_default_logger_severity(3)
 def _session(model: onnx.ModelProto | Path, threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # or whoever is timed next loses a core
     data = str(model) if isinstance(model, Path) else model.SerializeToString()
     return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
