@@ -36,13 +36,20 @@ def cases(args):
             out = {"out_step": torch.tensor([0.5]), "out_zero": torch.tensor([0], dtype=torch.int32)}
             out |= {"activation": "relu", "out_bits": x_bits}
 
-            def run(weight, inputs=inputs, step=step, bias=bias, x_bits=x_bits, out=out):
+            def run(weight, inputs=inputs, step=step, bias=bias, x_bits=x_bits, places=places, out=out):
                 return qk.ops.conv2d(*inputs, weight, step, bias, 4, (3, 3), *places, x_bits, **out)
 
             def check(
-                run=run, w=winograd, inputs=inputs, codes=codes, shape=shape, zero=zero, rest=(step, bias), out=out
+                run=run,
+                w=winograd,
+                inputs=inputs,
+                codes=codes,
+                shape=shape,
+                zero=zero,
+                rest=(step, bias, *places),
+                out=out,
             ):
-                assert torch.equal(run(w), reference(*inputs, codes.reshape(shape), zero, *rest, *places, **out))
+                assert torch.equal(run(w), reference(*inputs, codes.reshape(shape), zero, *rest, **out))
 
             operations = 2 * args.batch * size * size * 9 * c * c
             yield Case(
