@@ -55,7 +55,8 @@ STABLE_TORCH_LIBRARY(qk, m) {
 
   // packed [N, row_bytes] uint8 (codes of a weight of `shape`, packed along K), zero [N] or [N, groups along K] int32
   // -> the kernels' own layout, opaque uint8 [bytes]. shape [N, K] for gemm, [N, kh, kw, C / groups] for conv2d.
-  // bits 2, 4 or 8; 8-bit weights have zero 128. algorithm: direct.
+  // bits 2, 4 or 8; 8-bit weights have zero 128. algorithm: direct, or winograd for
+  // conv2d of 3 x 3 kernels, stride 1, bits 2 or 4 and x_bits up to 6 (docs/winograd.md).
   m.def("prepack(Tensor packed, Tensor zero, int bits, int[] shape, int groups=1, str algorithm=\"direct\") -> Tensor");
 
   // x [..., K] uint8 codes below 2^x_bits, x_step float32 and x_zero int32 [1] or [rows of x], weight prepacked,

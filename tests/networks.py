@@ -58,6 +58,9 @@ class Net(Builder):
         w = self.make_weight(shape, bits, self.device, groups=groups, k_groups=k_groups, seed=self.rnd.getrandbits(30))
         k = torch.Size(shape[1:]).numel()
         w.step = w.step * (0.5 / (k**0.5 * 2**bits))
+        if more.pop("winograd", False):
+            w.zero = w.zero.clamp(1, 2**bits - 2)  # a zero at an end may be refused
+            w.prepacked = qk.ops.prepack(w.packed, w.zero, w.bits, shape, groups, "winograd")
         offset = torch.randn(shape[0], generator=self.random).to(self.device) if bias else None
         if op == "conv2d":
             more = WINDOW | {"groups": 1} | more | {"kernel": tuple(shape[1:3])}

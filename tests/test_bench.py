@@ -71,7 +71,7 @@ def test_a_network_is_measured(alone, tmp_path):
         pytest.skip("torchvision is not installed")
     words = ("--size", "32", "--widths", "W8A8", "--no-peers", "--seconds", "60", "--cache", str(tmp_path))
     said = call("model", "torchvision:mobilenet_v2", *words, "--json", str(tmp_path / "m.json"))
-    assert "qk W8A8" in said
+    assert "qk W8A8 modules" in said
     network, start = json.loads((tmp_path / "m.json").read_text())["runs"][0]["rows"]
     assert network["failed"] == start["failed"] == {}
     assert start["entries"][0]["packed"] > 3e6  # bytes of 3.4 million weights
@@ -212,6 +212,20 @@ def test_rounds_end_with_the_budget():
     assert 3 <= len(times["a"]) < 200
 
 
+def test_candidates_with_threads_of_their_own_wait_for_those_that_spin():
+    order = []
+    alternate(
+        {"qk": lambda: None, "ORT int8": lambda: None},
+        rounds=2,
+        slot=0.0,
+        took={"qk": 1.0, "ORT int8": 1.0},
+        rest=lambda before, after: order.append((before, after)) or worker._rest(before, after),
+    )
+    assert order == [("ORT int8", "qk"), ("qk", "ORT int8")] * 2
+    assert worker._rest("ORT int8", "qk W8A8") > worker._rest("qk W8A8", "OpenVINO int8") > 0
+    assert worker._rest("qk W8A8", "torch float32") == worker._rest("OpenVINO int8", "OpenVINO W4") == 0
+
+
 def entry(name, family, ms, **more):
     return {"name": name, "ours": name.startswith("qk"), "family": family, "ms": [ms, ms, ms], **more}
 
@@ -236,6 +250,15 @@ def result_of(*measured, threads=1, confined="none"):
     one = {"threads": threads, "confine": confined, "rows": list(measured), "failed": []}
     one |= {"machine": machine, "limits": known, "peers": {"onnxruntime": "1.0"}, "missing": {"openvino": "not there"}}
     return {"benchmark": "peers", "runs": [one]}
+
+
+def test_a_run_of_products_alone_has_no_other_goals():
+    run_ = result_of(gemm_row(128, 1.0, 2.0))["runs"][0]
+    works = {g.work for g, _ in goals.standings(run_ | {"products_only": True})}
+    assert "GEMM, M = 16" in works
+    assert not any("lsq" in work or "start" in work or "bag" in work for work in works)
+    alone = suite.rows(suite.Wanted("peers", peers=False, cache="unused", products_only=True))
+    assert {row.kind for row in alone} == set(suite.PRODUCTS)
 
 
 def test_goals_take_geometric_means_over_their_rows():
@@ -272,7 +295,7 @@ def test_the_page_has_goals_tables_machine_and_failures(tmp_path):
     assert "a CPU" in text
     assert "onnxruntime 1.0" in text
     assert "Not installed: openvino (not there)." in text
-    assert "- torch: cannot (in gemm m128 (1 thread, the machine as it is) and 1 more)" in text
+    assert "- torch: cannot (in gemm m128, 1 thread, the machine as it is) and 1 more" in text
     if len(written) > 1:
         assert "<svg" in written[1].read_text()
         first = written[1].read_bytes()

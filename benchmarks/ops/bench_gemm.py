@@ -21,7 +21,13 @@ SHAPES = {  # rows of x, K, N
     "resnet50 layer4.0.conv3": (49, 512, 2048),
     "512 x 512, 128 rows": (128, 512, 512),
     "bert ffn.up, 16 tokens": (16, 768, 3072),
+    "bert ffn.down, 16 tokens": (16, 3072, 768),
+    "bert ffn.up, 128 tokens, codes": (128, 768, 3072),
+    "bert ffn.up, 1 token": (1, 768, 3072),
+    "llm prefill attention.output": (128, 4096, 4096),
+    "llm, 16 sequences": (16, 4096, 4096),
     "llm decode attention.output": (1, 4096, 4096),
+    "llm decode ffn.up": (1, 4096, 11008),
 }
 
 
@@ -32,15 +38,16 @@ def cases(args):
         x_step, x_zero, bias = torch.tensor([0.02]), torch.tensor([7], dtype=torch.int32), torch.randn(n)
         x_float, w_float = torch.randn(m, k), torch.randn(n, k)
         x_int8, w_int8 = (x.int() - 128).to(torch.int8), torch.randint(-128, 128, (n, k), dtype=torch.int8)
-        for bits, group in [(8, 0), (4, 0), (2, 0), (4, 64)]:
+        epilogue = {"out_step": torch.tensor([100.0]), "out_zero": x_zero} if name.endswith("codes") else {}
+        for bits, group in [(8, 0), (4, 0), (2, 0), (4, 32), (4, 64), (4, 128)]:
             codes, zero, step = weight(n, k, bits, k // group if group else 1)
             prepacked = qk.ops.prepack(qk.ops.pack(codes, bits), zero, bits, (n, k))
 
-            def ours(p=prepacked, step=step, bits=bits, x=x, x_step=x_step, x_zero=x_zero, bias=bias):
-                return qk.ops.gemm(x, x_step, x_zero, p, step, bias, bits)
+            def ours(p=prepacked, step=step, bits=bits, inputs=(x, x_step, x_zero), bias=bias, epilogue=epilogue):
+                return qk.ops.gemm(*inputs, p, step, bias, bits, **epilogue)
 
-            def check(ours=ours, codes=codes, zero=zero, step=step, x=x, x_step=x_step, x_zero=x_zero, bias=bias):
-                assert torch.equal(ours(), reference(x, x_step, x_zero, codes, zero, step, bias))
+            def check(ours=ours, weight=(codes, zero, step), inputs=(x, x_step, x_zero), bias=bias, epilogue=epilogue):
+                assert torch.equal(ours(), reference(*inputs, *weight, bias, **epilogue))
 
             peers = {"torch float32": lambda x=x_float, w=w_float, b=bias: torch.nn.functional.linear(x, w, b)}
             if bits == 8:

@@ -23,8 +23,10 @@ struct Cut {
 constexpr int64_t rows_budget = 768 * 1024;
 constexpr double work_per_thread = 2 << 20;  // products; below this a second thread costs more than it saves
 
-// row_unit: rows that should stay together, of which a tile takes no more; 1 for any.
-constexpr Cut cut(int64_t rows, int64_t row_unit, const PackedLayout& p, const TileLimits& tile, int64_t threads) {
+// Static: each instruction set keeps its own copy. row_unit: rows that should stay together, of which a tile takes no
+// more; 1 for any.
+static constexpr Cut cut(int64_t rows, int64_t row_unit, const PackedLayout& p, const TileLimits& tile,
+                         int64_t threads) {
   const auto least = [](int64_t a, int64_t b) { return a < b ? a : b; };
   const auto most = [](int64_t a, int64_t b) { return a < b ? b : a; };
   const double work = static_cast<double>(rows) * p.outer * p.blocks_per_outer * PackedLayout::block * p.k;
@@ -34,7 +36,9 @@ constexpr Cut cut(int64_t rows, int64_t row_unit, const PackedLayout& p, const T
   Cut c{};
   const auto shape_tiles = [&] {
     const int64_t run = row_unit > 1 ? least(row_unit, c.block_rows) : c.block_rows;
-    c.tile_rows = ceil_div(run, ceil_div(run, tile.rows));
+    // Four blocks: one column of flat tiles is faster than two of two blocks.
+    const bool flat = p.blocks_per_outer == tile.few_blocks;
+    c.tile_rows = ceil_div(run, ceil_div(run, flat ? tile.few_rows : tile.rows));
     c.tile_blocks = least(c.tile_rows <= tile.few_rows ? tile.few_blocks : tile.blocks, p.blocks_per_outer);
     c.columns = ceil_div(p.blocks_per_outer, c.tile_blocks);
   };

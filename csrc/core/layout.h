@@ -57,12 +57,13 @@ constexpr int32_t packed_magic = 0x32304b51;  // "QK02": change it with the layo
 // A segment is filled up with bytes of 0 to segment_padded codes: the rows of a kernel to a multiple of 64, so that 16
 // steps of int8 are one AMX tile (64 codes of 16 channels), groups to whole vectors. A byte of 0 is the value 0 in 8
 // bits and the code 0 below: a kernel that subtracts zeros must do so on segment_k codes only.
-// A depthwise weight is seen as [n, taps], one segment of whole steps, and stored in 8 bits as u - zero (int8).
+// A depthwise weight is stored in 8 bits as u - zero (int8), and its segments are the columns of the kernel, kh codes in
+// whole steps: one vector has four taps of a column.
 //   header | codes [blocks][k_groups][vectors][64] | sums int32 [blocks][k_groups][16] |
 //   zeros uint8 [blocks][k_groups][16] | 0 up to whole cache lines
 // sums: of u - zero over the group. zeros: only below 8 bits.
-// For Winograd's algorithm (docs/winograd.md) a block is [vectors][9 taps][64]: a vector holds 32 / bits input channels of
-// one tap, and is filled up with codes of zero. sums: int32 [blocks][16 positions][16] of the transformed weights.
+// For Winograd's algorithm (docs/winograd.md) a block is [vectors][9 taps][64]: a vector holds 32 / bits input channels
+// of one tap, and is filled up with codes of zero. sums: int32 [blocks][16 positions][16] of the transformed weights.
 struct PackedLayout {
   static constexpr int64_t block = 16, step = 4, vector = 64, segment_unit = 64;
   int stored_bits;
@@ -88,6 +89,8 @@ struct PackedLayout {
     return codes_at + block_index * block_bytes + (c / per * 9 + tap) * vector + i * step + c % step;
   }
   QK_HD constexpr int64_t winograd_bit(int64_t c) const { return c / step % (8 / stored_bits) * stored_bits; }
+  // Padded position of a tap of a depthwise weight.
+  QK_HD constexpr int64_t tap_at(int64_t tap) const { return tap % segments * segment_padded + tap / segments; }
 };
 
 namespace cpu {
@@ -101,11 +104,11 @@ QK_HD constexpr PackedLayout packed_layout(const WeightShape& w) {
   p.blocks_per_outer = ceil_div(p.n_per_outer, PackedLayout::block);
   p.k = w.k();
   p.k_groups = w.k_groups;
-  p.segments = depthwise ? 1 : winograd ? w.taps() : w.k_groups == 1 ? w.kh : w.k_groups;
+  p.segments = depthwise ? w.kw : winograd ? w.taps() : w.k_groups == 1 ? w.kh : w.k_groups;
   p.segment_k = p.k / p.segments;
   const int64_t whole_vectors = PackedLayout::step * (8 / p.stored_bits);
-  p.segment_padded =
-      round_up(p.segment_k, depthwise || winograd || w.k_groups > 1 ? whole_vectors : int64_t{PackedLayout::segment_unit});
+  p.segment_padded = round_up(
+      p.segment_k, depthwise || winograd || w.k_groups > 1 ? whole_vectors : int64_t{PackedLayout::segment_unit});
   p.k_padded = p.segment_padded * p.segments;
   p.block_bytes = p.k_padded * PackedLayout::block * p.stored_bits / 8;
   p.codes_at = sizeof(PackedHeader);

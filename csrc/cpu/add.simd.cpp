@@ -10,22 +10,22 @@ QK_INLINE Values sum(const Values& a, const Values& b) {
 }
 
 template <bool a_codes, bool b_codes, bool codes, bool tame>
-void run(const AddArgs& args, const Sink& sink) {
-  const Source a(args.a), b(args.b);
+void run(const AddArgs& args, const Sink& shared) {
   parallel_for((args.values + strip - 1) / strip, grain_values / strip, [&](int64_t begin, int64_t end) {
-    each_strip(
-        begin * strip, least(end * strip, args.values),
-        [&](int64_t at) {
-          sink.write<codes, tame>(sum(a.read<a_codes>(args.a.data, at), b.read<b_codes>(args.b.data, at)),
-                                  args.out.data, at);
-        },
-        [&](int64_t at, int64_t n) {
-          float one[strip], other[strip];
-          const Values x = a.read<a_codes>(copy_in<a_codes>(one, args.a.data, at, n), 0);
-          const Values y = b.read<b_codes>(copy_in<b_codes>(other, args.b.data, at, n), 0);
-          sink.write<codes, tame>(sum(x, y), one, 0);
-          copy_out<codes>(one, args.out.data, at, n);
-        });
+    const Source a(args.a), b(args.b);
+    const Sink sink = shared;  // a copy stays in registers
+    const void *a_data = args.a.data, *b_data = args.b.data;
+    void* out = args.out.data;
+    const int64_t last = least(end * strip, args.values);
+    int64_t at = begin * strip;
+    for (; at + strip <= last; at += strip)
+      sink.write<codes, tame>(sum(a.read<a_codes>(a_data, at), b.read<b_codes>(b_data, at)), out, at);
+    if (at == last) return;
+    float one[strip], other[strip];
+    const Values x = a.read<a_codes>(copy_in<a_codes>(one, a_data, at, last - at), 0);
+    const Values y = b.read<b_codes>(copy_in<b_codes>(other, b_data, at, last - at), 0);
+    sink.write<codes, tame>(sum(x, y), one, 0);
+    copy_out<codes>(one, out, at, last - at);
   });
 }
 

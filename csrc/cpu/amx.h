@@ -53,12 +53,11 @@ class TileState {
   int64_t rows_ = 0;
 };
 
-// A tile of rows of x, `stride` bytes apart.
+// A tile of rows of x, `stride` bytes apart. Copied ones lie step by step, not as the pieces say.
 struct TileRows {
   const uint8_t* x;
   int64_t stride;
-  bool copied;       // rows lie step by step, not as the pieces say
-  int64_t to[side];  // rows of the product; -1 is not wanted
+  bool copied;
 };
 
 // What two blocks of 16 channels share. Channels that are not there have step 0.
@@ -69,6 +68,7 @@ struct alignas(64) Channels {
   uint32_t there;  // a bit for each channel
   int64_t first;   // output channel
   bool careful;    // a result may be NaN or beyond int32
+  bool plain;      // neither that, nor a residual, nor steps of rows
 };
 
 // Epilogue of 32 channels at a time, in the arithmetic of finish.h; made once for a call.
@@ -95,8 +95,8 @@ class TileFinish {
     }
   }
 
-  // Steps, bias and sums of the channels from ch.first on that ch.there names; sums: of their blocks. No bias is -0, which
-  // leaves every sum alone.
+  // Steps, bias and sums of the channels from ch.first on that ch.there names; sums: of their blocks. No bias is -0,
+  // which leaves every sum alone.
   void load(Channels& ch, const uint8_t* sums, int64_t blocks, int64_t k) const {
     __m512 worst_step = _mm512_setzero_ps(), worst_bias = _mm512_setzero_ps();
     __mmask16 nan = 0;
@@ -119,46 +119,58 @@ class TileFinish {
       worst_step = _mm512_max_ps(worst_step, _mm512_abs_ps(step));
       worst_bias = _mm512_max_ps(worst_bias, _mm512_abs_ps(bias));
     }
-    float worst = static_cast<float>(k) * (255.0f * 128.0f) * _mm512_reduce_max_ps(worst_step) +
-                  _mm512_reduce_max_ps(worst_bias);
+    float worst =
+        static_cast<float>(k) * (255.0f * 128.0f) * _mm512_reduce_max_ps(worst_step) + _mm512_reduce_max_ps(worst_bias);
     if (e_.residual) worst += e_.residual_step ? 256.0f * *e_.residual_step : __builtin_inff();
     ch.careful = nan || e_.per_row || !(worst * inverse_ < 1e9f);
+    ch.plain = !(codes_ && ch.careful) && !e_.per_row && !e_.residual;
   }
 
-  // Two neighbouring rows of a block's sums go to `row` and `next` of the product, -1 to nowhere.
-  template <bool codes>
-  QK_INLINE void pair(const int32_t* sums, const Channels& ch, int64_t row, int64_t next) const {
-    const bool one = row >= 0, two = next >= 0;
-    if (!one && !two) return;
-    row = one ? row : next;  // something that there is
-    next = two ? next : row;
-    __m512 y[4];
-    if (!e_.per_row) {
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i)
-        y[i] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums + i * side)),
-                             _mm512_load_ps(ch.step + i % 2 * side));
-    } else {
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const int64_t r = i < 2 ? row : next;
-        const __m512i zero_sums =
-            _mm512_mullo_epi32(_mm512_load_si512(ch.sums + i % 2 * side), _mm512_set1_epi32(e_.x_zero[r]));
-        const __m512 step = _mm512_mul_ps(_mm512_load_ps(ch.step + i % 2 * side), _mm512_set1_ps(e_.x_step[r]));
-        const __m512i acc = _mm512_sub_epi32(_mm512_load_si512(sums + i * side), zero_sums);
-        y[i] = _mm512_mul_ps(_mm512_cvtepi32_ps(acc), step);
-      }
+  // What results of the same channels share, in registers.
+  struct Constants {
+    __m512 step[2], bias[2], inverse, low, high;
+    __m512i zero, least, most, order;
+    uint32_t there;
+  };
+  QK_INLINE Constants constants(const Channels& ch) const {
+    Constants c;
+    for (int i = 0; i < 2; ++i) {
+      c.step[i] = _mm512_load_ps(ch.step + i * side);
+      c.bias[i] = _mm512_load_ps(ch.bias + i * side);
     }
+    c.inverse = _mm512_set1_ps(inverse_);
+    c.low = _mm512_set1_ps(low_);
+    c.high = _mm512_set1_ps(high_);
+    c.zero = _mm512_set1_epi16(static_cast<short>(zero_));
+    c.least = _mm512_set1_epi8(static_cast<char>(least_));
+    c.most = _mm512_set1_epi8(static_cast<char>(most_));
+    // Packing goes in lanes of 128 bits: four channels of each of the four vectors.
+    c.order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    c.there = ch.there;
+    return c;
+  }
+
+  // Two neighbouring rows of a block's sums go to `row` and `next` of the product.
+  template <bool codes>
+  QK_INLINE void pair(const int32_t* sums, const Channels& ch, const Constants& c, int64_t row, int64_t next) const {
+    if ((row | next) < 0 || !ch.plain) return special_pair<codes>(sums, ch, row, next);
+    __m512 y[4];
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) y[i] = _mm512_add_ps(y[i], _mm512_load_ps(ch.bias + i % 2 * side));
-    const int64_t at = row * n_ + ch.first, at_next = next * n_ + ch.first;
-    const __mmask16 there[2] = {static_cast<__mmask16>(ch.there), static_cast<__mmask16>(ch.there >> 16)};
-    if (e_.residual) add_residual(y, at, at_next, there);
+    for (int i = 0; i < 4; ++i)
+      y[i] = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums + i * side)), c.step[i % 2]),
+                           c.bias[i % 2]);
+    write<codes>(y, c, row * n_ + ch.first, next * n_ + ch.first, true, true);
+  }
+
+ private:
+  // Limits, codes and their place; y: two vectors of a row and two of the next.
+  template <bool codes>
+  QK_INLINE void write(__m512* y, const Constants& c, int64_t at, int64_t at_next, bool one, bool two) const {
     if constexpr (!codes) {
-      const __m512 low = _mm512_set1_ps(low_), high = _mm512_set1_ps(high_);
       float* const out = static_cast<float*>(out_);
+      const __mmask16 there[2] = {static_cast<__mmask16>(c.there), static_cast<__mmask16>(c.there >> 16)};
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) y[i] = _mm512_min_ps(high, _mm512_max_ps(low, y[i]));  // NaN passes
+      for (int i = 0; i < 4; ++i) y[i] = _mm512_min_ps(c.high, _mm512_max_ps(c.low, y[i]));  // NaN passes
       if (one) {
         _mm512_mask_storeu_ps(out + at, there[0], y[0]);
         _mm512_mask_storeu_ps(out + at + side, there[1], y[1]);
@@ -168,35 +180,60 @@ class TileFinish {
         _mm512_mask_storeu_ps(out + at_next + side, there[1], y[3]);
       }
     } else {
-      const __m512 inverse = _mm512_set1_ps(inverse_);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) y[i] = _mm512_mul_ps(y[i], inverse);
-      if (ch.careful) {
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-          const __mmask16 number = _mm512_cmp_ps_mask(y[i], y[i], _CMP_ORD_Q);
-          y[i] = _mm512_min_ps(_mm512_maskz_mov_ps(number, y[i]), _mm512_set1_ps(top_));
-        }
-      }
+      uint8_t* const out = static_cast<uint8_t*>(out_);
       __m512i q[4];
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) q[i] = _mm512_cvtps_epi32(y[i]);  // ties to even; below int32: its least
-      const __m512i zero = _mm512_set1_epi16(static_cast<short>(zero_));
-      const __m512i a = _mm512_adds_epi16(_mm512_packs_epi32(q[0], q[1]), zero);
-      const __m512i b = _mm512_adds_epi16(_mm512_packs_epi32(q[2], q[3]), zero);
-      __m512i u = _mm512_packus_epi16(a, b);
-      u = _mm512_max_epu8(u, _mm512_set1_epi8(static_cast<char>(least_)));
-      u = _mm512_min_epu8(u, _mm512_set1_epi8(static_cast<char>(most_)));
-      // Packing goes in lanes of 128 bits: four channels of each of the four vectors.
-      u = _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), u);
-      uint8_t* const out = static_cast<uint8_t*>(out_);
-      if (one) _mm256_mask_storeu_epi8(out + at, ch.there, _mm512_castsi512_si256(u));
-      if (two) _mm256_mask_storeu_epi8(out + at_next, ch.there, _mm512_extracti64x4_epi64(u, 1));
+      for (int i = 0; i < 4; ++i) q[i] = _mm512_cvtps_epi32(_mm512_mul_ps(y[i], c.inverse));  // ties to even
+      const __m512i a = _mm512_adds_epi16(_mm512_packs_epi32(q[0], q[1]), c.zero);
+      const __m512i b = _mm512_adds_epi16(_mm512_packs_epi32(q[2], q[3]), c.zero);
+      const __m512i u = _mm512_permutexvar_epi32(
+          c.order, _mm512_min_epu8(_mm512_max_epu8(_mm512_packus_epi16(a, b), c.least), c.most));
+      if (one) _mm256_mask_storeu_epi8(out + at, c.there, _mm512_castsi512_si256(u));
+      if (two) _mm256_mask_storeu_epi8(out + at_next, c.there, _mm512_extracti64x4_epi64(u, 1));
     }
   }
 
- private:
-  QK_INLINE void add_residual(__m512* y, int64_t at, int64_t at_next, const __mmask16* there) const {
+  // The same with all that is not the rule: a row of -1 goes nowhere, rows have their own steps, a residual is added,
+  // values may be NaN or leave int32.
+  template <bool codes>
+  __attribute__((noinline)) void special_pair(const int32_t* sums, const Channels& ch, int64_t row,
+                                              int64_t next) const {
+    const bool one = row >= 0, two = next >= 0;
+    if (!one && !two) return;
+    row = one ? row : next;  // something that there is
+    next = two ? next : row;
+    const Constants c = constants(ch);
+    __m512 y[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      __m512i acc = _mm512_load_si512(sums + i * side);
+      __m512 step = c.step[i % 2];
+      if (e_.per_row) {
+        const int64_t r = i < 2 ? row : next;
+        acc = _mm512_sub_epi32(
+            acc, _mm512_mullo_epi32(_mm512_load_si512(ch.sums + i % 2 * side), _mm512_set1_epi32(e_.x_zero[r])));
+        step = _mm512_mul_ps(step, _mm512_set1_ps(e_.x_step[r]));
+      }
+      y[i] = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(acc), step), c.bias[i % 2]);
+    }
+    const int64_t at = row * n_ + ch.first, at_next = next * n_ + ch.first;
+    if (e_.residual) add_residual(y, at, at_next, ch.there);
+    if (codes && ch.careful) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const __m512 t = _mm512_mul_ps(y[i], c.inverse);
+        const __mmask16 number = _mm512_cmp_ps_mask(t, t, _CMP_ORD_Q);
+        y[i] = _mm512_min_ps(_mm512_maskz_mov_ps(number, t), _mm512_set1_ps(top_));
+      }
+      Constants limited = c;
+      limited.inverse = _mm512_set1_ps(1.0f);  // exact
+      return write<codes>(y, limited, at, at_next, one, two);
+    }
+    write<codes>(y, c, at, at_next, one, two);
+  }
+
+  QK_INLINE void add_residual(__m512* y, int64_t at, int64_t at_next, uint32_t all) const {
+    const __mmask16 there[2] = {static_cast<__mmask16>(all), static_cast<__mmask16>(all >> 16)};
     if (e_.residual_step) {
       const uint8_t* from = static_cast<const uint8_t*>(e_.residual);
       const __m512i zero = _mm512_set1_epi32(*e_.residual_zero);

@@ -1,6 +1,6 @@
-// The driver of the matrix product on tiles: blocks of 32 rows x 32 channels, 2 x 2 tiles of sums. While the products of
-// one block run, the results of the block before are finished, the weights of the next steps are unpacked and the next
-// columns fetched into L2.
+// The driver of the matrix product on tiles: blocks of 32 rows x 32 channels, 2 x 2 tiles of sums. While the products
+// of one block run, the results of the block before are finished, the weights of the next steps are unpacked and the
+// next columns fetched into L2.
 #pragma once
 #include "core/scratch.h"
 #include "cpu/amx.h"
@@ -9,11 +9,13 @@
 namespace qk::cpu::QK_ISA {
 namespace {
 
-constexpr int64_t few_rows = 4;
-constexpr int64_t tiles_budget = 768 * 1024;  // rows of x in L2 (2 MB where there are tiles)
+constexpr int64_t few_rows = 6;  // below, vpdpbusd is as fast (768 x 3072, 8 and 4 bits)
+// Rows of x in L2, which has 2 MB where there are tiles: few, so that their results stay there too, unless the weights
+// come from farther away for each block of rows.
+constexpr int64_t tiles_budget(int64_t weight_bytes) { return weight_bytes > 1024 * 1024 ? 1024 * 1024 : 256 * 1024; }
 
 struct TilePlan {
-  int64_t steps;                          // of 64 codes of K
+  int64_t steps;  // of 64 codes of K
   int64_t block_rows, row_blocks, columns, units, workers;
 };
 
@@ -24,7 +26,7 @@ inline TilePlan plan_tiles(const Product& p, int64_t threads) {
   t.columns = ceil_div(l.blocks_per_outer, 2);
   const int64_t unit = p.source.row_unit > 1 ? p.source.row_unit : 2 * side;
   const int64_t row_bytes = p.source.row_bytes > 0 ? p.source.row_bytes : l.k_padded;
-  t.block_rows = least(round_up(most<int64_t>(1, tiles_budget / row_bytes), unit), round_up(p.rows, unit));
+  t.block_rows = least(round_up(most<int64_t>(1, tiles_budget(l.bytes) / row_bytes), unit), round_up(p.rows, unit));
   if (l.outer * t.columns < 4 * threads)
     t.block_rows = least(t.block_rows, round_up(ceil_div(p.rows, 2 * threads), unit));
   t.row_blocks = ceil_div(p.rows, t.block_rows);
@@ -46,20 +48,26 @@ struct TileRoom {
   uint8_t* rows;  // of Source::fill
   int64_t rows_bytes;
   TileRows* tiles;
-  uint8_t* copies;    // of tiles of rows that cannot be read where they lie
-  int64_t *at, *row;  // [steps]: where a step begins in a row of x, and in a copied one
-  int64_t* codes;     // [steps]: of 64
-  uint8_t* unpacked;  // [2][k_padded * 16]
-  int32_t* sums;      // [2][block_sums]: of this block and of the one before
+  int64_t* to;         // [tiles][16]: rows of the product, -1 for nowhere
+  uint8_t* copies;     // of tiles of rows that cannot be read where they lie
+  int64_t *at, *row;   // [steps]: where a step begins in a row of x, and in a copied one
+  int64_t* codes;      // [steps]: of 64
+  uint8_t* unpacked;   // [2][k_padded * 16]
+  int32_t* sums;       // [sums_rooms][block_sums]
   Channels* channels;  // [2]
 };
 constexpr int64_t block_sums = 2 * side * 2 * side;
+
+// Long rows are gone through in stretches of K whose weights, of 32 channels, stay in L1; between them the sums of
+// every block wait in memory.
+constexpr int64_t stretch_steps = 14;
+constexpr int64_t stretches(int64_t steps) { return steps > stretch_steps + 4 ? ceil_div(steps, stretch_steps) : 1; }
 
 template <int B, bool codes>
 class TileWorker {
  public:
   TileWorker(const Product& p, const TilePlan& plan, const TileRoom& room, const TileFinish& finish)
-      : p_(p), l_(p.layout), plan_(plan), room_(room), finish_(finish) {
+      : p_(p), l_(p.layout), plan_(plan), room_(room), finish_(finish), done_channels_(room.channels) {
     for (int64_t i = 0, s = 0; i < l_.segments; ++i)
       for (int64_t k = 0; k < l_.segment_k; k += tile_k, ++s) {
         room.at[s] = room.pieces[i].x + k;
@@ -82,16 +90,18 @@ class TileWorker {
       const Run& run = room_.runs[i];
       const bool ours = run.x >= room_.rows && run.x < room_.rows + room_.rows_bytes;
       // Rows of the caller's that a step of 64 codes begins in may end behind his memory.
-      const int64_t rows_behind = ours || l_.segment_k % tile_k == 0 ? 0 : ceil_div(tile_k, most<int64_t>(1, run.stride));
+      const int64_t rows_behind =
+          ours || l_.segment_k % tile_k == 0 ? 0 : ceil_div(tile_k, most<int64_t>(1, run.stride));
       for (int64_t r = 0; r < run.rows; r += height_) {
         // The last tile begins early enough to be whole; rows that it shares with the one before are not written again.
         const int64_t from = most<int64_t>(0, least(r, run.rows - height_));
-        TileRows& t = room_.tiles[tiles_++];
-        t = {run.x + from * run.stride, run.stride, false, {}};
+        TileRows& t = room_.tiles[tiles_];
+        t = {run.x + from * run.stride, run.stride, false};
         for (int64_t j = 0; j < side; ++j) {
           const bool wanted = from + j >= r && j < height_ && from + j < run.rows;
-          t.to[j] = wanted ? first++ : -1;
+          room_.to[tiles_ * side + j] = wanted ? first++ : -1;
         }
+        ++tiles_;
         if (from + height_ + rows_behind > run.rows) copy_rows(t, least(height_, run.rows - from), copy);
       }
     }
@@ -118,21 +128,25 @@ class TileWorker {
       zero_[0] = spread16(zeros);
       zero_[1] = spread16(zeros + (two_ ? side : 0));
     }
-    for (int64_t i = 0; i < tiles_;) {
-      const TileRows& a = room_.tiles[i];
-      const TileRows& b = room_.tiles[i + 1 < tiles_ ? i + 1 : i];
-      const bool pair = i + 1 < tiles_ && a.copied == b.copied;
-      if (B < 8 && i == 0)
-        block_of<true>(a, b, pair);
-      else
-        block_of<false>(a, b, pair);
-      i += pair ? 2 : 1;
+    const int64_t parts = stretches(plan_.steps);
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t begin = plan_.steps * part / parts, end = plan_.steps * (part + 1) / parts;
+      for (int64_t i = 0, block = 0; i < tiles_; ++block) {
+        const bool pair = i + 1 < tiles_ && room_.tiles[i].copied == room_.tiles[i + 1].copied;
+        // Sums that are finished at once take turns in two rooms, others have one each.
+        int32_t* const sums = room_.sums + (parts > 1 ? block : block % 2) * block_sums;
+        if (B < 8 && i == 0)
+          block_of<true>(i, pair, begin, end, sums);
+        else
+          block_of<false>(i, pair, begin, end, sums);
+        i += pair ? 2 : 1;
+      }
     }
   }
 
   // Finishes the last block.
   void flush() {
-    while (next_ < end_) finish_next();
+    if (next_ < end_) finish_rows(finish_.constants(*done_channels_), end_);
   }
 
  private:
@@ -158,34 +172,38 @@ class TileWorker {
     }
   }
 
-  QK_INLINE void finish_next() {
-    const TileRows& rows = *done_[next_ >= side ? 1 : 0];
-    const int64_t r = next_ % side;
-    finish_.template pair<codes>(done_sums_ + next_ * 2 * side, *done_channels_, rows.to[r], rows.to[r + 1]);
-    next_ += 2;
-    if (next_ % side >= height_) next_ = next_ < side ? side : end_;
+  // The block before, up to row `stop`.
+  QK_INLINE void finish_rows(const TileFinish::Constants& c, int64_t stop) {
+    int64_t next = next_;
+    for (; next < stop; next += 2)
+      finish_.template pair<codes>(done_sums_ + next * 2 * side, *done_channels_, c, done_to_[next],
+                                   done_to_[next + 1]);
+    next_ = next;
   }
 
   // unpacking: with this block, the first of its column, the weights are unpacked for all of them.
   template <bool unpacking>
-  void block_of(const TileRows& a, const TileRows& b, bool pair) {
+  void block_of(int64_t tile, bool pair, int64_t begin, int64_t end, int32_t* sums) {
+    const TileRows &a = room_.tiles[tile], &b = room_.tiles[tile + (pair ? 1 : 0)];
     constexpr int64_t early = 2;  // steps: what is stored must have reached L1 before a tile loads it
-    const int64_t steps = plan_.steps;
     if constexpr (unpacking)
-      for (int64_t s = 0; s < least(early, steps); ++s) unpack_step(s);
-    const int32_t* const start = channels_->start;
-    load_tile<0>(start, 0);
-    load_tile<1>(start + side, 0);
-    load_tile<2>(start, 0);
-    load_tile<3>(start + side, 0);
-    const uint8_t* w0 = B < 8 ? room_.unpacked : packed_[0];
-    const uint8_t* w1 = B < 8 ? room_.unpacked + l_.k_padded * side : packed_[1];
+      for (int64_t s = begin; s < least(begin + early, end); ++s) unpack_step(s);
+    const int64_t sums_stride = 2 * side * 4;
+    const int32_t* const start = begin == 0 ? channels_->start : sums;
+    const int64_t start_stride = begin == 0 ? 0 : sums_stride, lower = begin == 0 ? 0 : block_sums / 2;
+    load_tile<0>(start, start_stride);
+    load_tile<1>(start + side, start_stride);
+    load_tile<2>(start + lower, start_stride);
+    load_tile<3>(start + lower + side, start_stride);
+    const uint8_t* w0 = (B < 8 ? room_.unpacked : packed_[0]) + begin * tile_bytes;
+    const uint8_t* w1 = (B < 8 ? room_.unpacked + l_.k_padded * side : packed_[1]) + begin * tile_bytes;
     const int64_t* const at = a.copied ? room_.row : room_.at;
     const uint8_t *const xa = a.x, *const xb = b.x;
     const int64_t stride_a = a.stride, stride_b = b.stride;
     const bool two = two_;
-    const int64_t per_step = ceil_div(end_ - next_, 2 * steps);
-    for (int64_t s = 0; s < steps; ++s, w0 += tile_bytes, w1 += tile_bytes) {
+    const int64_t per_step = round_up(ceil_div(end_ - next_, end - begin), 2);
+    const TileFinish::Constants c = finish_.constants(*done_channels_);
+    for (int64_t s = begin; s < end; ++s, w0 += tile_bytes, w1 += tile_bytes) {
       load_tile<6>(w0, 64);
       load_tile<4>(xa + at[s], stride_a);
       products<0, 4, 6>();
@@ -199,22 +217,20 @@ class TileWorker {
         if (two) products<3, 5, 7>();
       }
       if constexpr (unpacking)
-        if (s + early < steps) unpack_step(s + early);
+        if (s + early < end) unpack_step(s + early);
       for (int64_t i = 0; i < ahead_lines_ && ahead_ < ahead_end_; ++i, ahead_ += 64) __builtin_prefetch(ahead_, 0, 2);
-      for (int64_t i = 0; i < per_step && next_ < end_; ++i) finish_next();
+      if (next_ < end_) finish_rows(c, least(end_, next_ + per_step));
     }
-    flush();
-    int32_t* const sums = room_.sums + (done_sums_ == room_.sums ? block_sums : 0);
-    store_tile<0>(sums, 2 * side * 4);
-    if (two) store_tile<1>(sums + side, 2 * side * 4);
+    store_tile<0>(sums, sums_stride);
+    if (two) store_tile<1>(sums + side, sums_stride);
     if (pair) {
-      store_tile<2>(sums + block_sums / 2, 2 * side * 4);
-      if (two) store_tile<3>(sums + block_sums / 2 + side, 2 * side * 4);
+      store_tile<2>(sums + block_sums / 2, sums_stride);
+      if (two) store_tile<3>(sums + block_sums / 2 + side, sums_stride);
     }
+    if (end < plan_.steps) return;
     done_sums_ = sums;
     done_channels_ = channels_;
-    done_[0] = &a;
-    done_[1] = &b;
+    done_to_ = room_.to + tile * side;
     next_ = 0;
     end_ = pair ? 2 * side : side;
   }
@@ -234,8 +250,8 @@ class TileWorker {
   int64_t ahead_lines_ = 0;
   // The block before: rows next_ .. end_ - 1 of its two tiles are not finished yet.
   const int32_t* done_sums_ = nullptr;
-  const Channels* done_channels_ = nullptr;
-  const TileRows* done_[2] = {};
+  const Channels* done_channels_;
+  const int64_t* done_to_ = nullptr;
   int64_t next_ = 0, end_ = 0;
 };
 
@@ -253,9 +269,11 @@ void multiply_tiles(const Product& p) {
   const int64_t rows_bytes = plan.block_rows * p.source.row_bytes + p.source.fixed_bytes + 64;
   const int64_t pieces = take(sizeof(Piece), p.source.piece_count), runs = take(sizeof(Run), plan.block_rows);
   const int64_t rows = take(1, rows_bytes), tiles = take(sizeof(TileRows), plan.block_rows);
+  const int64_t to = take(8, plan.block_rows * side);
   // At worst all tiles are copied, with rows that two of them share, and a tile reads behind the last.
   const int64_t copies = take(l.k_padded, 2 * plan.block_rows + side), steps = take(8, 3 * plan.steps);
-  const int64_t unpacked = take(1, B < 8 ? 2 * l.k_padded * side : 0), sums = take(4, 2 * block_sums);
+  const int64_t unpacked = take(1, B < 8 ? 2 * l.k_padded * side : 0),
+                sums = take(4, (stretches(plan.steps) > 1 ? plan.block_rows : 2) * block_sums);
   const int64_t channels = take(sizeof(Channels), 2);
   parallel_for(plan.workers, 1, [&](int64_t begin, int64_t end) {
     uint8_t* const memory = static_cast<uint8_t*>(thread_scratch(bytes));
@@ -265,6 +283,7 @@ void multiply_tiles(const Product& p) {
                         memory + rows,
                         rows_bytes,
                         reinterpret_cast<TileRows*>(memory + tiles),
+                        reinterpret_cast<int64_t*>(memory + to),
                         memory + copies,
                         step,
                         step + plan.steps,
@@ -288,8 +307,8 @@ void multiply_tiles(const Product& p) {
   });
 }
 
-// Does what it can do: tiles of weights are read in their order, so the pieces must be whole segments, in one group of K.
-// A few rows would leave the tiles empty.
+// Does what it can do: tiles of weights are read in their order, so the pieces must be whole segments, in one group of
+// K. A few rows would leave the tiles empty.
 inline bool multiply_on_tiles(const Product& p) {
   const PackedLayout& l = p.layout;
   if (l.k_groups > 1 || p.rows < few_rows || p.source.piece_count != l.segments) return false;

@@ -31,6 +31,7 @@ using Four = __m512i;  // four codes of x, seen by every channel
 // 9 x 3 sums, 3 weights and 1 x of the 32 registers.
 constexpr TileLimits tile_limits{9, 3, 6, 4};
 constexpr int most_blocks = 4, probe_sums = 28;
+constexpr bool small_matters = false;
 
 QK_INLINE Bytes load64(const uint8_t* p) { return _mm512_loadu_si512(p); }
 QK_INLINE void store64(uint8_t* p, Bytes v) { _mm512_storeu_si512(p, v); }
@@ -67,39 +68,6 @@ inline uint32_t sum_codes(const uint8_t* x, int64_t n) {
   return static_cast<uint32_t>(_mm512_reduce_add_epi32(_mm512_add_epi32(a, b)));
 }
 
-// --- depthwise: a strip of neighbouring channels, four taps at a time ---
-// Bytes of four taps are interleaved so that each channel's four stand together. The unpack instructions work in lanes
-// of 128 bits: part j has channels 16 L + 4 j .. 16 L + 4 j + 3 in lane L.
-using Part = __m512i;
-constexpr int strip = 64, strip_parts = 4;
-
-QK_INLINE void interleave4(const uint8_t* const* taps, int64_t at, int64_t valid, Part* out) {
-  const __mmask64 there = valid >= 64 ? ~__mmask64{0} : (__mmask64{1} << valid) - 1;
-  const Part a = _mm512_maskz_loadu_epi8(there, taps[0] + at), b = _mm512_maskz_loadu_epi8(there, taps[1] + at);
-  const Part c = _mm512_maskz_loadu_epi8(there, taps[2] + at), d = _mm512_maskz_loadu_epi8(there, taps[3] + at);
-  const Part ab0 = _mm512_unpacklo_epi8(a, b), ab1 = _mm512_unpackhi_epi8(a, b);
-  const Part cd0 = _mm512_unpacklo_epi8(c, d), cd1 = _mm512_unpackhi_epi8(c, d);
-  out[0] = _mm512_unpacklo_epi16(ab0, cd0);
-  out[1] = _mm512_unpackhi_epi16(ab0, cd0);
-  out[2] = _mm512_unpacklo_epi16(ab1, cd1);
-  out[3] = _mm512_unpackhi_epi16(ab1, cd1);
-}
-QK_INLINE Part load_part(const uint8_t* p) { return _mm512_loadu_si512(p); }
-QK_INLINE Part no_part() { return _mm512_setzero_si512(); }
-template <bool small>
-QK_INLINE Part dot_part(Part acc, Part x, Part w) {
-  return _mm512_dpbusd_epi32(acc, x, w);
-}
-// Sums of the parts in the order of the channels.
-QK_INLINE void store_strip(int32_t* out, const Part* p) {
-  const Part a = _mm512_shuffle_i32x4(p[0], p[1], 0x44), b = _mm512_shuffle_i32x4(p[2], p[3], 0x44);
-  const Part c = _mm512_shuffle_i32x4(p[0], p[1], 0xee), d = _mm512_shuffle_i32x4(p[2], p[3], 0xee);
-  _mm512_storeu_si512(out, _mm512_shuffle_i32x4(a, b, 0x88));
-  _mm512_storeu_si512(out + 16, _mm512_shuffle_i32x4(a, b, 0xdd));
-  _mm512_storeu_si512(out + 32, _mm512_shuffle_i32x4(c, d, 0x88));
-  _mm512_storeu_si512(out + 48, _mm512_shuffle_i32x4(c, d, 0xdd));
-}
-
 #elif defined(QK_ISA_AVX2)
 
 struct Bytes {
@@ -112,6 +80,7 @@ using Four = __m256i;
 
 constexpr TileLimits tile_limits{4, 1, 4, 1};
 constexpr int most_blocks = 1, probe_sums = 4;
+constexpr bool small_matters = true;
 
 QK_INLINE __m256i load32(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 QK_INLINE Bytes load64(const uint8_t* p) { return {load32(p), load32(p + 32)}; }
@@ -158,42 +127,6 @@ QK_INLINE void store(int32_t* p, Lanes v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), v.b);
 }
 
-// As for AVX-512, with two lanes.
-using Part = __m256i;
-constexpr int strip = 32, strip_parts = 4;
-
-QK_INLINE void interleave4(const uint8_t* const* taps, int64_t at, int64_t valid, Part* out) {
-  Part x[4];
-  if (valid >= 32) {
-    for (int t = 0; t < 4; ++t) x[t] = load32(taps[t] + at);
-  } else {
-    uint8_t some[32] = {};
-    for (int t = 0; t < 4; ++t) {
-      std::memcpy(some, taps[t] + at, static_cast<size_t>(valid));
-      x[t] = load32(some);
-    }
-  }
-  const Part ab0 = _mm256_unpacklo_epi8(x[0], x[1]), ab1 = _mm256_unpackhi_epi8(x[0], x[1]);
-  const Part cd0 = _mm256_unpacklo_epi8(x[2], x[3]), cd1 = _mm256_unpackhi_epi8(x[2], x[3]);
-  out[0] = _mm256_unpacklo_epi16(ab0, cd0);
-  out[1] = _mm256_unpackhi_epi16(ab0, cd0);
-  out[2] = _mm256_unpacklo_epi16(ab1, cd1);
-  out[3] = _mm256_unpackhi_epi16(ab1, cd1);
-}
-QK_INLINE Part load_part(const uint8_t* p) { return load32(p); }
-QK_INLINE Part no_part() { return _mm256_setzero_si256(); }
-template <bool small>
-QK_INLINE Part dot_part(Part acc, Part x, Part w) {
-  return dot4<small>(acc, x, w);
-}
-QK_INLINE void store_strip(int32_t* out, const Part* p) {
-  const auto put = [&](int at, Part v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + at), v); };
-  put(0, _mm256_permute2x128_si256(p[0], p[1], 0x20));
-  put(8, _mm256_permute2x128_si256(p[2], p[3], 0x20));
-  put(16, _mm256_permute2x128_si256(p[0], p[1], 0x31));
-  put(24, _mm256_permute2x128_si256(p[2], p[3], 0x31));
-}
-
 #else
 
 struct Bytes {
@@ -208,6 +141,7 @@ struct Four {
 
 constexpr TileLimits tile_limits{4, 1, 4, 1};
 constexpr int most_blocks = 1, probe_sums = 4;
+constexpr bool small_matters = false;
 
 QK_INLINE Bytes load64(const uint8_t* p) {
   Bytes v;
@@ -244,33 +178,6 @@ QK_INLINE Lanes dot4(Lanes acc, const Four& x, const Bytes& w) {
   return acc;
 }
 QK_INLINE void store(int32_t* p, const Lanes& v) { std::memcpy(p, &v, 64); }
-
-// One part: channel i at 4 i .. 4 i + 3, and its sum at 4 i.
-struct Part {
-  int32_t v[64];
-};
-constexpr int strip = 16, strip_parts = 1;
-
-QK_INLINE void interleave4(const uint8_t* const* taps, int64_t at, int64_t valid, Part* out) {
-  const int64_t n = least<int64_t>(valid, 16);
-  for (int t = 0; t < 4; ++t)
-    for (int64_t i = 0; i < n; ++i) out->v[4 * i + t] = taps[t][at + i];
-  for (int64_t i = 4 * n; i < 64; ++i) out->v[i] = 0;
-}
-QK_INLINE Part load_part(const uint8_t* p) {
-  Part v;
-  for (int i = 0; i < 64; ++i) v.v[i] = static_cast<int8_t>(p[i]);
-  return v;
-}
-QK_INLINE Part no_part() { return {}; }
-template <bool small>
-QK_INLINE Part dot_part(Part acc, const Part& x, const Part& w) {
-  for (int i = 0; i < 64; ++i) acc.v[i] += x.v[i] * w.v[i];
-  return acc;
-}
-QK_INLINE void store_strip(int32_t* out, const Part* p) {
-  for (int i = 0; i < 16; ++i) out[i] = p->v[4 * i] + p->v[4 * i + 1] + p->v[4 * i + 2] + p->v[4 * i + 3];
-}
 
 #endif
 

@@ -7,8 +7,9 @@
 namespace qk::cpu::QK_ISA {
 namespace {
 
-// Rows are fetched this many lookups ahead: further than memory answers, near enough that they are still in L1.
-constexpr int64_t ahead = 16;
+// Rows are fetched twice, so many lookups ahead: first into L2, which waits for more lines at once than L1 can, then
+// into L1.
+constexpr int64_t far = 48, near = 8;
 
 enum class Step { plain, weighted, largest };
 
@@ -28,40 +29,47 @@ Bag bag_of(const EmbeddingBagArgs& a, int64_t bag) {
   return {begin, bag + 1 < a.bags ? number_at(a.offsets, a.wide_offsets, bag + 1) : a.count};
 }
 
-QK_INLINE void fetch(const EmbeddingBagArgs& a, int64_t position) {
-  const int64_t index = number_at(a.indices, a.wide_indices, position);
-  const uintptr_t row = reinterpret_cast<uintptr_t>(a.rows) + static_cast<uintptr_t>(index) * a.row_stride;
-  for (int64_t i = 0; i < a.row_bytes; i += 64) __builtin_prefetch(reinterpret_cast<const void*>(row + i));
-  if (a.row_bytes % 64 > 16 || a.row_bytes % 64 == 0)
-    __builtin_prefetch(reinterpret_cast<const void*>(row + a.row_bytes - 1));
+// Any index: a prefetch never faults.
+template <int locality>
+QK_INLINE void fetch(const uint8_t* rows, int64_t row_stride, int64_t row_bytes, int64_t index) {
+  const uintptr_t row = reinterpret_cast<uintptr_t>(rows) + static_cast<uint64_t>(index) * row_stride;
+  __builtin_prefetch(reinterpret_cast<const void*>(row), 0, locality);
+  __builtin_prefetch(reinterpret_cast<const void*>(row + least<int64_t>(64, row_bytes - 1)), 0, locality);
+  for (int64_t line = 128; line < row_bytes; line += 64)
+    __builtin_prefetch(reinterpret_cast<const void*>(row + line), 0, locality);
 }
 
-void report(const EmbeddingBagArgs& a, int64_t position) {
-  if (a.bad) __atomic_store_n(a.bad, position, __ATOMIC_RELAXED);
+void report(int64_t* bad, int64_t position) {
+  if (bad) __atomic_store_n(bad, position, __ATOMIC_RELAXED);
 }
 
-// Columns `col` to col + accs * lanes - 1 of a bag.
+// Columns `col` to col + accs * lanes - 1 of a bag. `last`: up to where this thread reads indices.
 template <int bits, int accs, Step step>
-QK_INLINE void run_bag(const EmbeddingBagArgs& a, const Bag& bag, int64_t last, int64_t col, float* out) {
+QK_INLINE void run_bag(const EmbeddingBagArgs& args, const Bag& bag, int64_t last, int64_t col, float* out) {
   typedef RowPart<bits, accs> Part;
-  const uint8_t* limit = a.rows + (a.row_count - 1) * a.row_stride + a.row_bytes;
-  const int64_t part_at = a.codes_at + col * bits / 8;
+  const EmbeddingBagArgs a = args;  // a copy stays in registers
+  const int64_t row_count = a.row_count, row_stride = a.row_stride, row_bytes = a.row_bytes;
+  const int64_t padding_row = a.padding_row, part_at = a.codes_at + col * bits / 8, numbers_at = a.numbers_at;
+  const uint8_t *rows = a.rows, *limit = rows + (row_count - 1) * row_stride + row_bytes;
+  const void* indices = a.indices;
+  const bool wide = a.wide_indices;
   Lane acc[accs];
 #pragma GCC unroll 8
   for (int j = 0; j < accs; ++j) acc[j] = Lane{};
   int64_t count = 0;
   for (int64_t i = bag.begin; i < bag.end; ++i) {
-    fetch(a, i + ahead < last ? i + ahead : last - 1);
-    const int64_t index = number_at(a.indices, a.wide_indices, i);
-    if (__builtin_expect(static_cast<uint64_t>(index) >= static_cast<uint64_t>(a.row_count), 0)) {
-      report(a, i);
+    fetch<2>(rows, row_stride, row_bytes, number_at(indices, wide, least(i + far, last - 1)));
+    fetch<3>(rows, row_stride, row_bytes, number_at(indices, wide, least(i + near, last - 1)));
+    const int64_t index = number_at(indices, wide, i);
+    if (__builtin_expect(static_cast<uint64_t>(index) >= static_cast<uint64_t>(row_count), 0)) {
+      report(a.bad, i);
       continue;
     }
-    if (index == a.padding_row) continue;
-    const uint8_t* row = a.rows + index * a.row_stride;
+    if (index == padding_row) continue;
+    const uint8_t* row = rows + index * row_stride;
     Numbers<bits> numbers;
-    if (!numbers.read(a, row + a.numbers_at)) {
-      report(a, i);
+    if (!numbers.read(a, row + numbers_at)) {
+      report(a.bad, i);
       continue;
     }
     if constexpr (step == Step::weighted) numbers.weigh(a.weights[i]);
@@ -72,26 +80,23 @@ QK_INLINE void run_bag(const EmbeddingBagArgs& a, const Bag& bag, int64_t last, 
       std::memcpy(copy, codes, static_cast<size_t>(limit - codes));
       codes = copy;
     }
-    Part part(codes);
+    const Part part(codes);
 #pragma GCC unroll 8
     for (int j = 0; j < accs; ++j) {
-      const Lane value = part.next(numbers, j);
+      const Lane value = part.at(numbers, j);
       if constexpr (step == Step::largest)
-        acc[j] = count == 0 ? value : larger(value, acc[j]);
+        acc[j] = count == 0 ? value : higher(value, acc[j]);
       else
         acc[j] = acc[j] + value;
     }
     ++count;
   }
-  alignas(64) float values[accs * lanes];
-  std::memcpy(values, acc, sizeof values);
-  const int64_t n = least<int64_t>(accs * lanes, a.cols - col);
-  const bool mean = a.mode == BagMode::mean && count > 1;
-  const float divisor = static_cast<float>(count);
-  for (int64_t i = 0; i < n; ++i) {
-    const float value = values[Part::place(i)];
-    out[col + i] = mean ? value / divisor : value;
+  if (a.mode == BagMode::mean && count > 1) {
+    const float divisor = static_cast<float>(count);
+#pragma GCC unroll 8
+    for (int j = 0; j < accs; ++j) acc[j] = acc[j] / divisor;
   }
+  Part::store(acc, out + col, least<int64_t>(accs * lanes, a.cols - col));
 }
 
 template <int bits, int accs, Step step>

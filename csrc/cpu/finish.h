@@ -26,7 +26,26 @@ QK_INLINE Vector load(const T* p) {
   return v;
 }
 
-// valid: how many of the sixteen there are; 16 or more is the rule.
+// Of sixteen values the first `valid`, 16 or more as a rule. What is not there is loaded as 0.
+#if defined(QK_ISA_AVX512VNNI)
+QK_INLINE __mmask16 first_of(int64_t valid) {
+  return static_cast<__mmask16>(valid >= block ? 0xffff : (1 << valid) - 1);
+}
+template <class Vector, class T>
+QK_INLINE void store_some(T* p, const Vector& v, int64_t valid) {
+  if constexpr (sizeof(T) == 4)
+    _mm512_mask_storeu_epi32(p, first_of(valid), reinterpret_cast<__m512i>(v));
+  else
+    _mm_mask_storeu_epi8(p, first_of(valid), reinterpret_cast<__m128i>(v));
+}
+template <class Vector, class T>
+QK_INLINE Vector load_some(const T* p, int64_t valid) {
+  if constexpr (sizeof(T) == 4)
+    return reinterpret_cast<Vector>(_mm512_maskz_loadu_epi32(first_of(valid), p));
+  else
+    return reinterpret_cast<Vector>(_mm_maskz_loadu_epi8(first_of(valid), p));
+}
+#else
 template <class Vector, class T>
 QK_INLINE void store_some(T* p, const Vector& v, int64_t valid) {
   if (valid >= block) {
@@ -37,8 +56,6 @@ QK_INLINE void store_some(T* p, const Vector& v, int64_t valid) {
     for (int64_t i = 0; i < valid; ++i) p[i] = some[i];
   }
 }
-
-// The first `valid` of sixteen values, 0 behind them.
 template <class Vector, class T>
 QK_INLINE Vector load_some(const T* p, int64_t valid) {
   if (valid >= block) return load<Vector>(p);
@@ -46,12 +63,38 @@ QK_INLINE Vector load_some(const T* p, int64_t valid) {
   for (int64_t i = 0; i < valid; ++i) some[i] = p[i];
   return load<Vector>(some);
 }
+#endif
+
+// v[j] lane i becomes v[i] lane j: a round interleaves vector i with vector i + 8, four rounds rotate the 8 bits of
+// (i, j) by four places.
+inline void transpose(Floats* v) {
+  Floats w[block];
+  for (int round = 0; round < 4; ++round) {
+    for (int i = 0; i < 8; ++i) {
+      w[2 * i] = __builtin_shufflevector(v[i], v[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      w[2 * i + 1] =
+          __builtin_shufflevector(v[i], v[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    }
+    for (int i = 0; i < block; ++i) v[i] = w[i];
+  }
+}
 
 // float(acc - zero * sums) * step with step = x_step * weight_step. The difference wraps, as the exact one does that
 // fits int32.
 QK_INLINE Floats scaled(const Words& acc, const Words& zero_sums, const Floats& step) {
   return __builtin_convertvector(reinterpret_cast<Ints>(acc - zero_sums), Floats) * step;
 }
+
+#if defined(QK_ISA_AVX512VNNI)
+QK_INLINE Words words(Lanes v) { return reinterpret_cast<Words>(v); }
+#else
+QK_INLINE Words words(const Lanes& v) {
+  static_assert(sizeof(Lanes) == sizeof(Words), "sixteen sums in order");
+  Words w;
+  std::memcpy(&w, &v, sizeof w);
+  return w;
+}
+#endif
 
 // What zeros of weights below 8 bits add to the sums: zero * (sum of the row's codes). Terms of the 16 channels and of
 // the row make one multiplication of 16-bit pairs; sum_limit is what they can hold.
@@ -75,6 +118,44 @@ QK_INLINE Words less_zeros(const Words& acc, const Words& zeros, int32_t row) {
   return acc - zeros * static_cast<uint32_t>(row);
 }
 #endif
+
+// From the sums of a tile to values, before the bias.
+struct Terms {
+  static constexpr int64_t pitch = most_blocks * block;  // of groups of K
+  const float* steps;     // [k_groups][pitch]: weight_step, times x_step unless that comes by rows
+  const uint32_t* sums;   // the same: sums of weights, times x_zero unless that comes by rows
+  const uint32_t* zeros;  // the same: zero_terms, or null for weights of 8 bits
+  // Of the tile's first row.
+  const float* row_step;  // or null: the same for all rows
+  const int32_t* row_zero;
+  const int32_t* row_terms;  // [rows][k_groups], with zeros
+  int64_t k_groups;
+
+  // Row r of the tile, block c of the column, group g. with_zeros: weights below 8 bits.
+  template <bool per_row, bool with_zeros>
+  QK_INLINE Floats value(Words acc, int64_t g, int64_t c, int64_t r) const {
+    const int64_t at = g * pitch + c * block;
+    if constexpr (with_zeros) acc = less_zeros(acc, load<Words>(zeros + at), row_terms[r * k_groups + g]);
+    Words zero_sums = load<Words>(sums + at);
+    Floats step = load<Floats>(steps + at);
+    if constexpr (per_row) {
+      zero_sums = zero_sums * static_cast<uint32_t>(row_zero[r]);
+      step = step * row_step[r];
+    }
+    return scaled(acc, zero_sums, step);
+  }
+};
+
+// f(a, b) with constants.
+template <class F>
+QK_INLINE void with_flags(bool a, bool b, const F& f) {
+  constexpr std::true_type yes;
+  constexpr std::false_type no;
+  if (a)
+    b ? f(yes, yes) : f(yes, no);
+  else
+    b ? f(no, yes) : f(no, no);
+}
 
 enum class Residual { none, codes, floats };
 

@@ -17,11 +17,13 @@ struct Room {
   uint8_t* rows;       // of Source::fill
   int32_t* row_terms;  // [block_rows][k_groups]: sums of a row's codes, for weights below 8 bits (row_term)
   uint8_t* kept;       // a column of tiles as int8
-  float* steps;        // [k_groups][most_blocks * 16]
+  float* steps;        // these: Terms
+  uint32_t* sums;
+  uint32_t* zeros;
 };
 
 constexpr int64_t most_sums =
-    block * most(tile_limits.rows * tile_limits.blocks, tile_limits.few_rows* tile_limits.few_blocks);
+    block * most<int64_t>(tile_limits.rows * tile_limits.blocks, tile_limits.few_rows* tile_limits.few_blocks);
 
 template <int B, class Finish>
 class Worker {
@@ -34,7 +36,7 @@ class Worker {
         codes_(p.weight + l_.codes_at),
         sums_(p.weight + l_.sums_at),
         zeros_(p.weight + l_.zeros_at),
-        large_sums_(l_.k / l_.k_groups * 255 >= sum_limit) {
+        wide_(l_.k / l_.k_groups * 255 >= sum_limit) {
     p.source.pieces(p.source.self, room.pieces);
     group_pieces_ = p.source.piece_count / l_.k_groups;
   }
@@ -51,7 +53,7 @@ class Worker {
             uint32_t sum = 0;
             for (int64_t j = g * group_pieces_; j < (g + 1) * group_pieces_; ++j)
               sum += sum_codes(x + room_.pieces[j].x, room_.pieces[j].n);
-            *term++ = large_sums_ ? static_cast<int32_t>(sum) : row_term(sum);
+            *term++ = wide_ ? static_cast<int32_t>(sum) : row_term(sum);
           }
         }
     }
@@ -62,8 +64,9 @@ class Worker {
     const int64_t at = outer * l_.blocks_per_outer + begin;
     const int64_t n_first = outer * l_.n_per_outer + begin * block;
     const int64_t n_valid = least(blocks * block, l_.n_per_outer - begin * block);
-    load_steps(n_first, n_valid);
     TileArgs t{};
+    Terms& terms = t.terms;
+    load_terms(at, blocks, n_first, n_valid, terms);
     t.weight = codes_ + at * l_.block_bytes;
     t.weight_pitch = l_.block_bytes;
     t.kept = room_.kept;
@@ -71,10 +74,18 @@ class Worker {
     alignas(64) int32_t acc[most_sums];
     alignas(64) float y[most_sums];
     t.acc = acc;
-    t.piece_count = group_pieces_;
+    t.y = y;
+    t.pieces = room_.pieces;
+    t.piece_count = p_.source.piece_count;
+    t.k_groups = l_.k_groups;
+    t.group_pieces = group_pieces_;
     // Columns follow each other in memory: the tiles of this one fetch the next, a stretch each.
     t.ahead = codes_ + (at + blocks) * l_.block_bytes;
+    constexpr bool small = B < 8 && small_matters;
     bool kept = B == 8;
+    int64_t all_tiles = 0;
+    for (int64_t i = 0; i < runs_; ++i) all_tiles += ceil_div(room_.runs[i].rows, tile_rows);
+    const bool few_tiles = all_tiles <= 3;
     int64_t row = 0;
     for (int64_t i = 0; i < runs_; ++i) {
       const Run& run = room_.runs[i];
@@ -82,96 +93,141 @@ class Worker {
       for (int64_t j = 0; j < tiles; ++j) {
         const int64_t from = run.rows * j / tiles, rows = run.rows * (j + 1) / tiles - from;
         const bool last = i + 1 == runs_ && j + 1 == tiles;
-        const Tile tile = kept   ? tile_for<8, false>(rows, blocks)
-                          : last ? tile_for<B, false>(rows, blocks)
-                                 : tile_for<B, (B < 8)>(rows, blocks);
+        const Tile tile = kept   ? tile_for<8, false, small>(rows, blocks)
+                          : last ? tile_for<B, false, small>(rows, blocks)
+                                 : tile_for<B, (B < 8), small>(rows, blocks);
         t.x = run.x + from * run.stride;
         t.x_stride = run.stride;
-        for (int64_t g = 0; g < l_.k_groups; ++g) {
-          t.pieces = room_.pieces + g * group_pieces_;
-          tile(t);
-          if (B < 8 && large_sums_) subtract_zeros(row, rows, at, blocks, g, acc);
-          if (p_.epilogue.per_row)
-            finish_rows<true>(row, rows, at, blocks, g, acc, y, n_first, n_valid);
-          else
-            finish_rows<false>(row, rows, at, blocks, g, acc, y, n_first, n_valid);
+        if (p_.epilogue.per_row) {
+          terms.row_step = p_.epilogue.x_step + first_ + row;
+          terms.row_zero = p_.epilogue.x_zero + first_ + row;
         }
+        terms.row_terms = room_.row_terms + row * l_.k_groups;
+        t.hurry = few_tiles;
+        if (l_.k_groups == 1) {
+          tile(t);
+          if (B < 8 && wide_) subtract_zeros(terms, rows, blocks, 0, acc);
+        } else {
+          clear(y, rows * blocks);
+          if (B < 8 && wide_)
+            add_groups(t, tile, rows, blocks);
+          else
+            tile(t);
+        }
+        const int64_t to = (first_ + row) * p_.n + n_first;
+        if (l_.k_groups > 1)
+          write(rows, blocks, to, n_valid, [&](int64_t r, int64_t b) __attribute__((always_inline)) {
+            return load<Floats>(y + (r * blocks + b) * block);
+          });
+        else
+          with_flags(p_.epilogue.per_row, B < 8 && !wide_, [&](auto per_row, auto zeros) {
+            write(rows, blocks, to, n_valid, [&](int64_t r, int64_t b) __attribute__((always_inline)) {
+              return terms.value<per_row, zeros>(load<Words>(acc + (r * blocks + b) * block), 0, b, r);
+            });
+          });
         if (!kept) {  // from now on the int8 weights
           kept = true;
           t.weight = t.kept;
           t.weight_pitch = t.kept_pitch;
         }
-        t.ahead += l_.k_padded * 8;
+        t.ahead += l_.k_padded * (few_tiles ? 24 : 8);
         row += rows;
       }
     }
   }
 
  private:
-  // Steps and bias of a column of tiles, 0 for channels that are not there. No bias is -0, which leaves every sum
+  // What the values of a column need; nothing for channels that are not there. No bias is -0, which leaves every sum
   // alone.
-  void load_steps(int64_t n_first, int64_t n_valid) {
+  void load_terms(int64_t at, int64_t blocks, int64_t n_first, int64_t n_valid, Terms& t) {
     const Epilogue& e = p_.epilogue;
-    for (int i = 0; i < most_blocks * block; ++i) bias_[i] = e.bias && i < n_valid ? e.bias[n_first + i] : -0.0f;
-    for (int64_t g = 0; g < l_.k_groups; ++g)
-      for (int i = 0; i < most_blocks * block; ++i)
-        room_.steps[g * most_blocks * block + i] = i < n_valid ? e.weight_step[(n_first + i) * l_.k_groups + g] : 0.0f;
+    const bool per_row = e.per_row;
+    const float x_step = per_row ? 1.0f : *e.x_step;
+    const uint32_t x_zero = per_row ? 1 : static_cast<uint32_t>(*e.x_zero);
+    const int64_t k_groups = l_.k_groups;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t n = n_first + b * block, valid = n_valid - b * block;
+      const Floats bias = e.bias ? load_some<Floats>(e.bias + n, valid) : -(Floats{});
+      std::memcpy(bias_ + b * block, &bias, sizeof bias);
+      for (int64_t g = 0; g < k_groups; g += block) {
+        Floats steps[block];
+        if (k_groups == 1) {
+          steps[0] = load_some<Floats>(e.weight_step + n, valid);
+        } else {
+          for (int64_t i = 0; i < block; ++i)
+            steps[i] = i < valid ? load_some<Floats>(e.weight_step + (n + i) * k_groups + g, k_groups - g) : Floats{};
+          transpose(steps);
+        }
+        for (int64_t i = 0; i < block && g + i < k_groups; ++i) {
+          const int64_t from = (at + b) * k_groups + g + i, to = (g + i) * Terms::pitch + b * block;
+          const Floats step = steps[i] * x_step;  // by 1 is exact
+          const Words sums = load<Words>(sums_ + from * sizeof(Words)) * x_zero;
+          std::memcpy(room_.steps + to, &step, sizeof step);
+          std::memcpy(room_.sums + to, &sums, sizeof sums);
+          if constexpr (B < 8) {
+            const uint8_t* z = zeros_ + from * block;
+            const Words zeros = wide_ ? __builtin_convertvector(load<Codes>(z), Words) : zero_terms(z);
+            std::memcpy(room_.zeros + to, &zeros, sizeof zeros);
+          }
+        }
+      }
+    }
+    t.steps = room_.steps;
+    t.sums = room_.sums;
+    t.zeros = B < 8 ? room_.zeros : nullptr;
+    t.k_groups = k_groups;
   }
 
-  // For sums of codes beyond sum_limit; the terms are plain sums then.
-  void subtract_zeros(int64_t row, int64_t rows, int64_t at, int64_t blocks, int64_t g, int32_t* acc) const {
+  // -0 leaves every sum alone.
+  static void clear(float* y, int64_t vectors) {
+    const Floats nothing = -(Floats{});
+    for (int64_t i = 0; i < vectors; ++i) std::memcpy(y + i * block, &nothing, sizeof nothing);
+  }
+
+  // The zeros' share of sums that reach sum_limit; zeros and row_terms are plain numbers then.
+  static void subtract_zeros(const Terms& t, int64_t rows, int64_t blocks, int64_t g, int32_t* acc) {
     for (int64_t r = 0; r < rows; ++r)
-      for (int64_t i = 0; i < blocks * block; ++i) {
-        const uint32_t zero = zeros_[((at + i / block) * l_.k_groups + g) * block + i % block];
-        const uint32_t sum = static_cast<uint32_t>(room_.row_terms[(row + r) * l_.k_groups + g]);
-        int32_t& value = acc[r * blocks * block + i];
-        value = static_cast<int32_t>(static_cast<uint32_t>(value) - zero * sum);
+      for (int64_t b = 0; b < blocks; ++b) {
+        int32_t* const at = acc + (r * blocks + b) * block;
+        const uint32_t sum = static_cast<uint32_t>(t.row_terms[r * t.k_groups + g]);
+        const Words value = load<Words>(at) - load<Words>(t.zeros + g * Terms::pitch + b * block) * sum;
+        std::memcpy(at, &value, sizeof value);
       }
   }
 
-  // Adds the sums of group g of K to y; with the last group, writes results. row: in the block of rows.
-  template <bool per_row>
-  void finish_rows(int64_t row, int64_t rows, int64_t at, int64_t blocks, int64_t g, const int32_t* acc, float* y,
-                   int64_t n_first, int64_t n_valid) const {
-    // Copies: what is written could alias the members, and every row would load them again.
-    const Finish finish = finish_;
-    const float* x_steps = p_.epilogue.x_step;
-    const int32_t* x_zeros = p_.epilogue.x_zero;
-    const int32_t* row_terms = room_.row_terms + row * l_.k_groups + g;
+  // The groups of K one by one, for such sums.
+  void add_groups(TileArgs t, Tile tile, int64_t rows, int64_t blocks) const {
+    const Terms terms = t.terms;
+    t.k_groups = 1;
+    t.piece_count = group_pieces_;
+    for (int64_t g = 0; g < l_.k_groups; ++g, t.pieces += group_pieces_) {
+      tile(t);
+      subtract_zeros(terms, rows, blocks, g, t.acc);
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t b = 0; b < blocks; ++b) {
+          const int64_t at = (r * blocks + b) * block;
+          const Words acc = load<Words>(t.acc + at);
+          const Floats value =
+              terms.row_step ? terms.value<true, false>(acc, g, b, r) : terms.value<false, false>(acc, g, b, r);
+          const Floats y = load<Floats>(t.y + at) + value;
+          std::memcpy(t.y + at, &y, sizeof y);
+        }
+    }
+  }
+
+  // value(r, b) and the bias to results.
+  template <class Value>
+  QK_INLINE void write(int64_t rows, int64_t blocks, int64_t to, int64_t n_valid, const Value& value) const {
+    const Finish finish = finish_;  // a copy: what is written could alias the member
     void* const out = p_.out;
-    const int64_t n = p_.n, k_groups = l_.k_groups;
-    const bool first = g == 0, last = g + 1 == k_groups, zeros_matter = B < 8 && !large_sums_;
-    for (int64_t b = 0; b < blocks; ++b) {
-      const Words sums = load<Words>(sums_ + ((at + b) * k_groups + g) * sizeof(Words));
-      Words zeros = {};
-      if (zeros_matter) zeros = zero_terms(zeros_ + ((at + b) * k_groups + g) * block);
-      const Floats steps = load<Floats>(room_.steps + (g * most_blocks + b) * block);
+    const int64_t n = p_.n;
+    for (int64_t b = 0; b < blocks; ++b, to += block) {
       const Floats bias = load<Floats>(bias_ + b * block);
       const int64_t valid = n_valid - b * block;
-      Words zero_sums = sums * static_cast<uint32_t>(*x_zeros);
-      Floats step = steps * *x_steps;
-      int64_t to = (first_ + row) * n + n_first + b * block;
-      const auto row_of = [&](int64_t r) __attribute__((always_inline)) {
-        if constexpr (per_row) {
-          zero_sums = sums * static_cast<uint32_t>(x_zeros[first_ + row + r]);
-          step = steps * x_steps[first_ + row + r];
-        }
-        Words value = load<Words>(acc + (r * blocks + b) * block);
-        if constexpr (B < 8) value = less_zeros(value, zeros, zeros_matter ? row_terms[r * k_groups] : 0);
-        return scaled(value, zero_sums, step);
-      };
-      if (first && last) {
-        for (int64_t r = 0; r < rows; ++r, to += n) finish.write(row_of(r) + bias, out, to, valid);
-        continue;
-      }
-      for (int64_t r = 0; r < rows; ++r, to += n) {
-        const int64_t i = (r * blocks + b) * block;
-        Floats value = row_of(r);
-        if (!first) value = load<Floats>(y + i) + value;
-        if (last)
-          finish.write(value + bias, out, to, valid);
-        else
-          std::memcpy(y + i, &value, sizeof value);
+      if (valid >= block) {
+        for (int64_t r = 0; r < rows; ++r) finish.write(value(r, b) + bias, out, to + r * n, block);
+      } else {
+        for (int64_t r = 0; r < rows; ++r) finish.write(value(r, b) + bias, out, to + r * n, valid);
       }
     }
   }
@@ -183,7 +239,7 @@ class Worker {
   const uint8_t* codes_;
   const uint8_t* sums_;  // bytes: a view may begin anywhere
   const uint8_t* zeros_;
-  const bool large_sums_;
+  const bool wide_;
   int64_t group_pieces_, runs_ = 0, first_ = 0;
   float bias_[most_blocks * block];
 };
@@ -208,7 +264,9 @@ void multiply_stored(const Product& p, const Finish& finish) {
   const int64_t pieces = parts.take<Piece>(p.source.piece_count), runs = parts.take<Run>(c.block_rows);
   const int64_t rows = parts.take<uint8_t>(c.block_rows * p.source.row_bytes + p.source.fixed_bytes + 64);
   const int64_t row_terms = parts.take<int32_t>(B < 8 ? c.block_rows * l.k_groups : 0);
-  const int64_t steps = parts.take<float>(l.k_groups * most_blocks * block);
+  const int64_t terms = l.k_groups * Terms::pitch;
+  const int64_t steps = parts.take<float>(terms), sums = parts.take<uint32_t>(terms);
+  const int64_t zeros = parts.take<uint32_t>(B < 8 ? terms : 0);
   const int64_t kept = parts.take<uint8_t>(B < 8 ? c.tile_blocks * l.k_padded * block : 0);
   parallel_for(c.workers, 1, [&](int64_t begin, int64_t end) {
     uint8_t* memory = static_cast<uint8_t*>(thread_scratch(parts.bytes));
@@ -217,7 +275,9 @@ void multiply_stored(const Product& p, const Finish& finish) {
                     memory + rows,
                     reinterpret_cast<int32_t*>(memory + row_terms),
                     memory + kept,
-                    reinterpret_cast<float*>(memory + steps)};
+                    reinterpret_cast<float*>(memory + steps),
+                    reinterpret_cast<uint32_t*>(memory + sums),
+                    reinterpret_cast<uint32_t*>(memory + zeros)};
     Worker<B, Finish> worker(p, room, finish);
     int64_t loaded = -1;
     for (int64_t unit = c.units * begin / c.workers; unit < c.units * end / c.workers; ++unit) {

@@ -30,29 +30,30 @@ void read_gate(const MultiplyArgs& a, int64_t image, float* gate) {
 
 // An image is one row of values that the gate goes along with, round and round.
 template <bool x_codes, bool codes, bool tame>
-void run(const MultiplyArgs& a, const Sink& sink) {
-  const Source source(a.x);
+void run(const MultiplyArgs& a, const Sink& shared) {
   const int64_t values = a.pixels * a.channels, jobs = (values + grain_values - 1) / grain_values;
   parallel_for(a.images * jobs, 1, [&](int64_t begin, int64_t end) {
-    float* gate = static_cast<float*>(thread_scratch((a.channels + strip) * 4));
+    const Source source(a.x);
+    const Sink sink = shared;  // a copy stays in registers
+    const void* x_data = a.x.data;
+    void* out = a.out.data;
+    const int64_t channels = a.channels;
+    float* gate = static_cast<float*>(thread_scratch((channels + strip) * 4));
     for (int64_t job = begin; job < end; ++job) {
       const int64_t image = job / jobs, first = job % jobs * grain_values;
       if (job == begin || first == 0) read_gate(a, image, gate);
-      const int64_t start = image * values;
-      int64_t channel = first % a.channels;
-      each_strip(
-          start + first, start + least(first + grain_values, values),
-          [&](int64_t at) {
-            sink.write<codes, tame>(product(source.read<x_codes>(a.x.data, at), gate + channel), a.out.data, at);
-            channel += strip;
-            if (channel >= a.channels) channel = channel < 2 * a.channels ? channel - a.channels : channel % a.channels;
-          },
-          [&](int64_t at, int64_t n) {
-            float buffer[strip];
-            const Values x = source.read<x_codes>(copy_in<x_codes>(buffer, a.x.data, at, n), 0);
-            sink.write<codes, tame>(product(x, gate + channel), buffer, 0);
-            copy_out<codes>(buffer, a.out.data, at, n);
-          });
+      const int64_t last = image * values + least(first + grain_values, values);
+      int64_t at = image * values + first, channel = first % channels;
+      for (; at + strip <= last; at += strip) {
+        sink.write<codes, tame>(product(source.read<x_codes>(x_data, at), gate + channel), out, at);
+        channel += strip;
+        if (channel >= channels) channel = channel < 2 * channels ? channel - channels : channel % channels;
+      }
+      if (at == last) continue;
+      float buffer[strip];
+      const Values x = source.read<x_codes>(copy_in<x_codes>(buffer, x_data, at, last - at), 0);
+      sink.write<codes, tame>(product(x, gate + channel), buffer, 0);
+      copy_out<codes>(buffer, out, at, last - at);
     }
   });
 }

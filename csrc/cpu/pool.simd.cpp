@@ -38,9 +38,10 @@ QK_INLINE Bytes16 larger(Bytes16 a, Bytes16 b) {
 QK_INLINE uint8_t larger(uint8_t a, uint8_t b) { return a > b ? a : b; }
 
 // The largest of a window for every channel, a vector at a time. The last vector may overlap the one before.
-template <class Vector>
-QK_INLINE void max_window(const uint8_t* x, int64_t rows, int64_t cols, int64_t row_step, int64_t col_step,
+template <class Vector, int fixed_cols>
+QK_INLINE void max_window(const uint8_t* x, int64_t rows, int64_t any_cols, int64_t row_step, int64_t col_step,
                           int64_t channels, uint8_t* out) {
+  const int64_t cols = fixed_cols ? fixed_cols : any_cols;
   constexpr int64_t width = sizeof(Vector);
   for (int64_t c = 0; c < channels; c += width) {
     c = least(c, channels - width);
@@ -59,21 +60,60 @@ QK_INLINE void max_window(const uint8_t* x, int64_t rows, int64_t cols, int64_t 
 }
 
 template <class Vector>
-void max_row(const PoolArgs& a, const uint8_t* image, int64_t oy, uint8_t* out) {
+void max_row(const PoolArgs& args, const uint8_t* image, int64_t oy, uint8_t* out) {
+  const PoolArgs a = args;  // a copy stays in registers
   const Span rows = span_of(oy, a.kernel_h, a.stride_h, a.pad_h, a.dilation_h, a.h);
   for (int64_t ox = 0; ox < a.ow; ++ox, out += a.channels) {
     const Span cols = span_of(ox, a.kernel_w, a.stride_w, a.pad_w, a.dilation_w, a.w);
-    max_window<Vector>(image + (rows.first * a.w + cols.first) * a.channels, rows.count, cols.count,
-                       a.dilation_h * a.w * a.channels, a.dilation_w * a.channels, a.channels, out);
+    const uint8_t* x = image + (rows.first * a.w + cols.first) * a.channels;
+    const int64_t row_step = a.dilation_h * a.w * a.channels, col_step = a.dilation_w * a.channels;
+    if (cols.count == 3)
+      max_window<Vector, 3>(x, rows.count, 3, row_step, col_step, a.channels, out);
+    else if (cols.count == 2)
+      max_window<Vector, 2>(x, rows.count, 2, row_step, col_step, a.channels, out);
+    else
+      max_window<Vector, 0>(x, rows.count, cols.count, row_step, col_step, a.channels, out);
   }
 }
 
 // --- average ---
 
-typedef uint8_t SomeCodes __attribute__((vector_size(2 * lanes)));
-typedef uint16_t Words __attribute__((vector_size(4 * lanes)));
-typedef uint16_t SomeWords __attribute__((vector_size(2 * lanes)));
+// Codes, words and sums of a strip of channels: the compiler widens such vectors value by value (gcc 12), so by name.
+#if defined(__AVX512BW__)
+typedef __m512i Words;
+QK_INLINE Words words_of(const uint8_t* codes) {
+  return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+}
+QK_INLINE Words added(Words a, Words b) { return _mm512_add_epi16(a, b); }
+QK_INLINE __m512i sums_of(Words words, int half) {
+  return _mm512_cvtepu16_epi32(half ? _mm512_extracti64x4_epi64(words, 1) : _mm512_castsi512_si256(words));
+}
+#elif defined(__AVX2__)
+typedef __m256i Words;
+QK_INLINE Words words_of(const uint8_t* codes) {
+  return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+}
+QK_INLINE Words added(Words a, Words b) { return _mm256_add_epi16(a, b); }
+QK_INLINE __m256i sums_of(Words words, int half) {
+  return _mm256_cvtepu16_epi32(half ? _mm256_extracti128_si256(words, 1) : _mm256_castsi256_si128(words));
+}
+#else
+typedef uint16_t Words __attribute__((vector_size(16)));
+typedef int32_t FourSums __attribute__((vector_size(16)));
+QK_INLINE Words words_of(const uint8_t* codes) {
+  Words words;
+  for (int i = 0; i < 8; ++i) words[i] = codes[i];
+  return words;
+}
+QK_INLINE Words added(Words a, Words b) { return a + b; }
+QK_INLINE FourSums sums_of(Words words, int half) {
+  FourSums sums;
+  for (int i = 0; i < 4; ++i) sums[i] = words[4 * half + i];
+  return sums;
+}
+#endif
 typedef int32_t Ints __attribute__((vector_size(4 * lanes)));
+typedef float Floats __attribute__((vector_size(4 * lanes)));
 
 // Sums of a strip of channels: 16 bits for as many codes as they hold, then 32.
 class Sums {
@@ -81,29 +121,25 @@ class Sums {
   static constexpr int64_t most_codes = 257;  // 257 * 255 < 2^16
 
   QK_INLINE void add(const uint8_t* codes) {
-    SomeCodes some[2];
-    std::memcpy(some, codes, sizeof some);
-    words_[0] += __builtin_convertvector(some[0], Words);
-    words_[1] += __builtin_convertvector(some[1], Words);
+    first_ = added(first_, words_of(codes));
+    second_ = added(second_, words_of(codes + 2 * lanes));
   }
   QK_INLINE void flush() {
-    SomeWords some[4];
-    std::memcpy(some, words_, sizeof some);
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) sums_[i] += __builtin_convertvector(some[i], Ints);
-    words_[0] = words_[1] = Words{};
+    for (int i = 0; i < 4; ++i) sums_[i] += reinterpret_cast<Ints>(sums_of(i < 2 ? first_ : second_, i % 2));
+    first_ = second_ = Words{};
   }
   // float(sum - correction) * factor
   QK_INLINE Values values(int32_t correction, float factor) const {
     Values y;
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) y.v[i] = reinterpret_cast<Lane>(__builtin_convertvector(sums_[i] - correction, Floats)) * factor;
+    for (int i = 0; i < 4; ++i)
+      y.v[i] = reinterpret_cast<Lane>(__builtin_convertvector(sums_[i] - correction, Floats)) * factor;
     return y;
   }
 
  private:
-  typedef float Floats __attribute__((vector_size(4 * lanes)));
-  Words words_[2]{};
+  Words first_{}, second_{};
   Ints sums_[4]{};
 };
 
@@ -139,7 +175,9 @@ QK_INLINE Values average(const uint8_t* x, const Span& rows, const Span& cols, i
 }
 
 template <bool codes, bool tame>
-void average_row(const PoolArgs& a, const Sink& sink, const uint8_t* image, int64_t oy, int64_t out) {
+void average_row(const PoolArgs& args, const Sink& shared, const uint8_t* image, int64_t oy, int64_t out) {
+  const PoolArgs a = args;  // copies stay in registers
+  const Sink sink = shared;
   const Span rows = span_of(oy, a.kernel_h, a.stride_h, a.pad_h, 1, a.h);
   const float step = *a.x.step;
   for (int64_t ox = 0; ox < a.ow; ++ox, out += a.channels) {
@@ -151,7 +189,8 @@ void average_row(const PoolArgs& a, const Sink& sink, const uint8_t* image, int6
     const uint8_t* x = image + (rows.first * a.w + cols.first) * a.channels;
     if (a.channels < strip) {
       float buffer[strip];
-      sink.write<codes, tame>(average<true>(x, rows, cols, a.w * a.channels, a.channels, correction, factor), buffer, 0);
+      sink.write<codes, tame>(average<true>(x, rows, cols, a.w * a.channels, a.channels, correction, factor), buffer,
+                              0);
       copy_out<codes>(buffer, a.out.data, out, a.channels);
       continue;
     }
@@ -191,9 +230,8 @@ void pool(const PoolArgs& a) {
   const float window = static_cast<float>(least(a.kernel_h, a.h)) * static_cast<float>(least(a.kernel_w, a.w));
   const Sink sink(a.out, Source(a.x).largest * window);
   with_result(a.out, sink, [&](auto codes, auto tame) {
-    each_out_row(a, [&](const uint8_t* image, int64_t oy, int64_t out) {
-      average_row<codes, tame>(a, sink, image, oy, out);
-    });
+    each_out_row(
+        a, [&](const uint8_t* image, int64_t oy, int64_t out) { average_row<codes, tame>(a, sink, image, oy, out); });
   });
 }
 

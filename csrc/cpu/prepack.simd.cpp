@@ -83,10 +83,10 @@ void pack_depthwise_block(const PrepackArgs& a, int64_t at) {
   for (int64_t i = 0; i < PackedLayout::block; ++i) {
     const int64_t n = at * PackedLayout::block + i;
     int32_t sum = 0;
-    for (int64_t k = 0; k < l.k_padded; ++k) {
-      const bool there = n < a.shape.n && k < l.k;
-      const int value = there ? code_at(a.packed + n * a.row_bytes, k, a.shape.bits) - a.zero[n] : 0;
-      a.out[l.code_at(at, k, i)] = static_cast<uint8_t>(value);
+    for (int64_t k = 0; k < l.k_padded; ++k) a.out[l.code_at(at, k, i)] = 0;
+    for (int64_t k = 0; k < l.k && n < a.shape.n; ++k) {
+      const int value = code_at(a.packed + n * a.row_bytes, k, a.shape.bits) - a.zero[n];
+      a.out[l.code_at(at, l.tap_at(k), i)] = static_cast<uint8_t>(value);
       sum += value;
     }
     std::memcpy(a.out + l.sums_at + (at * PackedLayout::block + i) * 4, &sum, 4);

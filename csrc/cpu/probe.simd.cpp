@@ -36,7 +36,7 @@ void probe(const ProbeArgs& a) {
 
 #else
 
-// As many independent sums as the register tile has, of one vector.
+// As many independent sums as the register tile has, nothing is loaded.
 void probe(const ProbeArgs& a) {
   constexpr int sums = probe_sums;
   alignas(64) uint8_t bytes[64];
@@ -45,12 +45,16 @@ void probe(const ProbeArgs& a) {
   Lanes acc[sums];
 #pragma GCC unroll 32
   for (int i = 0; i < sums; ++i) acc[i] = dot4<true>(none(), broadcast4(bytes + i), load64(bytes));
-  const Four x = broadcast4(bytes);
+  Four x = broadcast4(bytes);
+  const Bytes w = load64(bytes);
   for (int64_t round = 0; round < a.rounds; ++round) {
-    asm volatile("" ::"r"(bytes) : "memory");  // or AVX2 would multiply once and only add
-    const Bytes w = load64(bytes);
 #pragma GCC unroll 32
-    for (int i = 0; i < sums; ++i) acc[i] = dot4<true>(acc[i], x, w);
+    for (int i = 0; i < sums; ++i) {
+#if defined(QK_ISA_AVX2)
+      asm volatile("" : "+x"(x));  // its products and sums are apart: the compiler would multiply once and only add
+#endif
+      acc[i] = dot4<true>(acc[i], x, w);
+    }
   }
 #pragma GCC unroll 32
   for (int i = 1; i < sums; ++i) acc[0] = sum(acc[0], acc[i]);

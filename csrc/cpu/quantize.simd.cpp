@@ -37,9 +37,13 @@ void quantize_transposed(const QuantizeTransposedArgs& a) {
         if (group == 16)
           for (int64_t p = 0; p < n; p += 16)
             transpose_16(tile + p, strip, out + p * a.channels + channel, a.channels, least<int64_t>(16, n - p));
-        else
+        else {
+          int64_t done = 0;
+          if (a.channels == 3)
+            for (; done + 16 <= n; done += 16) interleave_3(tile + done, strip, out + 3 * done);
           for (int64_t c = 0; c < group; ++c)
-            for (int64_t p = 0; p < n; ++p) out[p * a.channels + channel + c] = tile[c * strip + p];
+            for (int64_t p = done; p < n; ++p) out[p * a.channels + channel + c] = tile[c * strip + p];
+        }
       }
     }
   });

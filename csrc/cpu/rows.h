@@ -2,63 +2,60 @@
 #pragma once
 #include <cstring>
 
-#include "cpu/simd.h"
+#include "cpu/lanes.h"
 #include "ops/embedding_bag.h"
-#if defined(__AVX2__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"  // gcc 12: its own AVX-512 header
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-#endif
-
-#pragma GCC diagnostic ignored "-Wpsabi"  // such vectors never cross a call here: everything below is inlined
 
 namespace qk::cpu::QK_ISA {
 namespace {
 
-#if defined(__AVX512BW__)
-constexpr int lanes = 16;
-typedef __m512 Lane;
-QK_INLINE Lane larger(Lane a, Lane b) { return _mm512_max_ps(a, b); }  // b unless a > b
-#elif defined(__AVX2__)
-constexpr int lanes = 8;
-typedef __m256 Lane;
-QK_INLINE Lane larger(Lane a, Lane b) { return _mm256_max_ps(a, b); }
-#else
-constexpr int lanes = 4;
-typedef float Lane __attribute__((vector_size(16)));
-QK_INLINE Lane larger(Lane a, Lane b) { return a > b ? a : b; }
-#endif
 typedef uint32_t Words __attribute__((vector_size(4 * lanes)));
-typedef uint8_t Codes __attribute__((vector_size(lanes)));
+
+typedef float Four __attribute__((vector_size(16)));
+typedef uint32_t FourWords __attribute__((vector_size(16)));
 
 // Exact. The product brings the exponent's bias from 15 to 127, for denormals too.
-QK_INLINE float from_half(uint16_t half) {
-  const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16, rest = static_cast<uint32_t>(half & 0x7fff) << 13;
-  float value;
-  std::memcpy(&value, &rest, 4);
-  value *= 0x1p112f;
-  uint32_t word;
-  std::memcpy(&word, &value, 4);
-  word |= sign | (rest >= 0x0f800000 ? 0x7f800000 : 0);
-  std::memcpy(&value, &word, 4);
-  return value;
+QK_INLINE Four from_half(FourWords half) {
+  const FourWords rest = (half & 0x7fff) << 13;
+  const FourWords odd = reinterpret_cast<FourWords>(rest >= 0x0f800000) & 0x7f800000;  // Inf, NaN
+  return reinterpret_cast<Four>(reinterpret_cast<FourWords>(reinterpret_cast<Four>(rest) * 0x1p112f) |
+                                (half & 0x8000) << 16 | odd);
 }
 
-QK_INLINE float read_number(RowDtype dtype, const uint8_t* p, int i) {
+// `count` numbers, at most 4, of a dtype.
+template <int count>
+QK_INLINE Four read_numbers(RowDtype dtype, const uint8_t* p) {
+  Four values{};
   if (dtype == RowDtype::float32) {
-    float value;
-    std::memcpy(&value, p + 4 * i, 4);
-    return value;
+    std::memcpy(&values, p, 4 * count);
+    return values;
   }
-  uint16_t half;
-  std::memcpy(&half, p + 2 * i, 2);
-  if (dtype == RowDtype::float16) return from_half(half);
-  const uint32_t word = static_cast<uint32_t>(half) << 16;
-  float value;
-  std::memcpy(&value, &word, 4);
-  return value;
+  typedef uint16_t Halves __attribute__((vector_size(8)));
+  Halves halves{};
+  std::memcpy(&halves, p, 2 * count);
+#if defined(__AVX512BW__)
+  if (dtype == RowDtype::float16)
+    return _mm512_castps512_ps128(
+        _mm512_cvtph_ps(_mm256_castsi128_si256(_mm_cvtsi64_si128(reinterpret_cast<int64_t>(halves)))));
+#endif
+  const FourWords words = __builtin_convertvector(halves, FourWords);
+  return dtype == RowDtype::float16 ? from_half(words) : reinterpret_cast<Four>(words << 16);
+}
+
+struct Affine {
+  Lane scale, offset;
+};
+
+QK_INLINE Affine read_affine(RowDtype dtype, const uint8_t* p) {
+#if defined(__AVX512BW__)
+  if (dtype == RowDtype::float16) {  // both are loaded into all lanes
+    int32_t both;
+    std::memcpy(&both, p, 4);
+    const Lane pairs = _mm512_cvtph_ps(_mm256_set1_epi32(both));
+    return {_mm512_moveldup_ps(pairs), _mm512_movehdup_ps(pairs)};
+  }
+#endif
+  const Four numbers = read_numbers<2>(dtype, p);
+  return {all_lanes(numbers[0]), all_lanes(numbers[1])};
 }
 
 // What a code of a row stands for: of 2 and 4 bits a table, whose entries are the definition's values, weighted or not.
@@ -96,17 +93,17 @@ struct Numbers {
 #endif
 
   // code * scale + offset. A table of fewer entries than a vector has lanes repeats itself.
-  QK_INLINE void set_affine(float scale, float offset) {
+  QK_INLINE void set_affine(const Affine& row) {
 #if defined(__AVX512BW__)
     const Lane codes = bits == 2 ? Lane{0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3}
                                  : Lane{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    table = codes * scale + offset;
+    table = codes * row.scale + row.offset;
 #elif defined(__AVX2__)
     const Lane codes = bits == 2 ? Lane{0, 1, 2, 3, 0, 1, 2, 3} : Lane{0, 1, 2, 3, 4, 5, 6, 7};
-    table[0] = codes * scale + offset;
-    table[1] = (codes + 8.0f) * scale + offset;
+    table[0] = codes * row.scale + row.offset;
+    if (bits == 4) table[1] = (codes + 8.0f) * row.scale + row.offset;
 #else
-    for (int i = 0; i < entries; ++i) table[i] = static_cast<float>(i) * scale + offset;
+    for (int i = 0; i < entries; ++i) table[i] = static_cast<float>(i) * row.scale[0] + row.offset[0];
 #endif
   }
   QK_INLINE void set_book(const float* book) {
@@ -118,12 +115,16 @@ struct Numbers {
   // False for the number of a book that there is not.
   QK_INLINE bool read(const EmbeddingBagArgs& a, const uint8_t* p) {
     if (__builtin_expect(a.kind == RowKind::affine, 1)) {
-      set_affine(read_number(a.dtype, p, 0), read_number(a.dtype, p, 1));
+      set_affine(read_affine(a.dtype, p));
       return true;
     }
     if (a.kind == RowKind::codebook) {
       float book[16];
-      for (int i = 0; i < entries; ++i) book[i] = read_number(a.dtype, p, i);
+      const int64_t size = a.dtype == RowDtype::float32 ? 4 : 2;
+      for (int i = 0; i < entries; i += 4) {
+        const Four some = read_numbers<4>(a.dtype, p + i * size);
+        std::memcpy(book + i, &some, sizeof some);
+      }
       set_book(book);
       return true;
     }
@@ -137,58 +138,126 @@ struct Numbers {
 
 template <>
 struct Numbers<8> {
-  float scale, offset, weight = 1.0f;
+  Affine row;
+  float weight = 1.0f;
   QK_INLINE void weigh(float w) { weight = w; }
   QK_INLINE bool read(const EmbeddingBagArgs& a, const uint8_t* p) {
-    scale = read_number(a.dtype, p, 0);
-    offset = read_number(a.dtype, p, 1);
+    row = read_affine(a.dtype, p);
     return true;
   }
 };
 
+#if defined(__AVX512BW__)
+template <bool upper>
+QK_INLINE Lane interleaved(Lane a, Lane b) {
+  if constexpr (upper)
+    return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  else
+    return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+#elif defined(__AVX2__)
+template <bool upper>
+QK_INLINE Lane interleaved(Lane a, Lane b) {
+  if constexpr (upper)
+    return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+  else
+    return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+}
+#else
+template <bool upper>
+QK_INLINE Lane interleaved(Lane a, Lane b) {
+  if constexpr (upper)
+    return __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  else
+    return __builtin_shufflevector(a, b, 0, 4, 1, 5);
+}
+#endif
+
+// The first n of accs * lanes columns.
+template <int accs>
+QK_INLINE void store_columns(const Lane (&values)[accs], float* out, int64_t n) {
+  if (n == accs * lanes) {
+#pragma GCC unroll 8
+    for (int j = 0; j < accs; ++j) std::memcpy(out + j * lanes, &values[j], sizeof(Lane));
+  } else {
+    float some[accs * lanes];
+#pragma GCC unroll 8
+    for (int j = 0; j < accs; ++j) std::memcpy(some + j * lanes, &values[j], sizeof(Lane));
+    std::memcpy(out, some, static_cast<size_t>(n) * 4);
+  }
+}
+
 // The codes of accs * lanes columns. Each lane of a vector of words holds codes of its own, which are shifted down one
-// after the other; where a vector has more lanes than there are words, these are repeated, and each copy starts with
-// codes of its own. So accumulator j holds columns that lie apart: place(i) is where column i is.
+// after the other, whole bytes by loading from further on; where a vector has more lanes than there are words, these
+// are repeated, and each copy starts with codes of its own. So accumulator j holds columns that lie apart.
 template <int bits, int accs>
 class RowPart {
   static constexpr int per_word = 32 / bits, copies = per_word / accs, words = lanes / copies;
 
  public:
-  static constexpr int64_t bytes = 4 * words;
+  static constexpr int64_t bytes = 4 * words + (copies == 1 ? 3 : 0);  // that are read
 
-  QK_INLINE explicit RowPart(const uint8_t* codes) {
-#if defined(__AVX512BW__)
-    if constexpr (copies == 1) {
-      std::memcpy(&words_, codes, 64);
-    } else if constexpr (copies == 2) {
-      words_ = reinterpret_cast<Words>(
-          _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes))));
-    } else if constexpr (copies == 4) {
-      words_ =
-          reinterpret_cast<Words>(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))));
-    } else {
-      int64_t both;
-      std::memcpy(&both, codes, 8);
-      words_ = reinterpret_cast<Words>(_mm512_set1_epi64(both));
-    }
-#else
-    for (int copy = 0; copy < copies; ++copy) std::memcpy(reinterpret_cast<char*>(&words_) + copy * bytes, codes, bytes);
-#endif
+  QK_INLINE explicit RowPart(const uint8_t* codes) : codes_(codes) {
     if constexpr (copies > 1) {
-      Words shift;
+      Words shift{};
+#pragma GCC unroll 16
       for (int lane = 0; lane < lanes; ++lane) shift[lane] = static_cast<uint32_t>(lane / words * accs * bits);
-      words_ >>= shift;
+      words_ = repeated(codes) >> shift;
     }
   }
-  QK_INLINE Lane next(const Numbers<bits>& numbers, int j) const { return numbers.at(words_ >> (j * bits)); }
+  QK_INLINE Lane at(const Numbers<bits>& numbers, int j) const {
+    if constexpr (copies > 1) return numbers.at(words_ >> (j * bits));
+    Words from_byte;
+    std::memcpy(&from_byte, codes_ + j * bits / 8, sizeof from_byte);
+    return numbers.at(from_byte >> (j * bits % 8));
+  }
 
-  static constexpr int64_t place(int64_t i) {
-    const int64_t word = i / per_word, rest = i % per_word;
-    return rest % accs * lanes + rest / accs * words + word;
+  // Each round interleaves the first half of the vectors with the second; after log2(accs) of them the columns of a
+  // lane lie together. Then the copies of a word.
+  QK_INLINE static void store(const Lane (&acc)[accs], float* out, int64_t n) {
+    Lane v[accs], w[accs];
+#pragma GCC unroll 8
+    for (int j = 0; j < accs; ++j) v[j] = acc[j];
+#pragma GCC unroll 3
+    for (int left = accs; left > 1; left /= 2) {
+#pragma GCC unroll 4
+      for (int j = 0; j < accs / 2; ++j) {
+        w[2 * j] = interleaved<false>(v[j], v[j + accs / 2]);
+        w[2 * j + 1] = interleaved<true>(v[j], v[j + accs / 2]);
+      }
+#pragma GCC unroll 8
+      for (int j = 0; j < accs; ++j) v[j] = w[j];
+    }
+    if constexpr (copies == 1) {
+      store_columns<accs>(v, out, n);
+    } else {
+      float mixed[accs * lanes], sorted[accs * lanes];
+      store_columns<accs>(v, mixed, accs * lanes);
+      float* to = n == accs * lanes ? out : sorted;
+      for (int word = 0; word < words; ++word)
+        for (int copy = 0; copy < copies; ++copy)
+          std::memcpy(to + (word * copies + copy) * accs, mixed + (copy * words + word) * accs, 4 * accs);
+      if (to == sorted) std::memcpy(out, sorted, static_cast<size_t>(n) * 4);
+    }
   }
 
  private:
-  Words words_;
+  QK_INLINE static Words repeated(const uint8_t* codes) {
+#if defined(__AVX512BW__)
+    if constexpr (copies == 2)
+      return reinterpret_cast<Words>(
+          _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes))));
+    if constexpr (copies == 4)
+      return reinterpret_cast<Words>(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))));
+#endif
+    Words all;
+    for (int copy = 0; copy < copies; ++copy)
+      std::memcpy(reinterpret_cast<char*>(&all) + copy * 4 * words, codes, 4 * words);
+    return all;
+  }
+
+  const uint8_t* codes_;
+  Words words_{};
 };
 
 template <int accs>
@@ -196,15 +265,10 @@ class RowPart<8, accs> {
  public:
   static constexpr int64_t bytes = accs * lanes;
   QK_INLINE explicit RowPart(const uint8_t* codes) : codes_(codes) {}
-  QK_INLINE Lane next(const Numbers<8>& numbers, int j) const {
-    Codes codes;
-    std::memcpy(&codes, codes_ + j * lanes, sizeof codes);
-    typedef float Floats __attribute__((vector_size(4 * lanes)));
-    typedef int32_t Ints __attribute__((vector_size(4 * lanes)));
-    const Floats units = __builtin_convertvector(__builtin_convertvector(codes, Ints), Floats);
-    return (reinterpret_cast<Lane>(units) * numbers.scale + numbers.offset) * numbers.weight;
+  QK_INLINE Lane at(const Numbers<8>& numbers, int j) const {
+    return (floats_of(codes_ + j * lanes) * numbers.row.scale + numbers.row.offset) * numbers.weight;
   }
-  static constexpr int64_t place(int64_t i) { return i; }
+  QK_INLINE static void store(const Lane (&acc)[accs], float* out, int64_t n) { store_columns<accs>(acc, out, n); }
 
  private:
   const uint8_t* codes_;

@@ -4,43 +4,24 @@
 #include <cstring>
 
 #include "cpu/codes.h"
-#include "cpu/simd.h"
+#include "cpu/lanes.h"
 #include "ops/values.h"
-#if defined(__AVX2__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"  // gcc 12: its own AVX-512 header
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-#endif
 
 namespace qk::cpu::QK_ISA {
 namespace {
 
-#if defined(__AVX512BW__)
-typedef __m512 Lane;
-#elif defined(__AVX2__)
-typedef __m256 Lane;
-#else
-typedef float Lane __attribute__((vector_size(16)));
-#endif
-constexpr int64_t lanes = sizeof(Lane) / 4, strip = 4 * lanes;
+constexpr int64_t strip = 4 * lanes;
 
 struct Values {
   Lane v[4];
 };
 
-QK_INLINE Lane all_lanes(float value) { return Lane{} + value; }
-
 #if defined(__AVX512BW__)
-QK_INLINE Lane lower(Lane limit, Lane y) { return _mm512_min_ps(limit, y); }  // y if that is NaN
-QK_INLINE Lane higher(Lane limit, Lane y) { return _mm512_max_ps(limit, y); }
-QK_INLINE Lane no_nan(Lane t) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(t, t, _CMP_ORD_Q), t); }
 // 2^23 + code: the code's byte below the upper bytes of 2^23.
 QK_INLINE Lane shifted_codes(const uint8_t* codes) {
-  const __m512i spread = _mm512_set_epi64(0x0000000f0000000e, 0x0000000d0000000c, 0x0000000b0000000a,
-                                          0x0000000900000008, 0x0000000700000006, 0x0000000500000004,
-                                          0x0000000300000002, 0x0000000100000000);
+  const __m512i spread =
+      _mm512_set_epi64(0x0000000f0000000e, 0x0000000d0000000c, 0x0000000b0000000a, 0x0000000900000008,
+                       0x0000000700000006, 0x0000000500000004, 0x0000000300000002, 0x0000000100000000);
   const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
   return _mm512_castsi512_ps(
       _mm512_mask_shuffle_epi8(_mm512_set1_epi32(0x4b000000), 0x1111111111111111, bytes, spread));
@@ -57,9 +38,6 @@ QK_INLINE void store_codes(const Values& t, int16_t zero, uint8_t low, uint8_t h
   std::memcpy(out, &codes, sizeof codes);
 }
 #elif defined(__AVX2__)
-QK_INLINE Lane lower(Lane limit, Lane y) { return _mm256_min_ps(limit, y); }
-QK_INLINE Lane higher(Lane limit, Lane y) { return _mm256_max_ps(limit, y); }
-QK_INLINE Lane no_nan(Lane t) { return _mm256_and_ps(t, _mm256_cmp_ps(t, t, _CMP_ORD_Q)); }
 QK_INLINE Lane shifted_codes(const uint8_t* codes) {
   const __m256i words = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
   return _mm256_castsi256_ps(_mm256_or_si256(words, _mm256_set1_epi32(0x4b000000)));
@@ -75,14 +53,7 @@ QK_INLINE void store_codes(const Values& t, int16_t zero, uint8_t low, uint8_t h
   std::memcpy(out, &codes, sizeof codes);
 }
 #else
-QK_INLINE Lane lower(Lane limit, Lane y) { return limit < y ? limit : y; }
-QK_INLINE Lane higher(Lane limit, Lane y) { return limit > y ? limit : y; }
-QK_INLINE Lane no_nan(Lane t) { return t == t ? t : Lane{}; }
-QK_INLINE Lane shifted_codes(const uint8_t* codes) {
-  return Lane{static_cast<float>(codes[0]), static_cast<float>(codes[1]), static_cast<float>(codes[2]),
-              static_cast<float>(codes[3])} +
-         8388608.0f;
-}
+QK_INLINE Lane shifted_codes(const uint8_t* codes) { return floats_of(codes) + 8388608.0f; }
 QK_INLINE void store_codes(const Values& t, int16_t zero, uint8_t low, uint8_t high, uint8_t* out) {
   const Lane bottom = all_lanes(static_cast<float>(low - zero)), top = all_lanes(static_cast<float>(high - zero));
   for (int i = 0; i < 4; ++i) {
@@ -171,14 +142,6 @@ QK_INLINE void with_result(const Result& r, const Sink& sink, const F& f) {
 template <class F>
 QK_INLINE void with_flag(bool flag, const F& f) {
   flag ? f(std::true_type{}) : f(std::false_type{});
-}
-
-// body(at) for each whole strip of [begin, end); then the rest through buffers: rest(at, n).
-template <class F, class G>
-QK_INLINE void each_strip(int64_t begin, int64_t end, const F& body, const G& rest) {
-  int64_t at = begin;
-  for (; at + strip <= end; at += strip) body(at);
-  if (at < end) rest(at, end - at);
 }
 
 // n values of a side in a buffer of a whole strip, and back.

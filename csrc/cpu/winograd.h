@@ -1,14 +1,17 @@
-// Winograd's F(2 x 2, 3 x 3) in integers (docs/winograd.md): the transforms of input, weight and result, and the products
-// between them. Positions are the 16 places of a 4 x 4 tile, row by row.
+// Winograd's F(2 x 2, 3 x 3) in integers (docs/winograd.md): the transforms of input, weight and result, and the
+// products between them. Positions are the 16 places of a 4 x 4 tile, row by row.
 //   V, transformed input:   [groups of tiles][chunks][16 positions][rows][64 channels], uint8
 //   U, transformed weights: [blocks][chunks][16 positions][16 steps][16 output channels x 4], int8
 //   M, sums:                [16 positions][rows][blocks][16], int32
-// A chunk is 64 channels. All that is written together lies together: sixteen streams in sixteen pages would miss the TLB.
-// Planes are a line longer than a power of two, so that they do not share cache sets.
+// A chunk is 64 channels. All that is written together lies together: sixteen streams in sixteen pages would miss the
+// TLB. Planes are a line longer than a power of two, so that they do not share cache sets.
 #pragma once
 #include "core/layout.h"
 #include "cpu/dot.h"
 #include "cpu/finish.h"
+#if defined(QK_ISA_AMX)
+#include "cpu/amx.h"
+#endif
 
 namespace qk::cpu::QK_ISA {
 namespace winograd_parts {
@@ -27,7 +30,7 @@ QK_INLINE void put(uint8_t* p, const Vec& v) { std::memcpy(p, &v, sizeof v); }
 
 // The first n of 64 bytes, 0 behind them; no byte behind them is read.
 QK_INLINE Vec get_some(const uint8_t* p, int64_t n) {
-#if !defined(QK_ISA_GENERIC) && !defined(QK_ISA_AVX2)
+#if defined(QK_ISA_AVX512VNNI)
   return reinterpret_cast<Vec>(_mm512_maskz_loadu_epi8((__mmask64{1} << n) - 1, p));
 #else
   uint8_t some[64] = {};
@@ -36,8 +39,8 @@ QK_INLINE Vec get_some(const uint8_t* p, int64_t n) {
 #endif
 }
 
-// --- input: V = B' d B. Differences lie within +-2 (2^6 - 1) and are stored with 128 added; the sum of sums at position
-// (1, 1) has no sign. ---
+// --- input: V = B' d B. Differences lie within +-2 (2^6 - 1) and are stored with 128 added; the sum of sums at
+// position (1, 1) has no sign. ---
 template <class At>
 QK_INLINE void input_tile(const At& at, uint8_t* v, int64_t plane) {
   Vec b[4][4];
@@ -150,14 +153,46 @@ void product(const ProductArgs& a) {
     for (int b = 0; b < blocks; ++b) store(a.m + (r * blocks + b) * block, acc[r][b]);
 }
 
+#if defined(QK_ISA_AMX)
+// One position of one or two groups of sixteen tiles, v_group and m_group apart. Behind the last step U must be 0.
+template <int groups, int blocks>
+void tile_product(const ProductArgs& a, int64_t v_group, int64_t m_group) {
+  load_tile<0>(a.init, 0);  // one line, sixteen times
+  if constexpr (blocks == 2) load_tile<1>(a.init + block, 0);
+  if constexpr (groups == 2) load_tile<2>(a.init, 0);
+  if constexpr (groups == 2 && blocks == 2) load_tile<3>(a.init + block, 0);
+  const uint8_t* v = a.v;
+  const uint8_t* u = a.u;
+  for (int64_t k = 0; k < a.steps; k += steps_per_chunk, v += a.v_chunk, u += u_chunk) {
+    load_tile<6>(u, line);
+    load_tile<4>(v, line);
+    products<0, 4, 6>();
+    if constexpr (blocks == 2) {
+      load_tile<7>(u + a.u_block, line);
+      products<1, 4, 7>();
+    }
+    if constexpr (groups == 2) {
+      load_tile<5>(v + v_group, line);
+      products<2, 5, 6>();
+      if constexpr (blocks == 2) products<3, 5, 7>();
+    }
+  }
+  constexpr int64_t pitch = blocks * line;
+  store_tile<0>(a.m, pitch);
+  if constexpr (blocks == 2) store_tile<1>(a.m + block, pitch);
+  if constexpr (groups == 2) store_tile<2>(a.m + m_group, pitch);
+  if constexpr (groups == 2 && blocks == 2) store_tile<3>(a.m + m_group + block, pitch);
+}
+#endif
+
 using ProductOf = void (*)(const ProductArgs&);
 
 // --- result: 4 Y = A' M A, then the epilogue ---
 struct ResultArgs {
   const int32_t* m;
-  int64_t m_plane, blocks;    // of M
-  int64_t first, count;           // tiles
-  int64_t across, down;           // tiles of an image
+  int64_t m_plane, blocks;  // of M
+  int64_t first, count;     // tiles
+  int64_t across, down;     // tiles of an image
   int64_t oh, ow, n;
   int64_t n_first, n_valid;  // output channels
   const Epilogue* epilogue;

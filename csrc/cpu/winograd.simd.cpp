@@ -9,17 +9,21 @@ namespace qk::cpu::QK_ISA {
 namespace winograd_parts {
 namespace {
 
-#if !defined(QK_ISA_GENERIC) && !defined(QK_ISA_AVX2)
-constexpr int64_t most_rows = 14, column_blocks = 2;
+// Rows of a group of tiles, blocks of a column; how much of V and of M stays in L2 beside a column of weights: 2 MB
+// where there are AMX tiles, else 1 MB and more.
+#if defined(QK_ISA_AMX)
+constexpr int64_t most_rows = 16, column_blocks = 2, v_budget = 768 * 1024, m_budget = 280 * 1024;
+#elif defined(QK_ISA_AVX512VNNI)
+constexpr int64_t most_rows = 14, column_blocks = 2, v_budget = 384 * 1024, m_budget = 128 * 1024;
 #else
-constexpr int64_t most_rows = 4, column_blocks = 1;
+constexpr int64_t most_rows = 4, column_blocks = 1, v_budget = 384 * 1024, m_budget = 128 * 1024;
 #endif
-constexpr int64_t v_budget = 384 * 1024, m_budget = 128 * 1024;  // of L2 (1 MB and more), beside a column of weights
-constexpr double work_per_thread = 1 << 20;                      // products; see igemm.h
+constexpr double work_per_thread = 1 << 20;  // products; see igemm.h
 
+#if !defined(QK_ISA_AMX)
 template <int blocks>
 ProductOf product_for(int64_t rows) {
-#if !defined(QK_ISA_GENERIC) && !defined(QK_ISA_AVX2)
+#if defined(QK_ISA_AVX512VNNI)
   switch (rows) {
     case 2: return product<2, blocks>;
     case 4: return product<4, blocks>;
@@ -33,15 +37,16 @@ ProductOf product_for(int64_t rows) {
   return product<most_rows, blocks>;
 #endif
 }
+#endif
 
 // How the work is cut. Tiles, numbered across images, go in groups of `rows`, groups in stretches whose V fits L2;
-// blocks of output channels go in columns. A unit is a stretch x a column.
+// blocks of output channels go in columns. A unit is a stretch x a column, and all columns of a
+// stretch follow each other.
 struct Plan {
   int64_t across, down, tiles;
   int64_t chunks, steps, vectors;  // of channels: 64, 4, and what a vector of codes holds
-  int64_t rows, groups, batch;  // batch: groups whose sums wait for their transform together
+  int64_t rows, groups, batch;     // batch: groups whose sums wait for their transform together
   int64_t stretch, stretches, columns;
-  bool columns_first;  // the order of units: all stretches of a column, or all columns of a stretch
   int64_t units, workers;
   int64_t v_group, v_bytes, u_block, u_bytes, m_plane, m_group, m_bytes, bytes;
 };
@@ -54,17 +59,18 @@ Plan plan_of(const Conv2dArgs& a) {
   p.vectors = l.segment_padded * l.stored_bits / 32;
   p.columns = ceil_div(l.blocks_per_outer, column_blocks);
   const double work = static_cast<double>(p.tiles) * p.steps * 64 * 16 * static_cast<double>(l.blocks());
-  const int64_t threads = least<int64_t>(thread_count(), most<int64_t>(1, static_cast<int64_t>(work / work_per_thread)));
+  const int64_t threads =
+      least<int64_t>(thread_count(), most<int64_t>(1, static_cast<int64_t>(work / work_per_thread)));
   // Groups of equal size: 16 tiles are 8 and 8, not 14 and 2.
   p.rows = ceil_div(p.tiles, ceil_div(p.tiles, most_rows));
-  p.rows = column_blocks == 1 ? most_rows : round_up(p.rows, int64_t{2});
+  p.rows = column_blocks == 1 || most_rows == 16 ? most_rows : round_up(p.rows, int64_t{2});
   p.groups = ceil_div(p.tiles, p.rows);
   p.v_group = p.chunks * v_chunk(p.rows);
-  // With one or two columns it costs less to transform a group twice than to send V to L2 and back.
-  p.columns_first = p.chunks == 1 && p.columns <= 2;
-  p.stretch = p.columns_first ? 1 : most<int64_t>(1, least(p.groups, v_budget / p.v_group));
-  // Threads share the tiles, if there are enough of them, else the columns; one transforms weights twice, the other inputs.
-  if (threads > 1 && p.tiles > 9 * l.blocks_per_outer) p.stretch = least(p.stretch, most<int64_t>(1, p.groups / threads));
+  p.stretch = most<int64_t>(1, least(p.groups, v_budget / p.v_group));
+  // Threads share the tiles, if there are enough of them, else the columns; one transforms weights twice, the other
+  // inputs.
+  if (threads > 1 && p.tiles > 9 * l.blocks_per_outer)
+    p.stretch = least(p.stretch, most<int64_t>(1, p.groups / threads));
   p.stretches = ceil_div(p.groups, p.stretch);
   p.stretch = ceil_div(p.groups, p.stretches);
   p.units = l.outer * p.stretches * p.columns;
@@ -95,6 +101,10 @@ class Worker {
   }
 
   void run(int64_t begin, int64_t end) {
+#if defined(QK_ISA_AMX)
+    tiles_.set_rows(side);
+    if (p_.steps % steps_per_chunk) std::memset(u_, 0, static_cast<size_t>(p_.u_bytes));
+#endif
     int64_t stretch = -1, column = -1;
     for (int64_t unit = begin; unit < end; ++unit) {
       const Place at = place(unit);
@@ -103,6 +113,9 @@ class Worker {
       stretch = at.stretch, column = at.column;
       multiply(at);
     }
+#if defined(QK_ISA_AMX)
+    tiles_.release();
+#endif
   }
 
  private:
@@ -113,8 +126,7 @@ class Worker {
 
   Place place(int64_t unit) const {
     const int64_t outer = unit / (p_.stretches * p_.columns), in = unit % (p_.stretches * p_.columns);
-    const int64_t stretch = p_.columns_first ? in % p_.stretches : in / p_.columns;
-    const int64_t column = p_.columns_first ? in / p_.stretches : in % p_.columns;
+    const int64_t stretch = in / p_.columns, column = in % p_.columns;
     return {outer, outer * p_.stretches + stretch, outer * p_.columns + column};
   }
 
@@ -166,9 +178,9 @@ class Worker {
           input_tile([&](int i, int j) __attribute__((always_inline)) { return get(from[4 * i + j] + k * 64); }, to,
                      plane);
         if (rest)
-          input_tile(
-              [&](int i, int j) __attribute__((always_inline)) { return get_some(from[4 * i + j] + whole * 64, rest); },
-              to, plane);
+          input_tile([&](int i, int j)
+                         __attribute__((always_inline)) { return get_some(from[4 * i + j] + whole * 64, rest); },
+                     to, plane);
       }
       if (++tx == p_.across) {
         tx = 0;
@@ -187,7 +199,9 @@ class Worker {
     r.across = p_.across, r.down = p_.down, r.oh = a_.oh, r.ow = a_.ow, r.n = a_.shape.n;
     r.n_first = at.outer * l_.n_per_outer + n_column, r.n_valid = l_.n_per_outer - n_column;
     r.epilogue = &a_.epilogue, r.out = a_.out;
+#if !defined(QK_ISA_AMX)
     const ProductOf product = blocks_ == 1 ? product_for<1>(p_.rows) : product_for<column_blocks>(p_.rows);
+#endif
     for (int64_t g = 0; g < groups; g += p_.batch) {
       const int64_t batch = least(p_.batch, groups - g);
       for (int64_t i = 0; i < positions; ++i)
@@ -196,7 +210,16 @@ class Worker {
           p.u = u_ + i * u_plane;
           p.init = init_ + i * blocks_ * block;
           p.m = m_ + b * p_.m_group + i * p_.m_plane;
+#if defined(QK_ISA_AMX)
+          const bool pair = b + 1 < batch;
+          const auto tiles = blocks_ == 1 ? pair ? tile_product<2, 1> : tile_product<1, 1>
+                             : pair       ? tile_product<2, 2>
+                                          : tile_product<1, 2>;
+          tiles(p, p_.v_group, p_.m_group);
+          b += pair;
+#else
           product(p);
+#endif
         }
       for (int64_t b = 0; b < batch; ++b) {
         r.first = (first + g + b) * p_.rows, r.count = least(p_.rows, p_.tiles - r.first);
@@ -215,6 +238,9 @@ class Worker {
   uint8_t* padding_;
   ResultOf result_;
   int64_t blocks_ = 0;  // of the column
+#if defined(QK_ISA_AMX)
+  TileState tiles_;
+#endif
   int32_t init_[positions * column_blocks * block];
 };
 
@@ -231,7 +257,8 @@ void winograd(const Conv2dArgs& a) {
   });
 }
 
-// Vectors as in the direct layout, of the nine taps in turn, and what the transformed weights add up to at each position.
+// Vectors as in the direct layout, of the nine taps in turn, and what the transformed weights add up to at each
+// position.
 void winograd_prepack(const PrepackArgs& a) {
   const PackedLayout& l = a.layout;
   const PackedHeader header{packed_magic, a.shape.bits,   a.shape.n,        a.shape.kh,        a.shape.kw,

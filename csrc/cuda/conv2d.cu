@@ -136,7 +136,7 @@ __global__ void depthwise_kernel(Conv2dArgs a, int64_t all) {
     const Token token = token_at(a, i / a.shape.n, n);
     uint32_t sum = 0;
     for (int64_t k = 0; k < a.shape.taps(); ++k) {
-      const int64_t at = a.layout.code_at(n / channels, k, n % channels);
+      const int64_t at = a.layout.code_at(n / channels, a.layout.tap_at(k), n % channels);
       const int32_t code = gather<1>(a, token, k).v[0];
       sum += static_cast<uint32_t>((code - token.x_zero) * static_cast<int8_t>(a.weight[at]));
     }

@@ -47,13 +47,15 @@ Tensor conv2d(const Tensor& x, const Tensor& x_step, const Tensor& x_zero, const
   check_size("conv2d", "K", k, 1);
   const int64_t k_groups = check_weight_step("conv2d", weight_step, k), n = weight_step.size(0);
   check(n % groups == 0, "conv2d", "groups", "a divisor of the output channels", groups);
-  const WeightShape shape{n, kernel[0], kernel[1], channels / groups, groups, k_groups, static_cast<int>(bits)};
+  WeightShape shape{n, kernel[0], kernel[1], channels / groups, groups, k_groups, static_cast<int>(bits)};
   const int64_t oh = out_size("H of x", h, kernel[0], stride[0], padding[0], dilation[0]);
   const int64_t ow = out_size("W of x", w, kernel[1], stride[1], padding[1], dilation[1]);
   EpilogueTensors t = check_epilogue("conv2d", x, x_step, x_zero, 1, x_bits, weight_step, bias, activation, out_step,
                                      out_zero, out_bits);
   product("conv2d", "the result", {oh, ow, n, batch ? batch : 1});
   const Tensor xs = dense(x), weights = dense(weight);
+  shape.algorithm = packed_algorithm(weights);
+  if (shape.algorithm == Algorithm::winograd) check_winograd("conv2d", shape, stride, dilation, x_bits);
   const PackedLayout layout = check_prepacked("conv2d", weights, shape);
   check_sum("conv2d", xs, x_bits, shape);
   check_residual("conv2d", x, {batch, oh, ow, n}, residual, residual_step, residual_zero, t);

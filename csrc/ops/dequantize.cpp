@@ -42,6 +42,8 @@ Tensor dequantize(const Tensor& codes, const Tensor& step, const Tensor& zero) {
   return out;
 }
 
-QK_REGISTER(m) { m.impl("dequantize", TORCH_BOX((&dequantize<QK_DEVICE::dequantize, QK_DEVICE::dequantize_transposed>))); }
+QK_REGISTER(m) {
+  m.impl("dequantize", TORCH_BOX((&dequantize<QK_DEVICE::dequantize, QK_DEVICE::dequantize_transposed>)));
+}
 
 }  // namespace qk

@@ -24,6 +24,27 @@ inline int64_t product(const char* op, const char* what, std::initializer_list<i
   return all;
 }
 
+inline const char* name_of(Algorithm algorithm) { return algorithm == Algorithm::winograd ? "winograd" : "direct"; }
+
+// What a weight on the CPU says it was prepacked for; anything but a prepacked weight is direct here and refused below.
+inline Algorithm packed_algorithm(const Tensor& weight) {
+  PackedHeader h{};
+  if (!weight.is_cpu() || weight.scalar_type() != ScalarType::Byte || weight.numel() < 64) return Algorithm::direct;
+  std::memcpy(&h, weight.const_data_ptr<uint8_t>(), sizeof h);
+  return h.magic == packed_magic && h.algorithm == Algorithm::winograd ? Algorithm::winograd : Algorithm::direct;
+}
+
+// What a weight prepacked for Winograd's algorithm can be used for (docs/winograd.md). stride, dilation: pairs.
+template <class Pair>
+void check_winograd(const char* op, const WeightShape& s, const Pair& stride, const Pair& dilation, int64_t x_bits) {
+  const char* advice = "The weight was prepacked for winograd: use algorithm=\"direct\" there.";
+  check(s.kh == 3 && s.kw == 3 && s.k_groups == 1 && s.bits <= 4, op, "weight", "of the kernel and bits given",
+        "one for winograd", advice);
+  check(stride[0] == 1 && stride[1] == 1, op, "stride", "1", "another", advice);
+  check(dilation[0] == 1 && dilation[1] == 1, op, "dilation", "1", "another", advice);
+  check(x_bits <= 6, op, "x_bits", "at most 6", x_bits, advice);
+}
+
 // A prepacked weight has the size and, on the CPU, the header of `shape`.
 inline PackedLayout check_prepacked(const char* op, const Tensor& weight, const WeightShape& shape) {
   check_dtype(op, "weight", weight, ScalarType::Byte);
@@ -34,6 +55,7 @@ inline PackedLayout check_prepacked(const char* op, const Tensor& weight, const 
     if (shape.taps() > 1 || shape.groups > 1) text << ", " << shape.kh << ", " << shape.kw;
     text << ", " << shape.c << "] with bits " << shape.bits << ", groups " << shape.groups << " and " << shape.k_groups
          << " steps along K";
+    if (shape.algorithm != Algorithm::direct) text << ", for " << name_of(shape.algorithm);
     return text.str();
   };
   const char* advice = "Make it with torch.ops.qk.prepack from the same shape, bits and groups.";
@@ -48,6 +70,7 @@ inline PackedLayout check_prepacked(const char* op, const Tensor& weight, const 
       std::ostringstream got;
       got << "one made from [" << h.n << ", " << h.kh << ", " << h.kw << ", " << h.c << "] with bits " << h.bits
           << ", groups " << h.groups << " and " << h.k_groups << " steps along K";
+      if (h.algorithm != shape.algorithm) got << ", for " << name_of(h.algorithm);
       fail(op, "weight", wanted(), got.str(), advice);
     }
   }

@@ -167,7 +167,6 @@ bool only_channels_first(const Program& program, int value) {
 // What a thread keeps from call to call.
 struct Thread {
   std::vector<std::unique_ptr<Plan>> plans;  // the one used last in front
-  std::vector<Tensor> inputs;                // as the kernels read them
   std::vector<Lies> input_lies;
   Addresses addresses;
 };
@@ -179,9 +178,9 @@ std::shared_ptr<const Program> program_of(const Thread& thread, const std::strin
 }
 
 // Inputs as the kernels read them, and what decides about the plan.
-void take(const Program& program, const std::vector<Tensor>& inputs, Thread& t) {
+std::vector<Tensor> take(const Program& program, const std::vector<Tensor>& inputs, Thread& t) {
   const auto device = inputs[0].device();
-  t.inputs = inputs;
+  std::vector<Tensor> taken = inputs;
   t.input_lies.assign(inputs.size(), Lies::dense);
   for (size_t i = 0; i < inputs.size(); ++i) {
     const bool codes = program.values[program.inputs[i]].scale.codes();
@@ -195,8 +194,9 @@ void take(const Program& program, const std::vector<Tensor>& inputs, Thread& t) 
     if (lies_channels_last(inputs[i]) && only_channels_first(program, program.inputs[i]))
       t.input_lies[i] = Lies::channels_last;
     else
-      t.inputs[i] = dense(inputs[i]);
+      taken[i] = dense(inputs[i]);
   }
+  return taken;
 }
 
 // constants: steps, zeros, floats and bytes.
@@ -225,16 +225,16 @@ Constants constants_of(const std::vector<Tensor>& constants, const Tensor& like)
 }
 
 // Headers of weights are compared too: another weight of the same size may need another kernel, or none.
-bool fits(const Plan& plan, const Thread& t) {
+bool fits(const Plan& plan, const std::vector<Tensor>& inputs, const Thread& t) {
   const Constants& c = t.addresses.constants;
   if (plan.scales != c.scales || plan.float_count != c.float_count || plan.byte_count != c.byte_count) return false;
   if (plan.input_lies != t.input_lies) return false;
-  for (size_t i = 0; i < t.inputs.size(); ++i) {
-    const auto sizes = t.inputs[i].sizes();
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    const auto sizes = inputs[i].sizes();
     const Sizes& planned = plan.input_sizes[i];
     if (sizes.size() != planned.size() || !std::equal(planned.begin(), planned.end(), sizes.begin())) return false;
   }
-  if (!t.inputs[0].is_cpu()) return true;
+  if (!inputs[0].is_cpu()) return true;
   for (size_t i = 0; i < plan.headers.size(); ++i) {
     const int64_t weight = plan.program->steps[i].weight;
     if (weight >= 0 && std::memcmp(c.bytes + weight, &plan.headers[i], sizeof(PackedHeader)) != 0) return false;
@@ -242,9 +242,10 @@ bool fits(const Plan& plan, const Thread& t) {
   return true;
 }
 
-Plan& plan_of(std::shared_ptr<const Program> program, const Tensor& bytes, Thread& t) {
+Plan& plan_of(std::shared_ptr<const Program> program, const std::vector<Tensor>& inputs, const Tensor& bytes,
+              Thread& t) {
   for (auto& plan : t.plans)
-    if (plan->program == program && fits(*plan, t)) {
+    if (plan->program == program && fits(*plan, inputs, t)) {
       std::swap(plan, t.plans.front());
       return *t.plans.front();
     }
@@ -253,7 +254,7 @@ Plan& plan_of(std::shared_ptr<const Program> program, const Tensor& bytes, Threa
   plan->input_lies = t.input_lies;
   const Constants& c = t.addresses.constants;
   plan->scales = c.scales, plan->float_count = c.float_count, plan->byte_count = c.byte_count;
-  for (const Tensor& x : t.inputs) plan->input_sizes.emplace_back(x.sizes().begin(), x.sizes().end());
+  for (const Tensor& x : inputs) plan->input_sizes.emplace_back(x.sizes().begin(), x.sizes().end());
   Planner(*plan, c, bytes, reuse()).run();
   if (t.plans.size() == kept_plans) t.plans.pop_back();
   t.plans.insert(t.plans.begin(), std::move(plan));
@@ -261,7 +262,7 @@ Plan& plan_of(std::shared_ptr<const Program> program, const Tensor& bytes, Threa
 }
 
 // Numbers may change in place between calls: those that could do harm are looked at every time, on the CPU.
-void check_numbers(const Plan& plan, const Thread& t) {
+void check_numbers(const Plan& plan, const std::vector<Tensor>& inputs, const Thread& t) {
   const Program& program = *plan.program;
   const Constants& c = t.addresses.constants;
   for (size_t i = 0; i < program.scale_bits.size(); ++i) {
@@ -283,10 +284,10 @@ void check_numbers(const Plan& plan, const Thread& t) {
     if (s.table >= 0 && s.scale.codes() && s.scale.bits < 8)
       check(below(c.bytes + s.table, 256, s.scale.bits), s.where.c_str(), "table", "codes below 2^out_bits",
             "a larger one");
-  for (size_t i = 0; i < t.inputs.size(); ++i) {
+  for (size_t i = 0; i < inputs.size(); ++i) {
     const int bits = program.values[program.inputs[i]].scale.bits;
     if (bits && bits < 8)
-      check(below(t.inputs[i].const_data_ptr(), t.inputs[i].numel(), bits), "network",
+      check(below(inputs[i].const_data_ptr(), inputs[i].numel(), bits), "network",
             ("inputs[" + std::to_string(i) + "]").c_str(), "codes below 2^out_bits", "a larger one");
   }
 }
@@ -304,13 +305,13 @@ std::vector<Tensor> new_results(const Plan& plan, const Tensor& like) {
   return results;
 }
 
-void set_addresses(const Plan& plan, std::vector<Tensor>& results, char* arena, Thread& t) {
+void set_addresses(const Plan& plan, const std::vector<Tensor>& inputs, std::vector<Tensor>& results, char* arena,
+                   Thread& t) {
   const auto& values = plan.program->values;
   t.addresses.value.resize(values.size());
   for (size_t v = 0; v < values.size(); ++v) {
     const Value& root = values[values[v].root];
-    t.addresses.value[v] = root.input >= 0
-                               ? static_cast<char*>(const_cast<void*>(t.inputs[root.input].const_data_ptr()))
+    t.addresses.value[v] = root.input >= 0 ? static_cast<char*>(const_cast<void*>(inputs[root.input].const_data_ptr()))
                            : root.output >= 0 ? static_cast<char*>(results[root.output].mutable_data_ptr())
                                               : arena + plan.at[v];
   }
@@ -333,20 +334,19 @@ std::vector<Tensor> network(const std::vector<Tensor>& inputs, const std::vector
   check(inputs.size() == program->inputs.size(), "network", "inputs",
         (std::to_string(program->inputs.size()) + " tensors").c_str(), inputs.size());
   QK_DEVICE_GUARD(inputs[0]);
-  take(*program, inputs, thread);
+  const std::vector<Tensor> taken = take(*program, inputs, thread);
   thread.addresses.constants = constants_of(constants, inputs[0]);
-  Plan& plan = plan_of(program, constants[3], thread);
-  if (inputs[0].is_cpu()) check_numbers(plan, thread);
+  Plan& plan = plan_of(program, taken, constants[3], thread);
+  if (inputs[0].is_cpu()) check_numbers(plan, taken, thread);
   std::vector<Tensor> results = new_results(plan, inputs[0]);
 #if defined(QK_CUDA_OBJECT)
   // From torch: the memory then belongs to the stream that the kernels are put on.
   const Tensor arena = torch::stable::new_empty(inputs[0], {plan.arena_bytes}, ScalarType::Byte);
-  set_addresses(plan, results, static_cast<char*>(arena.mutable_data_ptr()), thread);
+  set_addresses(plan, taken, results, static_cast<char*>(arena.mutable_data_ptr()), thread);
 #else
-  set_addresses(plan, results, static_cast<char*>(thread_arena(plan.arena_bytes)), thread);
+  set_addresses(plan, taken, results, static_cast<char*>(thread_arena(plan.arena_bytes)), thread);
 #endif
   run(plan, thread.addresses);
-  thread.inputs.clear();  // holds no tensor of the caller
   for (size_t i = 0; i < results.size(); ++i)
     if (program->outputs[i].channels_first)  // [B, H, W, C] -> [B, C, H, W]
       results[i] = torch::stable::transpose(torch::stable::transpose(results[i], 1, 3), 2, 3);

@@ -220,12 +220,16 @@ class Planner {
     shape.n = s.n, shape.k_groups = s.k_groups, shape.bits = s.bits;
     inside("weight_step", s.weight_step, s.n * s.k_groups, true);
     if (s.bias >= 0) inside("bias", s.bias, s.n, true);
+    inside("weight", s.weight, sizeof(PackedHeader), false);
+    Tensor view = bytes_;  // shares its memory
+    const int x_bits = program_.values[s.in[0]].scale.bits;
+    if (s.op == StepOp::conv2d)
+      shape.algorithm = packed_algorithm(torch::stable::narrow(view, 0, s.weight, sizeof(PackedHeader)));
+    if (shape.algorithm == Algorithm::winograd) check_winograd(op_, shape, s.stride, s.dilation, x_bits);
     const int64_t bytes = QK_DEVICE::packed_layout(shape).bytes;
     inside("weight", s.weight, bytes, false);
-    Tensor view = bytes_;  // shares its memory
     const PackedLayout layout = check_prepacked(op_, torch::stable::narrow(view, 0, s.weight, bytes), shape);
     if (bytes_.is_cpu()) std::memcpy(&header, constants_.bytes + s.weight, sizeof header);
-    const int x_bits = program_.values[s.in[0]].scale.bits;
     check(shape.group_k() <= longest_k(x_bits, shape.bits), op_, "K", "short enough for a sum in int32",
           shape.group_k(), "Use fewer bits, or weight steps by groups along K.");
     out = out_but_n;

@@ -8,9 +8,8 @@ namespace qk {
 
 enum class PoolMode { max, average };
 
-// Windows over NHWC codes. Output row i covers rows i * stride_h - pad_h + j * dilation_h, j < kernel_h, of x; what lies
-// outside of x takes no part.
-// max: the largest code of each window, with the step and zero of x. out.step is null.
+// Windows over NHWC codes. Output row i covers rows i * stride_h - pad_h + j * dilation_h, j < kernel_h, of x; what
+// lies outside of x takes no part. max: the largest code of each window, with the step and zero of x. out.step is null.
 // average: float(sum of code - zero) * (step / count), step / count rounded, then the result. count: `divisor` if it is
 // not 0; else the window's positions inside of x, or, with count_padding, inside of x and its padding. No position: 0.
 struct PoolArgs {

@@ -35,15 +35,47 @@ WeightShape shape_for_prepack(const Tensor& zero, int64_t bits, const std::vecto
   return {n, 1, 1, k, 1, k_groups, static_cast<int>(bits)};
 }
 
+Algorithm parse_algorithm(const std::string& name) {
+  if (name == "direct") return Algorithm::direct;
+#if defined(QK_CUDA_OBJECT)
+  fail("prepack", "algorithm", "direct on this device", name);
+#else
+  check(name == "winograd", "prepack", "algorithm", "direct or winograd", name);
+  return Algorithm::winograd;
+#endif
+}
+
+// Transformed weights must fit int8 (docs/winograd.md). Only the sum of the nine taps can leave it, and only with a
+// zero at an end of the codes of 4 bits.
+void check_winograd(const uint8_t* codes, const int32_t* zero, int64_t row_bytes, const WeightShape& s) {
+  const char* advice = "Use algorithm=\"direct\".";
+  check(s.bits <= 4, "prepack", "bits", "2 or 4 for winograd", s.bits, advice);
+  check(s.kh == 3 && s.kw == 3, "prepack", "shape", "[N, 3, 3, C / groups] for winograd",
+        std::to_string(s.kh) + " x " + std::to_string(s.kw), advice);
+  check(!s.depthwise(), "prepack", "groups", "not depthwise for winograd", s.groups, advice);
+  check(s.k_groups == 1, "prepack", "zero", "int32 [N] for winograd", "groups along K", advice);
+  check(s.k() <= INT32_MAX / (4 * 63 * worst_weight(s.bits)), "prepack", "K",
+        "short enough for a sum in int32 for winograd", s.k(), advice);
+  for (int64_t n = 0; s.bits == 4 && n < s.n; ++n) {
+    if (zero[n] > 0 && zero[n] < 15) continue;
+    for (int64_t c = 0; c < s.c; ++c) {
+      int sum = 0;
+      for (int64_t k = c; k < s.k(); k += s.c) sum += (codes[n * row_bytes + k / 2] >> (k % 2 * 4) & 15) - zero[n];
+      check(sum >= -128 && sum <= 127, "prepack", "the nine taps of a channel",
+            "a sum of code - zero within int8 for winograd", sum, advice);
+    }
+  }
+}
+
 }  // namespace
 
 template <void (*kernel)(const PrepackArgs&)>
 Tensor prepack(const Tensor& packed, const Tensor& zero, int64_t bits, const std::vector<int64_t>& sizes,
                int64_t groups, const std::string& algorithm) {
-  check(algorithm == "direct", "prepack", "algorithm", "direct", algorithm);
   check_device("prepack", packed, {{"zero", &zero}});
   check_dtype("prepack", "packed", packed, ScalarType::Byte);
-  const WeightShape shape = shape_for_prepack(zero, bits, sizes, groups);
+  WeightShape shape = shape_for_prepack(zero, bits, sizes, groups);
+  shape.algorithm = parse_algorithm(algorithm);
   const int64_t row_bytes = packed_row_bytes(shape.k(), bits);
   if (packed.dim() != 2 || packed.size(0) != shape.n || packed.size(1) != row_bytes)
     fail("prepack", "packed",
@@ -55,6 +87,7 @@ Tensor prepack(const Tensor& packed, const Tensor& zero, int64_t bits, const std
   if (bits == 8 && zeros.is_cpu())
     for (int64_t i = 0, all = zeros.numel(); i < all; ++i)
       check(z[i] == 128, "prepack", "zero", "128 for 8-bit weights", z[i], "Quantize 8-bit weights symmetrically.");
+  if (shape.algorithm == Algorithm::winograd) check_winograd(codes.const_data_ptr<uint8_t>(), z, row_bytes, shape);
   const PackedLayout layout = QK_DEVICE::packed_layout(shape);
   Tensor out = torch::stable::new_empty(codes, {layout.bytes});
   QK_DEVICE_GUARD(packed);

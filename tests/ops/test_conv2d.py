@@ -2,6 +2,7 @@ import pytest
 import torch
 
 import qk
+from qk import _core
 from qk.ops.conv2d import reference
 
 PLAIN = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
@@ -201,3 +202,26 @@ def test_bad_input_is_refused(changed, message, make_weight):
     }
     with pytest.raises(RuntimeError, match="qk::conv2d: " + message):
         qk.ops.conv2d(**(arguments | changed))
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "geometry", "k_groups", "rows"),
+    [
+        ((64, 3, 3, 64), (56, 56), {"padding": (1, 1)}, 1, "lines"),
+        ((64, 7, 7, 3), (224, 224), {"padding": (3, 3), "stride": (2, 2)}, 1, "lines"),
+        ((144, 1, 1, 24), (56, 56), {}, 1, "in place"),
+        ((128, 1, 1, 64), (56, 56), {"stride": (2, 2)}, 1, "in place"),
+        ((16, 1, 1, 6), (5, 5), {}, 1, "packed"),  # steps of four codes would read beyond x
+        ((64, 1, 1, 4096), (7, 7), {}, 1, "packed"),  # every pixel in the same cache sets
+        ((64, 1, 1, 64), (7, 7), {"padding": (1, 1)}, 1, "lines"),
+        ((48, 3, 3, 24), (7, 7), {"padding": (1, 1), "groups": 2}, 1, "lines"),
+        ((16, 3, 3, 16), (14, 14), {"dilation": (2, 1)}, 1, "lines"),
+        ((16, 3, 3, 16), (14, 14), {"dilation": (1, 2)}, 1, "packed"),
+        ((16, 3, 3, 16), (14, 14), {}, 3, "packed"),
+        ((5, 2, 3, 4), (3, 2), {"padding": (1000, 1000)}, 1, "packed"),
+    ],
+)
+def test_rows_are_read_where_they_can_be(shape, size, geometry, k_groups, rows):
+    g = PLAIN | geometry
+    got = _core.conv_rows(shape, g["groups"], k_groups, size, g["stride"], g["padding"], g["dilation"])
+    assert got == rows

@@ -43,6 +43,16 @@ def test_any_strides_work(device):
         assert torch.equal(out, reference(seen, step, zero))
 
 
+@pytest.mark.parametrize("channels", [1, 3, 16, 19, 64, 70])
+@pytest.mark.parametrize("image", [(1, 1), (4, 4), (9, 15), (8, 16)])
+def test_nhwc_codes_become_nchw_values(channels, image, device):
+    codes, step, zero = problem((2, *image, channels), device)
+    seen = codes.permute(0, 3, 1, 2)
+    out = dequantize(seen, step, zero)
+    assert out.is_contiguous()
+    assert torch.equal(out, reference(seen, step, zero))
+
+
 def test_registration(device):
     torch.library.opcheck(dequantize.default, problem((5, 67), device, rows=5))
 

@@ -1,8 +1,12 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import qk
+from ops.conftest import weight
 from qk.ops.gemm import reference
+from threads import threads
 
 # Odd sizes miss every tile, block and vector; 29 rows are two panels and a bit.
 SIZES = [(1, 1, 1), (1, 64, 48), (2, 7, 17), (5, 3, 1), (13, 65, 33), (29, 257, 100), (100, 300, 47), (3, 1030, 16)]
@@ -157,6 +161,68 @@ def test_threads_and_instruction_sets_change_no_bit(each_isa_and_threads, make_w
         want = reference(*inputs, w.codes, w.zero, w.step, bias)
         each_isa_and_threads(lambda a=(*inputs, w.prepacked, w.step, bias, 4): (qk.ops.gemm(*a),))
         assert torch.equal(qk.ops.gemm(*inputs, w.prepacked, w.step, bias, 4), want)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    m=st.integers(1, 40),
+    n=st.integers(1, 150),
+    group=st.integers(1, 130),
+    groups=st.sampled_from([1, 1, 1, 2, 3, 17]),
+    bits=st.sampled_from([2, 4, 8]),
+    x_bits=st.sampled_from([4, 8]),
+    count=st.integers(1, 8),
+    per_row=st.booleans(),
+    with_bias=st.booleans(),
+    added=st.sampled_from([None, "float", "codes"]),
+    out_bits=st.sampled_from([None, 4, 8]),
+    activation=st.sampled_from(["none", "relu", "relu6"]),
+)
+def test_any_product_is_the_definition(
+    m, n, group, groups, bits, x_bits, count, per_row, with_bias, added, out_bits, activation
+):
+    w = weight((n, group * groups), bits, k_groups=groups)
+    inputs, bias = problem(m, group * groups, w, "cpu", x_bits, per_row, with_bias)
+    w.step = w.step * 0.01
+    epilogue = {"activation": activation} | (residual_of(added, (m, n), "cpu") if added else {})
+    if out_bits:
+        epilogue |= {"out_step": torch.tensor([0.9]), "out_zero": torch.tensor([3], dtype=torch.int32)}
+        epilogue["out_bits"] = out_bits
+    before = qk.active_isa()
+    for isa in qk.usable_isas():
+        qk.force_isa(isa)
+        with threads(count):
+            got, want = both(inputs, w, bias, x_bits, **epilogue)
+        qk.force_isa(before)
+        assert torch.equal(got, want), isa
+
+
+@pytest.mark.parametrize("out_bits", [None, 8])
+def test_values_that_are_not_finite(out_bits, device, make_weight):
+    w = make_weight((33, 20), 4, device)
+    inputs, bias = problem(11, 20, w, device)
+    bias[0], bias[5], bias[20] = torch.nan, torch.inf, -torch.inf
+    residual = residual_of("float", (11, 33), device)
+    residual["residual"][2, 1:4] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    residual["residual"][3, 5] = -torch.inf  # and the bias is inf
+    for activation in ("none", "relu", "relu6"):
+        epilogue = {"activation": activation} | residual
+        if out_bits:
+            out = {"out_step": torch.tensor([0.9]), "out_zero": torch.tensor([3], dtype=torch.int32)}
+            epilogue |= {name: t.to(device) for name, t in out.items()} | {"out_bits": out_bits}
+        got, want = both(inputs, w, bias, **epilogue)
+        assert torch.equal(got.nan_to_num() if not out_bits else got, want.nan_to_num() if not out_bits else want)
+        assert torch.equal(got.isnan(), want.isnan())
+
+
+def test_a_sum_of_codes_that_16_bit_terms_cannot_hold(each_isa_and_threads):
+    k = 2**26 // 255 + 100
+    w = weight((17, k), 4)
+    x = torch.full((2, k), 255, dtype=torch.uint8)
+    inputs = [x, torch.tensor([0.001]), torch.tensor([0], dtype=torch.int32)]
+    got, want = both(inputs, w, None)
+    assert torch.equal(got, want)
+    each_isa_and_threads(lambda: (both(inputs, w, None)[0],))
 
 
 def test_registration(device, make_weight):

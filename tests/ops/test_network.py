@@ -162,6 +162,17 @@ def test_networks_are_their_definition(seed, device, make_weight):
     equal(*net.run())
 
 
+def test_weights_for_winograd(each_isa_and_threads, make_weight):
+    net = Net(make_weight)
+    x, _ = coded(net, 2, 9, 8, 20, bits=6)
+    y = net.layer("conv2d", x, x, shape=(20, 3, 3, 20), winograd=True, activation="relu", scale=net.new_scale(4))
+    net.output(y)
+    net.output(net.layer("conv2d", y, shape=(8, 3, 3, 5), groups=4, bits=2, winograd=True))
+    equal(*net.run())
+    call = net.call()
+    each_isa_and_threads(lambda: qk.ops.network(*call))
+
+
 def test_results_lie_as_they_say(device, make_weight):
     net = Net(make_weight, device)
     x = net.step("quantize", net.given(image(net, 2, 3, 6, 5)), layout="nchw", scale=net.new_scale())

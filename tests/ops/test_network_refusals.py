@@ -266,6 +266,21 @@ def test_shapes_that_do_not_fit_are_refused(make_weight):
             qk.ops.network(*one.call())
 
 
+@pytest.mark.parametrize(
+    ("bits", "more", "message"),
+    [
+        (8, {}, "x_bits must be at most 6"),
+        (6, {"stride": (2, 1)}, "stride must be 1"),
+        (6, {"dilation": (1, 2)}, "dilation must be 1"),
+    ],
+)
+def test_weights_for_winograd_elsewhere_are_refused(bits, more, message, make_weight):
+    net = Net(make_weight)
+    net.output(net.layer("conv2d", coded(net, 2, 9, 8, 20, bits=bits)[0], shape=(20, 3, 3, 20), winograd=True, **more))
+    with pytest.raises(RuntimeError, match=r"qk::network: line 3, conv2d 1: " + message):
+        qk.ops.network(*net.call())
+
+
 def test_codes_above_their_width_are_refused(make_weight):
     net = Net(make_weight)
     x, scale = coded(net, 2, 5, bits=4)

@@ -108,3 +108,11 @@ def test_bad_input_is_named():
     ]:
         with pytest.raises(RuntimeError, match=message):
             qk.ops.quantize(*args)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 16, 19])
+def test_images_become_nhwc(channels, device):
+    x = torch.randn(2, channels, 17, 19, generator=torch.Generator().manual_seed(0)).to(device)
+    step, zero = torch.tensor([0.03], device=device), torch.tensor([70], dtype=torch.int32, device=device)
+    seen = x.permute(0, 2, 3, 1)
+    assert torch.equal(torch.ops.qk.quantize(seen, step, zero, 8), reference(seen, step, zero, 8))

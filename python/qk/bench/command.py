@@ -71,10 +71,10 @@ def model(
 def peers(
     threads: Threads = "1",
     confine: Confine = "none",
-    seconds: Seconds = 600,
+    seconds: Seconds = 900,
     only: Only = "",
     networks: Annotated[str, typer.Option(help="Networks as for qk bench model; the goals' four if not given.")] = "",
-    widths: Widths = "W8A8,W4A8,W4A6,W4A4",
+    widths: Widths = "W8A8,W4A8,W4A6",
     batch: Batch = "1,8",
     peers: WithPeers = True,
     json_file: JsonFile = None,

@@ -9,7 +9,6 @@ import struct
 import sys
 
 CONFINEMENTS = ("none", "vnni")
-ENVIRONMENT = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"}  # of torch and OpenVINO, should the filter not be allowed
 
 _ARCH_PRCTL, _REQUEST_PERMISSION = 158, 0x1023  # x86-64; ARCH_REQ_XCOMP_PERM
 _NO_NEW_PRIVILEGES, _SECCOMP, _FILTER = 38, 22, 2
@@ -46,7 +45,6 @@ def deny_amx() -> None:
 def main() -> None:
     """python confine.py PROGRAM ARGUMENTS: runs the program so confined, which no library in it can undo."""
     deny_amx()
-    os.environ.update(ENVIRONMENT)
     os.execv(sys.argv[1], sys.argv[1:])
 
 

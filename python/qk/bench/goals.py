@@ -9,6 +9,7 @@ from math import exp, log
 from typing import Any
 
 Record = dict[str, Any]  # a row of a run, as the worker writes it
+WITHOUT_PRODUCTS = ("ours", "load", "W4", "W2")  # families of work that AMX has no part in
 LIMIT, VNNI_LIMIT, ANY = "the limit", "the limit of vpdpbusd", "any peer"
 
 
@@ -98,10 +99,10 @@ GOALS = (
     Goal("network resnet50", _network("resnet50"), "W4A6", "int8", 1.3),
     Goal("network mobilenet_v2", _network("mobilenet_v2"), "W4A8", "int8", 1.3),
     Goal("network minilm", _network("minilm"), "W4A8", "int8", 1.2),
-    Goal("embedding bag, 4 bits", _kind("embedding_bag"), "W4", ANY, 1.4, 1),
-    Goal("embedding bag, 4 bits", _kind("embedding_bag"), "W4", ANY, 1.5, 2),
-    Goal("embedding bag, 2 bits", _kind("embedding_bag"), "W2", ANY, 1.8, 1),
-    Goal("embedding bag, 2 bits", _kind("embedding_bag"), "W2", ANY, 3.0, 2),
+    Goal("embedding bag, 4 bits", _kind("embedding_bag"), "W4", "W4", 1.4, 1),
+    Goal("embedding bag, 4 bits", _kind("embedding_bag"), "W4", "W4", 1.5, 2),
+    Goal("embedding bag, 2 bits", _kind("embedding_bag"), "W2", "W2", 1.8, 1),
+    Goal("embedding bag, 2 bits", _kind("embedding_bag"), "W2", "W2", 3.0, 2),
     *(
         goal
         for op in ("lsq", "soft_round", "fisher_loss")
@@ -117,8 +118,12 @@ GOALS = (
 
 
 def standings(run: dict[str, Any], goals: tuple[Goal, ...] = GOALS) -> list[tuple[Goal, Standing | None]]:
-    """Each goal that holds for the run's threads; None where nothing was measured for it."""
-    return [(g, _standing(g, run["rows"])) for g in goals if g.threads in (None, run["threads"])]
+    """Each goal that holds for the run's threads; None where nothing was measured for it. A run that measured products
+    alone has no others."""
+    held = [g for g in goals if g.threads in (None, run["threads"])]
+    if run.get("products_only"):
+        held = [g for g in held if g.ours not in WITHOUT_PRODUCTS]
+    return [(g, _standing(g, run["rows"])) for g in held]
 
 
 def _standing(goal: Goal, rows: list[Record]) -> Standing | None:

@@ -22,6 +22,8 @@ import torch
 from qk import _native
 from qk.machine import fingerprint
 
+LONG = 0.02  # seconds after which it does not matter what the caches held before
+
 Run = Callable[[], object]
 Clock = Callable[[], float]
 
@@ -128,10 +130,13 @@ def alternate(
     slot: float = 0.01,
     clock: Clock = time.perf_counter,
     budget: float = math.inf,
+    took: dict[str, float] | None = None,
+    rest: Callable[[str, str], float] = lambda before, after: 0.0,
 ) -> dict[str, list[float]]:
     """Seconds of a run, sorted: every round gives each of them a slot, so a busy neighbour meets all alike.
 
-    budget: seconds after which no further round begins, once there are three.
+    budget: seconds after which no further round begins, once there are three. took: seconds of each, where all of them
+    ran before. rest: seconds to wait between the slots of two, by their names.
     """
 
     def seconds(run: Run, repeats: int) -> float:
@@ -142,17 +147,23 @@ def alternate(
             torch.cuda.synchronize()
         return (clock() - begin) / repeats
 
-    for run in runs.values():
-        seconds(run, 2)  # compiles, packs, fills caches
-    repeats = {name: max(1, round(slot / max(seconds(run, 1), 1e-7))) for name, run in runs.items()}
+    if took is None:
+        for run in runs.values():
+            seconds(run, 2)  # compiles, packs, fills caches
+        took = {name: seconds(run, 1) for name, run in runs.items()}
+    repeats = {name: max(1, round(slot / max(took[name], 1e-7))) for name in runs}
     times: dict[str, list[float]] = {name: [] for name in runs}
-    end = time.perf_counter() + budget
+    end, before = time.perf_counter() + budget, next(reversed(runs), "")
     gc.disable()
     for done in range(rounds):
         if done >= 3 and time.perf_counter() > end:
             break
         for name, run in runs.items():
-            run()  # the slot before left its own data in the caches
+            if pause := rest(before, name):
+                time.sleep(pause)
+            before = name
+            if took[name] < LONG:
+                run()  # the slot before left its own data in the caches
             times[name].append(seconds(run, repeats[name]))
     gc.enable()
     return {name: sorted(t) for name, t in times.items()}

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import hashlib
 from collections.abc import Callable, Iterable
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from qk import deploy, sources
 from qk.bench.rows import Candidate, same_bits
 from qk.calibrate import calibrate
+from qk.deploy import manifest
 from qk.deploy.modules import integer_layers
 from qk.errors import QkError, fail
 from qk.prepare import prepare
@@ -25,7 +26,7 @@ from qk.spec import QuantSpec, Recipe
 MINILM = "minilm"  # the shape of all-MiniLM-L6-v2 with random weights: nothing to download
 TORCHVISION = ("torchvision:resnet18", "torchvision:resnet50", "torchvision:mobilenet_v2")
 DEFAULT = (*TORCHVISION, MINILM)
-WIDTHS = ("W8A8", "W4A8", "W4A6", "W4A4")
+WIDTHS = ("W8A8", "W4A8", "W4A6")
 IMAGE, TOKENS = 224, 128
 INT8_ERROR = 0.4  # root mean square of the error over that of the result: calibrated on one random batch
 
@@ -53,6 +54,9 @@ class Network:
         """Float32, in eval mode, with weights of a fixed seed where the source has none."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
+            if self.is_transformer:
+                with contextlib.suppress(QkError):
+                    sources.import_torchvision()  # transformers imports it where it is installed
             if self.source == MINILM:
                 return _LastHidden(_minilm()).eval()
             model = sources.load_model(self.source)
@@ -100,7 +104,7 @@ def folder_of(net: Network, widths: str, cache: Path) -> Path:
 def quantized(net: Network, widths: str, cache: Path) -> nn.Module:
     """With integer layers, from the cache or made now: steps from one batch, rounding to nearest."""
     first, folder = Network(net.source, 1, net.size), folder_of(net, widths, cache)
-    if (folder / "manifest.json").is_file():
+    if (folder / manifest.FILE).is_file():
         try:
             return deploy.load(folder, model=first.model)
         except QkError:
@@ -115,14 +119,22 @@ def quantized(net: Network, widths: str, cache: Path) -> nn.Module:
     return model
 
 
-def ours(net: Network, widths: Iterable[str], cache: Path) -> Iterable[Candidate]:
-    """As integer modules, and fused where this version can fuse."""
-    for name in widths:
+def ours(net: Network, widths: Iterable[str], cache: Path, modules: bool = True) -> Iterable[Candidate]:
+    """Fused, and as integer modules: all of them with `modules`, else the first width."""
+    for i, name in enumerate(widths):
         model = quantized(net, name, cache)
-        yield _candidate(net, f"qk {name}", f"{name} unfused", model, None)
+        if modules or i == 0:
+            yield _candidate(net, f"qk {name} modules", f"{name} modules", model, None)
         if hasattr(deploy, "fuse"):
-            fused, definition = (make(model, net.inputs) for make in (deploy.fuse, deploy.unfused))
-            yield _candidate(net, f"qk {name} fused", name, fused, definition)
+            yield _candidate(net, f"qk {name}", name, *_fused(net.source, net.size, name, cache))
+
+
+@lru_cache(maxsize=2 * len(WIDTHS))  # for the next batch size
+def _fused(source: str, size: int, widths: str, cache: Path) -> tuple[nn.Module, nn.Module]:
+    """The fused network, and the graph of single operators that it must equal bit for bit."""
+    first = Network(source, 1, size)
+    model = quantized(first, widths, cache)
+    return deploy.fuse(model, first.inputs), deploy.unfused(model, first.inputs)
 
 
 def _candidate(net: Network, name: str, family: str, model: Any, definition: nn.Module | None) -> Candidate:
@@ -184,8 +196,6 @@ class _LastHidden(nn.Module):
 
 
 def _minilm() -> nn.Module:
-    with contextlib.suppress(QkError):
-        sources.import_torchvision()  # transformers imports it where it is installed
     try:
         from transformers import BertConfig, BertModel
     except ImportError as error:

@@ -92,7 +92,7 @@ def _machine(runs: list[dict[str, Any]]) -> str:
         peaks = ", ".join(f"{isa} {value / 1e9:.0f}" for isa, value in r["limits"]["products"].items())
         reads = [(n, value) for n, value in r["limits"]["read"] if n in (2**15, 2**20, 2**24, 2**28)]
         reads = reads or r["limits"]["read"]
-        read = ", ".join(f"{n >> 10} KiB {value / 1e9:.0f}" for n, value in reads)
+        read = ", ".join(f"{_binary(n)} {value / 1e9:.0f}" for n, value in reads)
         table.rows.append([title(r), r["machine"]["instruction set"], peaks, read])
     return "\n".join([*lines, "", table.markdown(), ""])
 
@@ -125,16 +125,22 @@ def kind_table(run: dict[str, Any], kind: str) -> Table:
         cells: list[Any] = [row["name"].removeprefix(f"{kind} ")]
         for family in mine:
             entry = best(row, family, ours=True)
-            share = f" ({100 * entry['limit_ms'] / entry['ms'][1]:.0f} %)" if entry and "limit_ms" in entry else ""
+            share = f" {100 * entry['limit_ms'] / entry['ms'][1]:.0f} %" if entry and "limit_ms" in entry else ""
             name = " winograd" if entry and "winograd" in entry["name"] else ""
-            cells.append(entry and f"{shown_ms(entry['ms'][1])}{share}{name}{_bytes(entry)}")
+            cells.append(entry and f"{_spread(entry)}{share}{name}{_bytes(entry)}")
         for family in theirs:
             entry = best(row, family)
-            cells.append(entry and f"{shown_ms(entry['ms'][1])} {entry['name']}")
+            cells.append(entry and f"{_spread(entry)} {entry['name']}")
         ours, peer = best(row, None, ours=True), best(row, None)
         cells.append(f"{peer['ms'][1] / ours['ms'][1]:.2f}" if ours and peer else None)
         table.rows.append(cells)
     return table
+
+
+def _spread(entry: dict[str, Any]) -> str:
+    """Median, 10 % and 90 %."""
+    low, middle, high = (shown_ms(value) for value in entry["ms"])
+    return f"{middle} ({low}-{high})"
 
 
 def _families(rows: Iterable[dict[str, Any]], ours: bool) -> list[str]:
@@ -146,18 +152,18 @@ def _bytes(entry: dict[str, Any]) -> str:
 
 
 def _failures(runs: list[dict[str, Any]]) -> str:
-    """What is not in the tables, and why; the same failure of several rows once."""
+    """What is not in the tables: of each candidate the first reason, and in how many more rows it is missing."""
     seen: dict[str, list[str]] = {}
     for run in runs:
         for row in run["rows"]:
             for name, why in row["failed"].items():
-                seen.setdefault(f"{name}: {why}" if name else why, []).append(f"{row['name']} ({title(run)})")
+                seen.setdefault(name, []).append(f"{why} (in {row['name']}, {title(run)})")
         for line in run["failed"]:
-            seen.setdefault(line, []).append(title(run))
+            seen.setdefault("", []).append(f"{line} ({title(run)})")
     if not seen:
         return "## Left out\n\nNothing: every candidate ran and was right.\n"
     more = {what: f" and {len(places) - 1} more" if len(places) > 1 else "" for what, places in seen.items()}
-    lines = [f"- {what} (in {places[0]}{more[what]})" for what, places in seen.items()]
+    lines = [f"- {what + ': ' if what else ''}{places[0]}{more[what]}" for what, places in seen.items()]
     return "## Left out\n\n" + "\n".join(lines) + "\n"
 
 
@@ -202,6 +208,11 @@ def draw(result: dict[str, Any], path: Path) -> bool:
 
 
 COLOURS = {"W8": "#0b6e99", "W4": "#c2571a", "W2": "#5b8c2a"}
+MARKERS = {"W8": "o", "W4": "s", "W2": "^"}
+
+
+def _binary(n: int) -> str:
+    return f"{n >> 20} MiB" if n >= 2**20 else f"{n >> 10} KiB"
 
 
 def _points(run: dict[str, Any]) -> list[tuple[str, bool, float, float]]:
@@ -232,7 +243,7 @@ def _panel(axis: Any, run: dict[str, Any]) -> None:
         if n in (2**15, 2**20, 2**24, 2**28):
             line = [min(peak, x * rate / 1e9) for x in span]
             axis.plot(span, line, color="#999999", linewidth=0.8, zorder=1)
-            axis.annotate(f"{n >> 10} KiB", (span[0], line[0]), color="#666666", fontsize=7, va="bottom")
+            axis.annotate(_binary(n), (span[0], line[0]), color="#666666", fontsize=7, va="bottom")
     for isa, value in run["limits"]["products"].items():
         axis.axhline(value / 1e9, color="#333333", linewidth=1, linestyle="--", zorder=1)
         axis.annotate(f"{isa}: {value / 1e9:.0f}", (span[-1], value / 1e9), fontsize=7, ha="right", va="bottom")
@@ -242,6 +253,7 @@ def _panel(axis: Any, run: dict[str, Any]) -> None:
             if here:
                 face = colour if mine else "none"
                 label = f"qk {width}A8" if mine else f"best peer, {width}"
-                axis.scatter(*zip(*here, strict=True), s=22, facecolors=face, edgecolors=colour, label=label, zorder=2)
+                shape = {"s": 22, "marker": MARKERS[width], "facecolors": face, "edgecolors": colour}
+                axis.scatter(*zip(*here, strict=True), label=label, zorder=2, **shape)
     axis.set(xscale="log", yscale="log", xlabel="operations for each byte moved", title=title(run))
     axis.legend(fontsize=7, loc="lower right")

@@ -29,7 +29,7 @@ class Gemm:
 
     @cached_property
     def data(self) -> GemmData:
-        return GemmData.draw(self)
+        return GemmData(self)
 
 
 @dataclass(frozen=True)
@@ -72,24 +72,23 @@ class Conv:
         return ConvData.draw(self)
 
 
-def _symmetric(w: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 codes and a step for each output channel."""
-    step = w.flatten(1).abs().amax(1) / 127
-    codes = (w / step.reshape(-1, *[1] * (w.dim() - 1))).round().clamp(-127, 127).to(torch.int8)
-    return codes, step
-
-
-@dataclass(frozen=True)
 class GemmData:
-    """x is x_step * codes, zero 0; peers that take a float32 x get that value."""
+    """Codes of x with x_step and zero 0 (a peer that takes a float32 x gets their values), int8 weights with a step for
+    each channel, a bias, and the result; and weights of fewer bits with steps in blocks along K."""
 
-    x_codes: Tensor
-    x_step: float
-    w_codes: Tensor
-    w_step: Tensor
-    bias: Tensor
-    out_step: float
-    y: Tensor
+    def __init__(self, p: Gemm):
+        self.p, self.rng = p, torch.Generator().manual_seed(p.m * 7 + p.k * 3 + p.n)
+        self.x_codes = torch.randint(0, 256, (p.m, p.k), generator=self.rng, dtype=torch.uint8)
+        self.x_step = 1 / 64
+        self.w_codes = torch.randint(-127, 128, (p.n, p.k), generator=self.rng, dtype=torch.int8)
+        self.w_step = self._steps(p.n, 1)[:, 0, 0] / 64
+        self.bias = torch.randn(p.n, generator=self.rng)
+        self.y = F.linear(self.x, self.w, self.bias)
+        self.out_step = float(self.y.max()) / 255
+        self.made: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+
+    def _steps(self, n: int, blocks: int) -> Tensor:
+        return (0.5 + 0.5 * torch.rand(n, blocks, 1, generator=self.rng)) * self.p.k**-0.5
 
     @property
     def x(self) -> Tensor:
@@ -99,15 +98,21 @@ class GemmData:
     def w(self) -> Tensor:
         return self.w_codes.float() * self.w_step[:, None]
 
-    @classmethod
-    def draw(cls, p: Gemm) -> GemmData:
-        rng = torch.Generator().manual_seed(p.m * 7 + p.k * 3 + p.n)
-        x_codes = torch.randint(0, 256, (p.m, p.k), generator=rng, dtype=torch.uint8)
-        w_codes, w_step = _symmetric(torch.randn(p.n, p.k, generator=rng) * p.k**-0.5)
-        bias = torch.randn(p.n, generator=rng)
-        x_step = 1 / 64
-        y = F.linear(x_codes.float() * x_step, w_codes.float() * w_step[:, None], bias)
-        return cls(x_codes, x_step, w_codes, w_step, bias, float(y.max()) / 255, y)
+    def blocks(self, bits: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Signed codes [N, K / block, block] int8, steps [N, K / block, 1], and x times what they stand for [M, N]."""
+        if (bits, block) not in self.made:
+            n, k, half = self.p.n, self.p.k, 2 ** (bits - 1)
+            codes = torch.randint(-half, half, (n, k // block, block), generator=self.rng, dtype=torch.int8)
+            step = self._steps(n, k // block)
+            self.made[bits, block] = codes, step, self.x @ (codes * step).reshape(n, k).t()
+        return self.made[bits, block]
+
+
+def _symmetric(w: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 codes and a step for each output channel."""
+    step = w.flatten(1).abs().amax(1) / 127
+    codes = (w / step.reshape(-1, *[1] * (w.dim() - 1))).round().clamp(-127, 127).to(torch.int8)
+    return codes, step
 
 
 @dataclass(frozen=True)
@@ -168,6 +173,7 @@ class BagData:
 
     def __init__(self, p: Bag):
         self.p, rng = p, torch.Generator().manual_seed(0)
+        self.made: dict[int, tuple[Tensor, Tensor]] = {}
         sizes = torch.randint(p.fewest, p.most + 1, (p.bags,), generator=rng)
         self.offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)[:-1]])
         self.indices = torch.randint(0, p.rows, (int(sizes.sum()),), generator=rng)
@@ -178,11 +184,13 @@ class BagData:
 
     def halves(self, bits: int) -> tuple[Tensor, Tensor]:
         """Packed codes [rows, bytes] and, as bytes, scale and offset of each row in float16."""
-        rng = torch.Generator().manual_seed(bits)
-        shape = (self.p.rows, self.p.cols * bits // 8)
-        codes = torch.randint(0, 256, shape, dtype=torch.uint8, generator=rng)
-        numbers = torch.rand(self.p.rows, 2, generator=rng).sub_(0.5).mul_(0.1).half()
-        return codes, numbers.view(torch.uint8)
+        if bits not in self.made:
+            rng = torch.Generator().manual_seed(bits)
+            shape = (self.p.rows, self.p.cols * bits // 8)
+            codes = torch.randint(0, 256, shape, dtype=torch.uint8, generator=rng)
+            numbers = torch.rand(self.p.rows, 2, generator=rng).sub_(0.5).mul_(0.1).half()
+            self.made[bits] = codes, numbers.view(torch.uint8)
+        return self.made[bits]
 
     def table(self, bits: int) -> Tensor:
         codes, numbers = self.halves(bits)

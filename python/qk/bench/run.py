@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,9 @@ def benchmark(
     todo = [(confinement, n) for confinement in confinements for n in threads]
     for i, (confinement, n) in enumerate(todo):
         say(f"\n{n} thread{'s' * (n > 1)}{', without AMX' * (confinement == 'vnni')}")
-        runs.append(_process(wanted, n, confinement, max(1.0, (end - time.monotonic()) / (len(todo) - i)), say))
+        again = confinement != "none" and "none" in confinements  # of what AMX has no part in
+        part = replace(wanted, products_only=again)
+        runs.append(_process(part, n, confinement, max(1.0, (end - time.monotonic()) / (len(todo) - i)), say))
     return {"benchmark": wanted.suite, "small": wanted.small, "runs": runs}
 
 
@@ -43,7 +45,8 @@ def _process(
     wanted: Wanted, threads: int, confinement: str, seconds: float, say: Say, prepare: bool = False
 ) -> dict[str, Any]:
     """One run. A process that dies is started again behind the row that it died in."""
-    run: dict[str, Any] = {"threads": threads, "confine": confinement, "rows": [], "failed": []}
+    run: dict[str, Any] = {"threads": threads, "confine": confinement, "products_only": wanted.products_only}
+    run |= {"rows": [], "failed": []}
     begin = time.monotonic()
     skip: list[str] = []
     while True:
@@ -139,6 +142,7 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def _counterpart(family: str, row: dict[str, Any]) -> dict[str, Any] | None:
-    """Ours whose weights are as wide as those of a peer's family; the first of ours, the widest, for all others."""
+    """Ours whose weights are as wide as those of a peer's family; the fastest of ours for all others."""
     mine = [e for e in row["entries"] if e["ours"]]
-    return next((e for e in mine if e["family"].startswith(family)), mine[0] if mine else None)
+    alike = (e for e in mine if e["family"].startswith(family))
+    return next(alike, min(mine, key=lambda e: e["ms"][1], default=None))

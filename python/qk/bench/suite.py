@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -33,6 +33,10 @@ class Wanted:
     batches: tuple[int, ...] = (1, 8)
     size: int | None = None
     cache: str = ""
+    products_only: bool = False
+
+
+PRODUCTS = ("gemm", "conv2d", "network")  # what the use of AMX changes
 
 
 def rows(wanted: Wanted) -> list[Row]:
@@ -45,7 +49,8 @@ def rows(wanted: Wanted) -> list[Row]:
         known = found if wanted.suite == "peers" else {k: v for k, v in found.items() if k == "torch"}
         made += _layers(wanted, known)
         made += [_case_row(*item) for item in _cases(wanted)]
-    return [row for row in made if wanted.only in row.name or wanted.only in row.kind]
+    kinds = PRODUCTS if wanted.products_only else {row.kind for row in made}
+    return [row for row in made if row.kind in kinds and (wanted.only in row.name or wanted.only in row.kind)]
 
 
 def _layers(wanted: Wanted, found: dict[str, ModuleType]) -> list[Row]:
@@ -64,7 +69,8 @@ def _layers(wanted: Wanted, found: dict[str, ModuleType]) -> list[Row]:
 
 
 def _sources(what: str, mine: Callable, problem: Any, found: dict[str, ModuleType]) -> dict[str, Source]:
-    """Ours and each peer's that can do such work."""
+    """Ours and each peer's that can do such work, on data that they share and that go with them."""
+    problem = replace(problem)
     theirs = {name: partial(getattr(module, what), problem) for name, module in found.items() if hasattr(module, what)}
     return {"qk": partial(mine, problem), **theirs}
 
@@ -74,7 +80,7 @@ def _networks(wanted: Wanted, found: dict[str, ModuleType]) -> list[Row]:
     for source in wanted.networks:
         for batch in wanted.batches:
             net = Network(source, batch, wanted.size)
-            sources: dict[str, Source] = {"qk": lambda _threads, net=net: our_networks(net, wanted.widths, cache)}
+            sources: dict[str, Source] = {"qk": lambda _threads, net=net: _our(net, wanted, cache)}
             for name, module in found.items():
                 if hasattr(module, "network"):
                     sources[name] = lambda threads, net=net, module=module: module.network(net, threads, cache)
@@ -83,6 +89,10 @@ def _networks(wanted: Wanted, found: dict[str, ModuleType]) -> list[Row]:
         loading = {"qk": lambda _threads, source=source: start(source, wanted.widths[0], cache)}
         made.append(Row("start", f"start {Network(source, 1).name}", loading, 0, {"network": Network(source, 1).name}))
     return made
+
+
+def _our(net: Network, wanted: Wanted, cache: Path) -> Iterable[Candidate]:
+    return our_networks(net, wanted.widths, cache, modules=wanted.suite == "model")
 
 
 def _cases(wanted: Wanted) -> Iterable[tuple[str, str, Callable[[], Case]]]:

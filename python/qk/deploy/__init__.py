@@ -2,9 +2,11 @@
 
 from qk.deploy.checkpoint import check_state, checkpoint_bytes, file_bytes, load, save
 from qk.deploy.convert import Info, convert
+from qk.deploy.embedding import QEmbedding, QEmbeddingBag, pack_table
 from qk.deploy.fuse import FusedModel, fuse, unfused
 from qk.deploy.measure import LayerMeasure, LayerTimes, all_layer_times, layer_errors, measure_layers
 from qk.deploy.modules import IntegerLayer, QConv2d, QLinear, definition
+from qk.deploy.tune import tune_kernels
 
 __all__ = [
     "FusedModel",
@@ -13,6 +15,8 @@ __all__ = [
     "LayerMeasure",
     "LayerTimes",
     "QConv2d",
+    "QEmbedding",
+    "QEmbeddingBag",
     "QLinear",
     "all_layer_times",
     "check_state",
@@ -24,6 +28,8 @@ __all__ = [
     "layer_errors",
     "load",
     "measure_layers",
+    "pack_table",
     "save",
+    "tune_kernels",
     "unfused",
 ]

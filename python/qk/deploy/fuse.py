@@ -8,8 +8,8 @@ import torch
 from torch import fx, nn
 
 from qk import ops
-from qk.deploy.fusing.graph import CONV2D, Constants, finished, is_call, merge_equal, shape_of
-from qk.deploy.fusing.leftovers import Reasons, left_in_float, reasons
+from qk.deploy.fusing.graph import Constants, finished, merge_equal
+from qk.deploy.fusing.leftovers import left_in_float, note_reasons
 from qk.deploy.fusing.model import FusedModel, Inputs
 from qk.deploy.fusing.regions import build_regions
 from qk.deploy.fusing.rewrite import fuse_exactly, read_images_as_they_lie
@@ -39,31 +39,30 @@ def fuse(model: nn.Module, example: Any, *, tensors: int | None = 8, ranges: str
     Raises QkError for a model without an integer layer, one that torch.export cannot follow, and a batch that the model
     does not take.
     """
-    constants, known = _quantized(model, example, tensors, ranges)
+    constants = _quantized(model, example, tensors, ranges)
     graph = constants.graph
     fuse_exactly(constants)
     read_images_as_they_lie(graph, _repacked(model, constants))
-    _choose_layouts(graph, model)
     regions = build_regions(constants)
-    report = left_in_float(graph, known)
+    report = left_in_float(graph)
     _check_inputs(constants)
     return FusedModel(finished(constants), regions, report)
 
 
 def unfused(model: nn.Module, example: Any, *, tensors: int | None = 8, ranges: str = "minmax") -> fx.GraphModule:
     """What `fuse` computes, one operator after the other: the integer network that fusing must not change a bit of."""
-    return finished(_quantized(model, example, tensors, ranges)[0])
+    return finished(_quantized(model, example, tensors, ranges))
 
 
-def _quantized(model: nn.Module, example: Any, tensors: int | None, ranges: str) -> tuple[Constants, Reasons]:
+def _quantized(model: nn.Module, example: Any, tensors: int | None, ranges: str) -> Constants:
     batches = _checked(model, example, tensors, ranges)
     constants = canonical(traced(model, batches[0]))
     merge_equal(constants.graph)
     note_shapes(constants, batches[0])
-    known = reasons(constants.graph, model, tensors)
+    note_reasons(constants.graph, model, tensors)
     if tensors is not None:
         quantize_tensors(constants, batches, ranges)
-    return constants, known
+    return constants
 
 
 def _checked(model: nn.Module, example: Any, tensors: int | None, ranges: str) -> list[Any]:
@@ -86,6 +85,8 @@ def _checked(model: nn.Module, example: Any, tensors: int | None, ranges: str) -
     for i, batch in enumerate(batches):
         if not isinstance(batch, KINDS) or next(tensors_in(batch), None) is None:
             raise fail(STAGE, f"batch {i} of example", "a tensor, tuple or dict of tensors", describe(batch))
+        if any(t.is_floating_point() and not torch.isfinite(t).all() for t in tensors_in(batch)):
+            raise fail(STAGE, f"batch {i} of example", "finite", "NaN or infinity in it")
         batches[i] = map_tensors(lambda x: x.detach().to(device), batch)
     _run(model, batches[0])
     return batches
@@ -121,13 +122,6 @@ def _layer(model: nn.Module, node: fx.Node) -> IntegerLayer | None:
     except AttributeError:
         return None
     return layer if isinstance(layer, IntegerLayer) else None
-
-
-def _choose_layouts(graph: fx.Graph, model: nn.Module) -> None:
-    """The one place where a convolution's weight may be packed for the image that it will see."""
-    for node in graph.nodes:
-        if is_call(node, CONV2D):
-            _, _height, _width, _ = shape_of(node.kwargs["x"])
 
 
 def _check_inputs(constants: Constants) -> None:

@@ -71,6 +71,7 @@ class IntegerLayer(nn.Module):
         self.spec, self.shape, self.groups = spec, tuple(shape), groups
         self.bits, self.input_bits = spec.storage_bits, spec.activations
         self.out_features, self.k = shape[0], prod(shape[1:])
+        self.algorithm = "direct"  # of the kernel: see qk.deploy.tune
         _check_tensors(type(self).__name__, tensors, spec, self.out_features, self.k)
         for name in TENSORS:
             self.register_buffer(name, tensors.get(name))
@@ -79,7 +80,8 @@ class IntegerLayer(nn.Module):
 
     def prepack(self) -> Tensor:
         """Makes the kernel's layout from `packed`."""
-        self.prepacked = ops.prepack(self.packed, self.weight_zero, self.bits, self.shape, self.groups)
+        algorithm = self.algorithm if self.packed.device.type == "cpu" else "direct"
+        self.prepacked = ops.prepack(self.packed, self.weight_zero, self.bits, self.shape, self.groups, algorithm)
         return self.prepacked
 
     def weight_codes(self) -> Tensor:

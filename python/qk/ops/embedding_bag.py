@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -117,7 +119,7 @@ def reference(
     if padding_idx is not None:
         padding_idx %= rows.shape[0]
     bags = []
-    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for begin, end in pairwise(bounds):
         kept = [i for i in range(int(begin), int(end)) if int(indices[i]) != padding_idx]
         row = values(rows[indices[kept].long()], bits, cols, kind, dtype, codes_first, books)
         total = torch.zeros(cols, device=rows.device)

@@ -16,10 +16,12 @@ def prepack(
 
     packed: [N, row_bytes], uint8, from `pack` of codes [N, K]. zero: int32, [N] or [N, groups along K], a code each;
     128 for 8-bit weights. bits: 2, 4 or 8. shape: (N, K) for gemm; (N, kh, kw, C / groups) for conv2d, which makes
-    K = kh * kw * C / groups. groups: of the convolution. algorithm: "direct".
+    K = kh * kw * C / groups. groups: of the convolution. algorithm: "direct", or "winograd" on the CPU for
+    3 x 3 kernels of 2 or 4 bits, which conv2d then takes with stride and dilation 1 and x_bits up to 6: the same bits
+    from fewer products (docs/winograd.md).
     Returns uint8 [bytes], good for every instruction set of the device it lies on; never store it, store `packed`.
-    Raises RuntimeError for another shape, dtype or width, groups that do not divide N, a zero that is no code, or a K
-    so long that no sum could stay in int32.
+    Raises RuntimeError for another shape, dtype or width, groups that do not divide N, a zero that is no code, a K
+    so long that no sum could stay in int32, or a weight that the algorithm cannot have.
     """
     return torch.ops.qk.prepack(packed, zero, bits, shape, groups, algorithm)
 
@@ -35,5 +37,7 @@ def reference(codes: Tensor, zero: Tensor, bits: int, shape: tuple[int, ...], gr
 def _(packed, zero, bits, shape, groups=1, algorithm="direct"):
     on_one_device("prepack", packed, zero)
     k_groups = 1 if zero.dim() < 2 else zero.shape[1]
-    layout = packed_layout([int(s) for s in shape], bits, groups, int(k_groups), packed.device.type == "cuda")
+    layout = packed_layout(
+        [int(s) for s in shape], bits, groups, int(k_groups), packed.device.type == "cuda", algorithm == "winograd"
+    )
     return packed.new_empty(layout["bytes"])

@@ -15,7 +15,6 @@ from openvino import opset13 as op
 from openvino.preprocess import PrePostProcessor
 from torch import Tensor
 
-from qk.bench.peers.common import blocks
 from qk.bench.problems import Conv, Gemm
 from qk.bench.rows import Candidate, meets
 
@@ -92,7 +91,7 @@ def _int8(bound: Any, out: str, d: Any, nhwc: bool = False) -> Candidate:
 
 def _w4(p: Gemm, group: int, dynamic: int, threads: int) -> Candidate:
     d = p.data
-    codes, step, value = blocks(d.w, 4, group)
+    codes, step, expected = d.blocks(4, group)
     flat = codes.numpy().reshape(-1) & 15
     packed = (flat[0::2] | (flat[1::2] << 4)).astype(np.uint8)
     weight = op.convert(op.constant(ov.Tensor(packed, list(codes.shape), Type.i4)), Type.f32)
@@ -102,7 +101,7 @@ def _w4(p: Gemm, group: int, dynamic: int, threads: int) -> Candidate:
     run, result = _bound(_compiled(model, threads, DYNAMIC_QUANTIZATION_GROUP_SIZE=dynamic), d.x)
 
     def check() -> None:
-        meets(result(), d.x @ value.t(), DYNAMIC_ERROR)
+        meets(result(), expected, DYNAMIC_ERROR)
 
     return Candidate(f"OpenVINO W4 g{group}, x in {dynamic}", "W4", run, check)
 

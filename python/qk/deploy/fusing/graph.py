@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -168,16 +167,6 @@ def finished(constants: Constants) -> fx.GraphModule:
             graph.erase_node(node)
     graph.lint()
     return fx.GraphModule(constants.root, graph)
-
-
-def kinds(nodes: Iterable[fx.Node]) -> dict[str, int]:
-    """How often each operator stands in a graph, constants and inputs left out."""
-    count: dict[str, int] = {}
-    for node in nodes:
-        if node.op == "call_function":
-            name = getattr(node.target, "_opname", None) or getattr(node.target, "__name__", str(node.target))
-            count[name] = count.get(name, 0) + 1
-    return dict(sorted(count.items()))
 
 
 def merge_equal(graph: fx.Graph) -> None:

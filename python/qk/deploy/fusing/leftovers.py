@@ -15,28 +15,23 @@ PLAIN = (  # bookkeeping, no work worth a line
     *(aten.expand.default, aten.new_ones.default, aten.contiguous.default, aten.clone.default),
 )
 
-Reasons = dict[tuple[str, str], str]
 
-
-def reasons(graph: fx.Graph, model: nn.Module, tensors: int | None) -> Reasons:
-    """(module, operator) -> why it would stay in float. graph: before tensors are quantized."""
+def note_reasons(graph: fx.Graph, model: nn.Module, tensors: int | None) -> None:
+    """Why each operator would stay in float, to be asked when it did. graph: before tensors are quantized."""
     roles = Roles(graph)
-    found: Reasons = {}
     for node in graph.nodes:
         if _works_on_floats(node):
-            place = (node.meta.get("module", ""), name_of(node))
-            found.setdefault(place, _reason(node, roles, model, tensors))
-    return found
+            node.meta["reason"] = _reason(node, roles, model, tensors)
 
 
-def left_in_float(graph: fx.Graph, known: Reasons) -> list[tuple[str, str]]:
+def left_in_float(graph: fx.Graph) -> list[tuple[str, str]]:
     """(module and operator, reason) in running order, for what stands between the integer regions of a fused graph."""
-    found: dict[str, str] = {}
+    found = []
     for node in graph.nodes:
         if _works_on_floats(node):
             module, name = node.meta.get("module", ""), name_of(node)
-            found.setdefault(f"{module}: {name}" if module else name, known.get((module, name), "stays in float"))
-    return list(found.items())
+            found.append((f"{module}: {name}" if module else name, node.meta.get("reason", "stays in float")))
+    return found
 
 
 def _works_on_floats(node: fx.Node) -> bool:

@@ -26,7 +26,8 @@ class Inputs(nn.Module):
             name, dtype, sizes = expected
             if given.dtype != dtype:
                 got = str(given.dtype).removeprefix("torch.")
-                raise fail("FusedModel", name, str(dtype).removeprefix("torch."), got, f"Convert it with {name}.to(...).")
+                wanted = str(dtype).removeprefix("torch.")
+                raise fail("FusedModel", name, wanted, got, f"Convert it with {name}.to(torch.{wanted}).")
             fits = given.dim() == len(sizes) and all(
                 size is None or size == n for n, size in zip(given.shape, sizes, strict=True)
             )

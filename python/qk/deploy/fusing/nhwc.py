@@ -1,11 +1,10 @@
-"""Float operators on NHWC tensors: the same kernels as in the traced model, so the same bits, seen from the other layout.
+"""Float operators on NHWC tensors: the kernels of the traced model, so its bits, seen from the other layout.
 
 The graphs of fuse hold them in place of the NCHW operators, so that no permutation stands between integer layers.
 """
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -42,11 +41,3 @@ def mean(x: Tensor) -> Tensor:
 
 def batch_norm(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
     return F.batch_norm(x.permute(NCHW), mean, var, weight, bias, False, 0.0, eps).permute(NHWC)
-
-
-def to_nchw(x: Tensor) -> Tensor:
-    return torch.ops.aten.permute.default(x, NCHW)
-
-
-def to_nhwc(x: Tensor) -> Tensor:
-    return torch.ops.aten.permute.default(x, NHWC)

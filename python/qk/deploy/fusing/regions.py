@@ -29,7 +29,6 @@ from qk.deploy.program import Builder, encode
 LOOKUP, POOL, CONCAT = qk.lookup.default, qk.pool.default, qk.concat.default
 SUM, PRODUCT = qk.add.default, qk.multiply.default
 FLATTEN, PERMUTE = aten.flatten.using_ints, aten.permute.default
-EPILOGUE = ("activation",)
 WINDOW = ("kernel", "stride", "padding", "dilation")
 
 

@@ -1,4 +1,4 @@
-"""Exact fusion: rewritings after which a graph computes the same bits with fewer operators (docs/fuse.md has the reasons)."""
+"""Exact fusion: a graph that computes the same bits with fewer operators (docs/fuse.md has the reasons)."""
 
 from __future__ import annotations
 

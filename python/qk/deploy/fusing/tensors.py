@@ -46,7 +46,6 @@ from qk.errors import fail
 
 STAGE = "qk.fuse"
 BITS = 8
-LARGEST_WINDOW = 65793  # of an average: sums of codes stay in int32
 
 
 class Roles:
@@ -136,6 +135,11 @@ class _Classes:
             if roles.is_integer(node) and moves(node):
                 for source in inputs_of(node):
                     self.parent[self._root(source)] = self._root(node)
+        self.by_root: dict[fx.Node, list[fx.Node]] = {}
+        moved = {*self.parent, *self.parent.values()}
+        for node in graph.nodes:
+            if node in moved:
+                self.by_root.setdefault(self._root(node), []).append(node)
         fused = _fused_edges(graph, roles)
         read = {
             source
@@ -149,12 +153,13 @@ class _Classes:
 
     def _root(self, node: fx.Node) -> fx.Node:
         while self.parent.get(node, node) is not node:
+            self.parent[node] = self.parent.get(self.parent[node], self.parent[node])
             node = self.parent[node]
         return node
 
     def members(self, tensor: fx.Node) -> list[fx.Node]:
-        root = self._root(tensor)
-        return [n for n in {*self.parent, *self.parent.values(), tensor} if self._root(n) is root]
+        """In the order of the graph: ties are broken alike in every run."""
+        return self.by_root.get(self._root(tensor), [tensor])
 
     def key(self, tensor: fx.Node) -> fx.Node:
         return self._root(tensor)
@@ -179,7 +184,6 @@ class _Classes:
 def _fused_edges(graph: fx.Graph, roles: Roles) -> set[tuple[fx.Node, fx.Node]]:
     """(maker, reader) whose tensor never reaches memory: the reader is part of the maker's last step."""
     fused = set()
-    summed: set[fx.Node] = set()
     for node in graph.nodes:
         if not roles.is_integer(node):
             continue
@@ -188,7 +192,6 @@ def _fused_edges(graph: fx.Graph, roles: Roles) -> set[tuple[fx.Node, fx.Node]]:
             maker = next((n for n in node.args[:2] if is_call(n, *LAYERS) and only_user(n, node)), None)
             if maker is not None:
                 fused.add((maker, node))
-                summed.add(node)
         elif activation_of(node) is not None:
             maker = node.args[0]
             ends = is_call(maker, *LAYERS, ADD, MUL, nhwc.batch_norm)
@@ -281,9 +284,7 @@ def _insert(graph: fx.Graph, tensor: fx.Node, grid: Grid, roles: Roles) -> None:
         user.replace_input_with(tensor, values)
 
 
-def _replace(
-    graph: fx.Graph, constants: Constants, roles: Roles, grid_for: Callable[[fx.Node], Grid | None]
-) -> None:
+def _replace(graph: fx.Graph, constants: Constants, roles: Roles, grid_for: Callable[[fx.Node], Grid | None]) -> None:
     """Functions of codes become tables of values, averages sums of codes, BatchNorms depthwise layers on codes."""
     for node in list(graph.nodes):
         maker = _maker(node) if roles.is_integer(node) else None
@@ -306,9 +307,7 @@ def _maker(node: fx.Node) -> Callable[..., fx.Node] | None:
     return _scaled if is_call(node, nhwc.batch_norm) else None
 
 
-def _codes(
-    graph: fx.Graph, x: fx.Node, grid_for: Callable[[fx.Node], Grid | None]
-) -> tuple[fx.Node, Grid] | None:
+def _codes(graph: fx.Graph, x: fx.Node, grid_for: Callable[[fx.Node], Grid | None]) -> tuple[fx.Node, Grid] | None:
     """The codes of a tensor and their grid. What was moved lies on the grid that it had: quantize finds its codes."""
     if is_call(x, DEQUANTIZE):
         return x.args[0], Grid(x.args[1], x.args[2], BITS)

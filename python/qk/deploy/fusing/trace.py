@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,25 +10,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from qk.deploy.fusing import nhwc
-from qk.deploy.fusing.graph import ADD, CAT, FUNCTIONS, HARDTANH, LAYERS, MUL, QUANTIZE, RELU, Constants, aten, is_call
+from qk.deploy.fusing.graph import ADD, CAT, FUNCTIONS, HARDTANH, LAYERS, MUL, QUANTIZE, RELU, Constants, aten
+from qk.deploy.fusing.inplace import NOTHING, functional
 from qk.errors import fail
 from qk.inputs import copied_to, device_of, map_tensors
 
 STAGE = "qk.fuse"
-NOTHING = (  # what changes no value in eval mode
-    aten.dropout.default,
-    aten.dropout_.default,
-    aten.feature_dropout.default,
-    aten.alias.default,
-    aten.detach.default,
-    aten.lift_fresh_copy.default,
-)
-VIEWS = (
-    *NOTHING,
-    *(aten.permute.default, aten.transpose.int, aten.view.default, aten.reshape.default, aten.flatten.using_ints),
-    *(aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default, aten.select.int, aten.slice.Tensor),
-    *(aten.expand.default, aten.contiguous.default, aten.split.Tensor, aten.chunk.default, operator.getitem),
-)
 
 
 def traced(model: nn.Module, example: Any) -> fx.GraphModule:
@@ -48,7 +34,7 @@ def traced(model: nn.Module, example: Any) -> fx.GraphModule:
             got = f"{where}, in which it raised {type(error).__name__}: {_first_line(error)}"
             advice = "What the graph depends on must not hang on values. The unfused model works as it is."
             raise fail(STAGE, "model", "one that torch.export can follow", got, advice) from error
-        module = _functional(program)
+        module = functional(program)
     return module
 
 
@@ -96,7 +82,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def _watched(model: nn.Module, entered: list[str]) -> Iterator[None]:
     """Keeps in `entered` the names of the modules that are running."""
 
-
     def leave(*_: Any) -> None:
         entered.pop()
 
@@ -114,62 +99,6 @@ def _watched(model: nn.Module, entered: list[str]) -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), "nothing").strip()
-
-
-# --- writes in place ------------------------------------------------------------------------------------------------
-
-
-def _functional(program: torch.export.ExportedProgram) -> fx.GraphModule:
-    """Without operators that write in place. Those on values that nobody reads again are simply replaced, which takes
-    no time; for the rest torch follows every alias."""
-    module = program.module(check_guards=False)
-    if _without_writes(module.graph):
-        return module
-    program = program.run_decompositions({})
-    signature = program.graph_signature
-    changed = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
-    if changed:
-        advice = "The unfused model works as it is."
-        raise fail(STAGE, "model", "free of state that its forward changes", ", ".join(changed), advice)
-    return program.module(check_guards=False)
-
-
-def _without_writes(graph: fx.Graph) -> bool:
-    """Replaces relu_ by relu and so on; False if what was written would be read again under another name."""
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    for node in list(graph.nodes):
-        if node.op != "call_function" or not _writes(node):
-            continue
-        target, twin = node.args[0], _functional_twin(node)
-        first = _memory_of(target)
-        if twin is None or first.op != "call_function":
-            return False
-        others = [n for n in order if order[n] < order[node] and n is not target and _memory_of(n) is first]
-        if any(order[user] > order[node] for other in others for user in other.users):
-            return False
-        node.target = twin
-        for user in list(target.users):
-            if order[user] > order[node]:
-                user.replace_input_with(target, node)
-    graph.lint()
-    return True
-
-
-def _writes(node: fx.Node) -> bool:
-    return getattr(getattr(node.target, "_schema", None), "is_mutable", False)
-
-
-def _functional_twin(node: fx.Node) -> Any:
-    name, _, overload = node.target._name.removeprefix("aten::").partition(".")
-    packet = getattr(aten, name.removesuffix("_"), None) if name.endswith("_") else None
-    return getattr(packet, overload or "default", None)
-
-
-def _memory_of(node: fx.Node) -> fx.Node:
-    """The node whose memory this one may be a view of."""
-    while node.op == "call_function" and node.target in VIEWS:
-        node = node.args[0]
-    return node
 
 
 # --- layout ---------------------------------------------------------------------------------------------------------
