@@ -74,9 +74,12 @@ def test_the_integer_model_equals_its_definition_and_the_report_is_whole(model, 
     assert rows["odd"].weights is None
     assert "Conv1d has no integer kernel" in rows["odd"].reason
     assert all(r.sqnr_db > 5 and r.float_ms > 0 and r.integer_ms > 0 for r in report.layers if r.weights)
-    assert report.accuracy == {"float": 1.0, "simulated": 1.0, "integer": 1.0}
+    assert report.accuracy == {"float": 1.0, "simulated": 1.0, "integer": 1.0, "fused": 1.0}
     assert report.size_bytes["integer"] == sum(f.stat().st_size for f in tmp_path.iterdir())
     assert report.latency[0].integer_p99 >= report.latency[0].integer_p50 > 0
+    assert report.latency[0].fused_p99 >= report.latency[0].fused_p50 > 0
+    by_operators = qk.deploy.unfused(result.model, [batches[0], *batches])
+    assert torch.equal(result.fused(batches[0]), by_operators(batches[0]))
     assert report.losses
     assert report.folds == {"stem.1": "stem.0"}
     assert torch.equal(found, qk.load(tmp_path, model=model)(batches[0]))
@@ -87,6 +90,15 @@ def test_nearest_learns_nothing(model, batches):
     assert result.report.losses == {}
     assert "reconstruct" not in result.report.seconds
     assert result.report.latency == []
+    assert result.fused is not None
+
+
+def test_what_cannot_be_fused_is_said(model, batches, monkeypatch):
+    assert qk.quantize(model, batches, quick(method="nearest"), measure=False, fused=False).fused is None
+    monkeypatch.setattr("qk.flow.fuse", lambda *_: (_ for _ in ()).throw(qk.QkError("no way")))
+    result = qk.quantize(model, batches, quick(method="nearest"), measure=False)
+    assert result.fused is None
+    assert "Not fused: no way" in result.report.notes
 
 
 def slow_in_integers(*names):

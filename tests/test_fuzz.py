@@ -18,7 +18,7 @@ LONG = ([0, 2**31], [0, 2**62], [0, 2**31 - 1, 1, 2**31 - 1])  # shapes without 
 INTS = (-(2**62), -1, 0, 1, 2, 3, 4, 7, 8, 9, 64, 2**62)
 FLOATS = (0.0, -1.0, 1.0, 2.4, 1e-45, 3e38, float("nan"), float("inf"))
 DTYPES = (torch.float32, torch.uint8, torch.int32, torch.float64, torch.float16, torch.int64, torch.bool, torch.int8)
-STRINGS = ("paper", "torch", "none", "relu", "relu6", "", "no such word")
+STRINGS = ("paper", "torch", "none", "relu", "relu6", "max", "average", "sum", "affine", "", "no such word")
 EXPECTED = (RuntimeError, TypeError, ValueError)  # NotImplementedError is a RuntimeError
 
 
@@ -204,8 +204,96 @@ def network(rnd, schema):
     return {"inputs": [strided(rnd, x)], "constants": b.constants(), "program": text}
 
 
+def operand(rnd, base, bits=8):
+    """A value of add and multiply: codes with step and zero, or float32 without."""
+    if rnd.random() < 0.3:
+        return strided(rnd, values(rnd, base, torch.float32)), None, None
+    return strided(rnd, values(rnd, base, torch.uint8) & (2**bits - 1)), *scale(rnd, 1, bits)
+
+
+def result_scale(rnd):
+    step, zero = scale(rnd, 1, 4) if rnd.random() < 0.6 else (None, None)
+    return {"out_step": step, "out_zero": zero, "out_bits": 4}
+
+
+def pointwise(rnd, schema):
+    """add and multiply."""
+    base = shape(rnd, range(2, 5))
+    other = base if schema.name == "qk::add" else [base[0], *[1] * (len(base) - 2), base[-1]]
+    sides = (*operand(rnd, base), *operand(rnd, other))
+    names = [argument.name for argument in schema.arguments[:6]]
+    named = dict(zip(names, sides, strict=True))
+    return named | {"activation": rnd.choice(("none", "relu", "relu6"))} | result_scale(rnd)
+
+
+def pool(rnd, schema):
+    x = values(rnd, [rnd.choice((0, 1, 2)), rnd.choice((3, 7)), rnd.choice((3, 8)), rnd.choice(SIZES)], torch.uint8)
+    step, zero = scale(rnd, 1, 8)
+    average = rnd.random() < 0.6
+    args = {"x": strided(rnd, x), "x_step": step, "x_zero": zero, "mode": "average" if average else "max"}
+    args |= {
+        "kernel": [rnd.choice((1, 2, 3))] * 2,
+        "stride": [rnd.choice((1, 2))] * 2,
+        "padding": [rnd.choice((0, 1))] * 2,
+    }
+    args |= {"ceil_mode": rnd.random() < 0.3, "count_include_pad": rnd.random() < 0.5}
+    return args | (result_scale(rnd) if average else {})
+
+
+def lookup(rnd, schema):
+    table = values(rnd, [256], rnd.choice((torch.uint8, torch.float32)))
+    return {"codes": strided(rnd, values(rnd, shape(rnd), torch.uint8)), "table": table}
+
+
+def concat(rnd, schema):
+    base, count = shape(rnd, range(1, 5)), rnd.choice((1, 2, 3))
+    scales = [scale(rnd, 1, 8) for _ in range(count)]
+    codes = [strided(rnd, values(rnd, [*base[:-1], rnd.choice(SIZES)], torch.uint8)) for _ in range(count)]
+    step, zero = scale(rnd, 1, 8)
+    return {
+        "codes": codes,
+        "steps": [s for s, _ in scales],
+        "zeros": [z for _, z in scales],
+        "out_step": step,
+        "out_zero": zero,
+        "out_bits": 8,
+    }
+
+
+def embedding_bag(rnd, schema):
+    bits, cols, count = rnd.choice((2, 4, 8)), rnd.choice((1, 5, 16, 33, 128)), rnd.choice((1, 3, 17))
+    dtype = rnd.choice(("float16", "bfloat16", "float32"))
+    kind = "affine" if bits == 8 else rnd.choice(("affine", "codebook", "shared"))
+    numbers = {"affine": 2, "codebook": 2**bits, "shared": 1}[kind] * (
+        2 if dtype != "float32" and kind != "shared" else 4
+    )
+    rows = values(rnd, [count, -(-cols * bits // 8) + numbers], torch.uint8)
+    codes_first = rnd.random() < 0.5
+    if kind == "shared":  # the numbers of books that there are
+        rows[:, slice(-4, None) if codes_first else slice(0, 4)] = 0
+    looked_up, long = rnd.choice((0, 1, 9)), rnd.choice((torch.int32, torch.int64))
+    indices = torch.tensor([rnd.randrange(count) for _ in range(looked_up)], dtype=long)
+    offsets = torch.tensor(sorted([0, rnd.randrange(looked_up + 1)]), dtype=rnd.choice((torch.int32, torch.int64)))
+    mode = rnd.choice(("sum", "mean", "max"))
+    return {
+        "rows": rows,
+        "indices": indices,
+        "offsets": offsets,
+        "bits": bits,
+        "cols": cols,
+        "kind": kind,
+        "dtype": dtype,
+        "codes_first": codes_first,
+        "books": torch.randn(2, 2**bits) if kind == "shared" else None,
+        "mode": mode,
+        "per_sample_weights": torch.randn(looked_up) if mode == "sum" and rnd.random() < 0.5 else None,
+        "padding_idx": rnd.choice((None, 0)),
+    }
+
+
 LIKELY = {"pack": pack, "unpack": unpack, "sparq": sparq, "prepack": prepack, "gemm": gemm, "conv2d": conv2d}
-LIKELY |= {"network": network}
+LIKELY |= {"network": network, "add": pointwise, "multiply": pointwise, "pool": pool, "lookup": lookup}
+LIKELY |= {"concat": concat, "embedding_bag": embedding_bag}
 
 
 def described(value):

@@ -57,8 +57,8 @@ constexpr int32_t packed_magic = 0x32304b51;  // "QK02": change it with the layo
 // A segment is filled up with bytes of 0 to segment_padded codes: the rows of a kernel to a multiple of 64, so that 16
 // steps of int8 are one AMX tile (64 codes of 16 channels), groups to whole vectors. A byte of 0 is the value 0 in 8
 // bits and the code 0 below: a kernel that subtracts zeros must do so on segment_k codes only.
-// A depthwise weight is stored in 8 bits as u - zero (int8), and its segments are the columns of the kernel, kh codes in
-// whole steps: one vector has four taps of a column.
+// A depthwise weight is stored in 8 bits as u - zero (int8), and its segments are the columns of the kernel, kh codes
+// in whole steps: one vector has four taps of a column.
 //   header | codes [blocks][k_groups][vectors][64] | sums int32 [blocks][k_groups][16] |
 //   zeros uint8 [blocks][k_groups][16] | 0 up to whole cache lines
 // sums: of u - zero over the group. zeros: only below 8 bits.

@@ -32,8 +32,8 @@ __global__ void codes_kernel(PrepackArgs a) {
       if (in_segment >= layout.segment_k) continue;
       const int zero = a.zero[n * layout.k_groups + segment / layout.group_segments()];
       // The segments of a depthwise weight are columns of the kernel.
-      const int code = code_at_rest(a, n, a.shape.depthwise() ? in_segment * layout.segments + segment
-                                                              : segment * layout.segment_k + in_segment);
+      const int code = code_at_rest(
+          a, n, a.shape.depthwise() ? in_segment * layout.segments + segment : segment * layout.segment_k + in_segment);
       byte |= layout.stored_bits == 8 ? code - zero : code << (j * layout.stored_bits);
     }
     a.out[layout.codes_at + at] = static_cast<uint8_t>(byte);

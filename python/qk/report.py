@@ -44,7 +44,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds per call of the whole model at one batch size, alternating in one process. fused: None without one."""
+    """Milliseconds per call of the whole model at one batch size, alternating in one process; fused may be missing."""
 
     batch: int
     float_p50: float
@@ -57,9 +57,9 @@ class Latency:
 
 @dataclass
 class Report:
-    """accuracy: "float", "simulated", "integer", "fused" -> share of labels met. losses: unit -> [{"iteration", "loss"}].
+    """accuracy: "float", "simulated", "integer", "fused" -> share of labels met.
 
-    size_bytes: "float", "integer" -> bytes on disk. seconds: stage -> time it took.
+    losses: unit -> [{"iteration", "loss"}]. size_bytes: "float", "integer" -> bytes on disk. seconds: by stage.
     """
 
     title: str

@@ -16,6 +16,7 @@ from qk.deploy.fusing.rewrite import fuse_exactly, read_images_as_they_lie
 from qk.deploy.fusing.tensors import note_shapes, quantize_tensors
 from qk.deploy.fusing.trace import canonical, input_shapes, traced
 from qk.deploy.modules import IntegerLayer, integer_layers
+from qk.deploy.tune import tuned
 from qk.errors import fail
 from qk.inputs import KINDS, describe, device_of, feed, map_tensors, tensors_in
 
@@ -25,7 +26,14 @@ STAGE = "qk.fuse"
 RANGES = ("minmax", "percentile")
 
 
-def fuse(model: nn.Module, example: Any, *, tensors: int | None = 8, ranges: str = "minmax") -> FusedModel:
+def fuse(
+    model: nn.Module,
+    example: Any,
+    *,
+    tensors: int | None = 8,
+    ranges: str = "minmax",
+    algorithm: str | None = None,
+) -> FusedModel:
     """A copy of an integer model in which activations stay in codes between layers; `model` stays as it is.
 
     model: from qk.convert, qk.quantize or qk.load, on the CPU. example: a batch (tensor, tuple of positional arguments
@@ -35,11 +43,15 @@ def fuse(model: nn.Module, example: Any, *, tensors: int | None = 8, ranges: str
     activation functions, gates, concatenations); None changes no bit of the model's results and fuses what it can so.
     ranges: of these tensors over all batches given: "minmax" clips nothing, "percentile" keeps 99.99 %. Where a layer
     with 8-bit inputs reads the tensor, its step is taken.
+    algorithm: of convolutions, "direct" or "winograd" where it applies; None takes what is faster here, on the sizes of
+    the first batch with the threads of now (qk.deploy.tune_kernels). Results do not depend on it.
     The result equals `unfused(...)` with the same arguments bit for bit (docs/fuse.md).
     Raises QkError for a model without an integer layer, one that torch.export cannot follow, and a batch that the model
     does not take.
     """
-    constants = _quantized(model, example, tensors, ranges)
+    batches = _checked(model, example, tensors, ranges)
+    model = tuned(model, batches[0], algorithm)
+    constants = _quantized(model, batches, tensors, ranges)
     graph = constants.graph
     fuse_exactly(constants)
     read_images_as_they_lie(graph, _repacked(model, constants))
@@ -51,11 +63,10 @@ def fuse(model: nn.Module, example: Any, *, tensors: int | None = 8, ranges: str
 
 def unfused(model: nn.Module, example: Any, *, tensors: int | None = 8, ranges: str = "minmax") -> fx.GraphModule:
     """What `fuse` computes, one operator after the other: the integer network that fusing must not change a bit of."""
-    return finished(_quantized(model, example, tensors, ranges))
+    return finished(_quantized(model, _checked(model, example, tensors, ranges), tensors, ranges))
 
 
-def _quantized(model: nn.Module, example: Any, tensors: int | None, ranges: str) -> Constants:
-    batches = _checked(model, example, tensors, ranges)
+def _quantized(model: nn.Module, batches: list[Any], tensors: int | None, ranges: str) -> Constants:
     constants = canonical(traced(model, batches[0]))
     merge_equal(constants.graph)
     note_shapes(constants, batches[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,14 +33,29 @@ def tune_kernels(model: nn.Module, inputs: Any, algorithm: str | None = None) ->
     with _input_sizes(list(layers.values())) as sizes, torch.no_grad():
         if algorithm is None:
             feed(model, inputs)
+    measured: dict[Any, str] = {}  # layers of one shape run on one kernel
     for layer in layers.values():
         before, choice = layer.algorithm, "direct"
         if algorithm != "direct" and (other := winograd_weight(layer)) is not None:
-            choice = algorithm or faster(layer, sizes.get(layer), other)
+            size = sizes.get(layer)
+            kind = (size, layer.shape, layer.groups, layer.padding, layer.bits)
+            if algorithm is None and kind not in measured:
+                measured[kind] = faster(layer, size, other)
+            choice = algorithm or measured[kind]
         layer.algorithm = choice
         if choice != before:
             layer.prepack()
     return {name: layer.algorithm for name, layer in layers.items()}
+
+
+def tuned(model: nn.Module, inputs: Any, algorithm: str | None = None) -> nn.Module:
+    """A copy of the model after tune_kernels; the model itself where no layer has a choice."""
+    layers = [layer for layer in integer_layers(model).values() if isinstance(layer, QConv2d)]
+    if all(winograd_weight(layer) is None and layer.algorithm == "direct" for layer in layers):
+        return model
+    model = copy.deepcopy(model)
+    tune_kernels(model, inputs, algorithm)
+    return model
 
 
 def winograd_weight(layer: QConv2d) -> Tensor | None:
