@@ -39,7 +39,7 @@ __device__ Values<uint8_t, word> gather(const Conv2dArgs& a, const Token& token,
 }
 
 template <int bits, int word, int per_thread>
-__global__ void __launch_bounds__(block_threads, 3) convolve_kernel(Conv2dArgs a, int64_t all_tokens, int64_t tiles) {
+__global__ void __launch_bounds__(block_threads, 2) convolve_kernel(Conv2dArgs a, int64_t all_tokens, int64_t tiles) {
   constexpr int tokens = token_lanes * per_thread, per_vector = PackedLayout::step * Bits<bits>::per_byte;
   constexpr int vectors = piece / per_vector, words = staged / 4;
   __shared__ __align__(16) uint8_t x[tokens][staged + piece];  // a pitch that spreads tokens over the banks

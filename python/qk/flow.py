@@ -41,7 +41,7 @@ MEASURED_BATCHES = 2  # for the error of each layer
 
 @dataclass(frozen=True)
 class Result:
-    """model: integer layers in place, runs torch.ops.qk. prepared: the model that simulates it in float. fused: the fast
+    """model: integer layers in place, runs torch.ops.qk. prepared: what simulates it in float. fused: the fast
     one, or None where it could not be made or was not wanted; report.notes has the reason."""
 
     model: nn.Module
