@@ -380,7 +380,7 @@ def test_any_call_gives_a_result_or_an_error(op):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512vnni"])
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512vnni", "amx"])
 @pytest.mark.parametrize("op", registered())
 def test_thousands_of_calls_give_a_result_or_an_error(op, isa):
     if isa not in qk.usable_isas():

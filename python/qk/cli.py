@@ -63,7 +63,7 @@ def demo(
     iterations: Annotated[int | None, typer.Option(min=1, help="Of learning, for each unit.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Trains a small residual network on handwritten digits, quantizes it in eight ways and measures each."""
+    """Trains a small residual network on handwritten digits, quantizes it in ten ways and measures each."""
     from qk.demo.study import run
 
     study = run(out, cache=cache, seed=seed, iterations=iterations, say=_say(as_json))

@@ -21,7 +21,7 @@ from qk.spec import Recipe
 
 WIDTHS = [(2, 4), (4, 4), (4, 8), (8, 8)]
 MODELS = (*VISION, "minilm")
-ISAS = ("generic", "avx2", "avx512vnni")
+ISAS = ("generic", "avx2", "avx512vnni", "amx")
 
 
 def outputs(model, batch):

@@ -1,4 +1,4 @@
-"""The digits network at four widths, each rounded to nearest and by BRECQ: accuracy, size and speed in one table."""
+"""The digits network at five widths, each rounded to nearest and by BRECQ: accuracy, size and speed in one table."""
 
 from __future__ import annotations
 
