@@ -86,12 +86,15 @@ def _once(
         limit = PREPARE_SECONDS if spec["prepare"] else ROW_SECONDS
         with log.open("w") as sink, lines.open() as source:
             process = subprocess.Popen(command, stdout=sink, stderr=sink, env=environment)
-            heard, why = time.monotonic(), None
+            heard, why, half = time.monotonic(), None, ""
             try:
                 while True:
                     ended = process.poll() is not None
                     for text in source:
-                        heard, begun = time.monotonic(), _hear(json.loads(text), run, done, begun, say)
+                        half += text
+                        if half.endswith("\n"):  # else the worker is still writing it
+                            heard, begun = time.monotonic(), _hear(json.loads(half), run, done, begun, say)
+                            half = ""
                     if ended:
                         break
                     if time.monotonic() - heard > limit:
