@@ -222,6 +222,7 @@ void max_pool(const PoolArgs& a) {
 }  // namespace
 
 void pool(const PoolArgs& a) {
+  if (a.channels == 0) return;  // no memory either
   if (a.mode == PoolMode::max) {
     if (a.channels >= static_cast<int64_t>(sizeof(Bytes))) return max_pool<Bytes>(a);
     if (a.channels >= 16) return max_pool<Bytes16>(a);
