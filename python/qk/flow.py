@@ -29,7 +29,7 @@ from qk.deploy import (
 )
 from qk.errors import QkError, fail
 from qk.files import writable_folder
-from qk.inputs import copied_to, device_of, feed, map_tensors
+from qk.inputs import copied_to, device_of, evaluating, feed, map_tensors
 from qk.methods import reconstruct
 from qk.prepare import Prepared, leave_in_float, prepare
 from qk.report import Latency, LayerReport, Report
@@ -102,7 +102,7 @@ def quantize(
         machine=machine.fingerprint(),
     )
     if evaluate is not None:  # now, so that an evaluation that fails costs no learning
-        with _timed(seconds, "evaluate"), _evaluating(model):
+        with _timed(seconds, "evaluate"), evaluating(model):
             report.accuracy["float"] = _share(evaluate, model)
     with _timed(seconds, "calibrate"):
         calibrate(p, held, ranges=recipe.ranges)
@@ -148,7 +148,7 @@ def latency(
     """The models on the example, repeated or cut to `batch`; alternating for about `seconds`."""
     inputs = copied_to(resized(example, batch), device_of(floating))
     models = [model for model in (floating, integer, fused) if model is not None]
-    with _evaluating(floating), torch.inference_mode():
+    with evaluating(floating), torch.inference_mode():
         times = timing.alternate([lambda model=model: feed(model, inputs) for model in models], seconds)
     return Latency(batch, *(timing.quantile(side, share) for side in times for share in (0.5, 0.99)))
 
@@ -163,7 +163,7 @@ def _fused(integer: nn.Module, example: Any, held: list[Any]) -> tuple[FusedMode
     if device_of(integer).type != "cpu":
         return None, ["Not fused: qk.fuse works on the CPU."]
     try:
-        fast = fuse(integer, [example, *held])
+        fast = fuse(integer, held if example is held[0] else [example, *held])
     except QkError as error:
         return None, [f"Not fused: {error}"]
     by_reason: dict[str, list[str]] = {}
@@ -248,15 +248,3 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode for a while; every module gets its own mode back."""
-    before = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in before.items():
-            module.training = mode

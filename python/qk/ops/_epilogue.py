@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qk.ops._rows import codes, on_one_device
+from qk.ops._rows import on_one_device
+from qk.ops._values import result, value
 
 
 def finish(
@@ -33,17 +34,8 @@ def finish(
     if bias is not None:
         y = y + bias
     if residual is not None:
-        if residual_step is not None and residual_zero is not None:
-            units = residual.to(torch.int32) - residual_zero.reshape(1)
-            residual = units.to(torch.float32) * residual_step.reshape(1)
-        y = y + residual.reshape(y.shape)
-    if activation == "relu":
-        y = torch.relu(y)
-    elif activation == "relu6":
-        y = torch.clamp(y, 0.0, 6.0)
-    if out_step is None or out_zero is None:
-        return y
-    return codes(y, out_step.reshape(1), out_zero.reshape(1), out_bits).to(torch.uint8).reshape(y.shape)
+        y = y + value(residual, residual_step, residual_zero).reshape(y.shape)
+    return result(y, activation, out_step, out_zero, out_bits)
 
 
 def check_operands(op: str, x: Tensor, weight_step: Tensor, *others: Tensor | None, rank: int = 0) -> None:

@@ -13,7 +13,7 @@ from qk.deploy.fusing import nhwc
 from qk.deploy.fusing.graph import ADD, CAT, FUNCTIONS, HARDTANH, LAYERS, MUL, QUANTIZE, RELU, Constants, aten
 from qk.deploy.fusing.inplace import NOTHING, functional
 from qk.errors import fail
-from qk.inputs import copied_to, device_of, map_tensors
+from qk.inputs import copied_to, device_of, evaluating, map_tensors
 
 STAGE = "qk.fuse"
 
@@ -26,7 +26,7 @@ def traced(model: nn.Module, example: Any) -> fx.GraphModule:
     inputs = map_tensors(_two, copied_to(example, device_of(model)))
     args, kwargs = _arguments(inputs)
     entered: list[str] = []
-    with _evaluating(model), _watched(model, entered), torch.no_grad():
+    with evaluating(model), _watched(model, entered), torch.no_grad():
         try:
             program = torch.export.export(model, args, kwargs, dynamic_shapes=_free(args, kwargs), strict=False)
         except Exception as error:
@@ -65,17 +65,6 @@ def _free(args: tuple, kwargs: dict[str, Any]) -> tuple:
     if not kwargs:
         return shapes[0]
     return shapes[1] if not args else None
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    before = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in before.items():
-            module.training = mode
 
 
 @contextmanager
