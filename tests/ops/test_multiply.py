@@ -7,21 +7,10 @@ import torch
 
 import qk
 from qk.ops.multiply import reference
+from sides import side, target
 
 multiply = torch.ops.qk.multiply
 SHAPES = [(1, 1, 1, 1), (2, 3, 5, 67), (3, 7, 7, 64), (2, 9, 9, 24), (1, 40, 40, 40), (2, 2, 2, 1000), (2, 0, 3, 8)]
-
-
-def side(shape, device, codes, seed, step=0.02, zero=7):
-    g = torch.Generator().manual_seed(seed)
-    if not codes:
-        return (2 * torch.randn(shape, generator=g)).to(device), None, None
-    u = torch.randint(0, 256, shape, generator=g, dtype=torch.uint8).to(device)
-    return u, torch.tensor([step], device=device), torch.tensor([zero], dtype=torch.int32, device=device)
-
-
-def target(device, step=0.0317, zero=93):
-    return torch.tensor([step], device=device), torch.tensor([zero], dtype=torch.int32, device=device)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
