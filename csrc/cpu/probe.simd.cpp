@@ -50,8 +50,11 @@ void probe(const ProbeArgs& a) {
   for (int64_t round = 0; round < a.rounds; ++round) {
 #pragma GCC unroll 32
     for (int i = 0; i < sums; ++i) {
+// Where products and sums are apart, the compiler would multiply once and only add.
 #if defined(QK_ISA_AVX2)
-      asm volatile("" : "+x"(x));  // its products and sums are apart: the compiler would multiply once and only add
+      asm volatile("" : "+x"(x));
+#elif defined(QK_ISA_GENERIC)
+      asm volatile("" : "+m"(x));
 #endif
       acc[i] = dot4<true>(acc[i], x, w);
     }
@@ -59,7 +62,7 @@ void probe(const ProbeArgs& a) {
 #pragma GCC unroll 32
   for (int i = 1; i < sums; ++i) acc[0] = sum(acc[0], acc[i]);
   store(out, acc[0]);
-  asm volatile("" ::"r"(out[0]));  // or the compiler drops it all
+  asm volatile("" ::"r"(out) : "memory");  // or the compiler drops it, and of AVX2's two halves the unused one
   *a.operations = a.rounds * sums * 16 * 4 * 2;
 }
 

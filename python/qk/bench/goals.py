@@ -10,7 +10,7 @@ from typing import Any
 
 Record = dict[str, Any]  # a row of a run, as the worker writes it
 WITHOUT_PRODUCTS = ("ours", "load", "W4", "W2")  # families of work that AMX has no part in
-LIMIT, VNNI_LIMIT, ANY = "the limit", "the limit of vpdpbusd", "any peer"
+LIMIT, VNNI_LIMIT, ANY = "the limit", "the limit without AMX", "any peer"
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,10 @@ together, it is the geometric mean.
   integer network does; so do the peers of width W8. The peers' products with 4-bit and 2-bit weights take and give
   float32 and quantize activations on the way; "dynamic" is ours doing the same.
 - **The limit** of a row is the longer of two times, both measured in the same run: its operations at the peak of 8-bit
-  products on registers, and the bytes it must move at the bandwidth of reading as many bytes over and over. Winograd
-  needs fewer products than the definition has and may exceed it.
+  products on registers, and the bytes it must move at the bandwidth of reading as many bytes over and over. What
+  needs less than that, Winograd's algorithm or sums in 16 bits, may exceed it.
+- **Weights of 7 bits for the peers** where the processor has no VNNI: they add two products in 16 bits, saturate, and
+  are wrong with 8. Ours are exact, and have all 8 ([decision 5](decisions/0005-products-on-avx2.md)).
 - **Without AMX** all libraries of the process are denied the use of AMX's tiles.
 - A peer whose result was wrong, or that failed, is not in the tables; the list at the end names it.
 """
