@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from qk import _core
 
-TILES = {"avx512vnni": (9, 3, 6, 4), "avx2": (4, 1, 4, 1), "amx": (32, 2, 32, 2)}
+TILES = {"avx512vnni": (9, 3, 6, 4), "avx2": (6, 1, 6, 1), "amx": (32, 2, 32, 2)}
 WORK_PER_THREAD = 2 << 20
 
 

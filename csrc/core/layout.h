@@ -45,9 +45,11 @@ struct PackedHeader {
   int32_t magic, bits;
   int64_t n, kh, kw, c, groups, k_groups;
   Algorithm algorithm;
-  int32_t reserved;
+  int32_t pairs_fit;  // for Winograd: weights_fit_pairs holds for every two neighbouring input channels
 };
 static_assert(sizeof(PackedHeader) == 64, "the codes behind it start on a cache line");
+// Two products of codes of 8 bits with neighbouring weights of these sizes fit 16 bits with their sign.
+QK_HD constexpr bool weights_fit_pairs(int64_t a, int64_t b) { return 255 * (a + b) < 1 << 15; }
 constexpr int32_t packed_magic = 0x32304b51;  // "QK02": change it with the layout
 
 // Blocks of 16 output channels; a convolution's groups start a new block. Inside a block K goes in steps of 4:

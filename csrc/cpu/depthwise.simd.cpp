@@ -260,19 +260,6 @@ QK_INLINE void tile(const TileArgs& a, float inverse, const Put& put) {
     for (int i = 0; i < pixels; i += together) put(r, i, done[r][i], pixels - i < together ? pixels - i : together);
 }
 
-CodeLimits code_limits(const Epilogue& e) {
-  CodeLimits l{};
-  if (!e.out_step) return l;
-  l.inverse = 1.0f / *e.out_step;
-  l.zero = *e.out_zero;
-  l.low = e.activation == Activation::none ? 0 : l.zero;
-  l.high = static_cast<int32_t>(top_code(e.out_bits));
-  const float six = 6.0f * l.inverse;
-  if (e.activation == Activation::relu6 && six < 1024.0f)
-    l.high = least(l.high, static_cast<int32_t>((six + 12582912.0f) - 12582912.0f) + l.zero);
-  return l;
-}
-
 // One worker.
 template <bool small, class Finish>
 class Worker {

@@ -31,7 +31,7 @@ using Four = __m512i;  // four codes of x, seen by every channel
 // 9 x 3 sums, 3 weights and 1 x of the 32 registers.
 constexpr TileLimits tile_limits{9, 3, 6, 4};
 constexpr int most_blocks = 4, probe_sums = 28;
-constexpr bool small_matters = false;
+constexpr bool width_matters = false, words_of_8_bits = false;
 
 QK_INLINE Bytes load64(const uint8_t* p) { return _mm512_loadu_si512(p); }
 QK_INLINE void store64(uint8_t* p, Bytes v) { _mm512_storeu_si512(p, v); }
@@ -45,6 +45,8 @@ QK_INLINE Bytes unpack(Bytes v, int part) {
   return _mm512_and_si512(_mm512_srli_epi16(v, part * B), _mm512_set1_epi8((1 << B) - 1));
 }
 QK_INLINE Bytes minus(Bytes a, Bytes b) { return _mm512_sub_epi8(a, b); }
+// The first n of each channel's four bytes, 1 to 3, and 0.
+QK_INLINE Bytes first_bytes(Bytes v, int n) { return _mm512_and_si512(v, _mm512_set1_epi32((1 << 8 * n) - 1)); }
 QK_INLINE Lanes none() { return _mm512_setzero_si512(); }
 QK_INLINE Lanes sum(Lanes a, Lanes b) { return _mm512_add_epi32(a, b); }
 QK_INLINE Four broadcast4(const uint8_t* p) { return _mm512_set1_epi32(static_cast<int>(load4(p))); }
@@ -78,9 +80,10 @@ struct Lanes {
 };
 using Four = __m256i;
 
-constexpr TileLimits tile_limits{4, 1, 4, 1};
+// 6 x 1: two vectors of sums for each row, two of weights, two for the products.
+constexpr TileLimits tile_limits{6, 1, 6, 1};
 constexpr int most_blocks = 1, probe_sums = 4;
-constexpr bool small_matters = true;
+constexpr bool width_matters = true, words_of_8_bits = true;
 
 QK_INLINE __m256i load32(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 QK_INLINE Bytes load64(const uint8_t* p) { return {load32(p), load32(p + 32)}; }
@@ -101,21 +104,30 @@ QK_INLINE Bytes unpack(Bytes v, int part) {
   return {_mm256_and_si256(_mm256_srli_epi16(v.a, part * B), mask),
           _mm256_and_si256(_mm256_srli_epi16(v.b, part * B), mask)};
 }
+QK_INLINE Bytes first_bytes(Bytes v, int n) {
+  const __m256i mask = _mm256_set1_epi32((1 << 8 * n) - 1);
+  return {_mm256_and_si256(v.a, mask), _mm256_and_si256(v.b, mask)};
+}
 QK_INLINE Bytes minus(Bytes a, Bytes b) { return {_mm256_sub_epi8(a.a, b.a), _mm256_sub_epi8(a.b, b.b)}; }
 QK_INLINE Lanes none() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 QK_INLINE Lanes sum(Lanes a, Lanes b) { return {_mm256_add_epi32(a.a, b.a), _mm256_add_epi32(a.b, b.b)}; }
 QK_INLINE Four broadcast4(const uint8_t* p) { return _mm256_set1_epi32(static_cast<int>(load4(p))); }
+// A sum stays one chain of additions: gcc would reorder them, keep every product of a loop and spill most.
+QK_INLINE __m256i in_order(__m256i v) {
+  asm("" : "+x"(v));
+  return v;
+}
 // small: |weight| <= 64, so two products fit into 16 bits (2 * 255 * 64 < 2^15) and maddubs is exact. Otherwise it
 // would saturate: even and odd bytes are widened first.
 template <bool small>
 QK_INLINE __m256i dot4(__m256i acc, __m256i x, __m256i w) {
   if constexpr (small) {
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(x, w), _mm256_set1_epi16(1)));
+    return in_order(_mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(x, w), _mm256_set1_epi16(1))));
   } else {
     const __m256i even = _mm256_madd_epi16(_mm256_and_si256(x, _mm256_set1_epi16(0x00ff)),
                                            _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8));
     const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(x, 8), _mm256_srai_epi16(w, 8));
-    return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
+    return in_order(_mm256_add_epi32(acc, _mm256_add_epi32(even, odd)));
   }
 }
 template <bool small>
@@ -125,6 +137,16 @@ QK_INLINE Lanes dot4(Lanes acc, Four x, Bytes w) {
 QK_INLINE void store(int32_t* p, Lanes v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v.a);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), v.b);
+}
+inline uint32_t sum_codes(const uint8_t* x, int64_t n) {
+  const __m256i nothing = _mm256_setzero_si256();
+  __m256i sums = nothing;  // four of 64 bits
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32) sums = _mm256_add_epi64(sums, _mm256_sad_epu8(load32(x + i), nothing));
+  const __m128i two = _mm_add_epi64(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+  uint32_t total = static_cast<uint32_t>(_mm_cvtsi128_si64(two)) + static_cast<uint32_t>(_mm_extract_epi64(two, 1));
+  for (; i < n; ++i) total += x[i];
+  return total;
 }
 
 #else
@@ -141,7 +163,7 @@ struct Four {
 
 constexpr TileLimits tile_limits{4, 1, 4, 1};
 constexpr int most_blocks = 1, probe_sums = 4;
-constexpr bool small_matters = false;
+constexpr bool width_matters = false, words_of_8_bits = false;
 
 QK_INLINE Bytes load64(const uint8_t* p) {
   Bytes v;
@@ -160,6 +182,11 @@ QK_INLINE Bytes unpack(const Bytes& v, int part) {
   for (int i = 0; i < 64; ++i)
     out.v[i] = static_cast<int8_t>((static_cast<uint8_t>(v.v[i]) >> (part * B)) & ((1 << B) - 1));
   return out;
+}
+QK_INLINE Bytes first_bytes(Bytes v, int n) {
+  for (int i = 0; i < 64; ++i)
+    if (i % 4 >= n) v.v[i] = 0;
+  return v;
 }
 QK_INLINE Bytes minus(Bytes a, const Bytes& b) {
   for (int i = 0; i < 64; ++i) a.v[i] = static_cast<int8_t>(a.v[i] - b.v[i]);
@@ -181,7 +208,7 @@ QK_INLINE void store(int32_t* p, const Lanes& v) { std::memcpy(p, &v, 64); }
 
 #endif
 
-#if !defined(QK_ISA_AVX512VNNI)
+#if defined(QK_ISA_GENERIC)
 inline uint32_t sum_codes(const uint8_t* x, int64_t n) {
   uint32_t total = 0;
   for (int64_t i = 0; i < n; ++i) total += x[i];

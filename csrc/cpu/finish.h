@@ -26,6 +26,16 @@ QK_INLINE Vector load(const T* p) {
   return v;
 }
 
+QK_INLINE Ints integers(const Codes& u) {
+#if defined(QK_ISA_AVX2)  // gcc 12 converts them one by one
+  const __m128i codes = reinterpret_cast<__m128i>(u);
+  const __m256i halves[2] = {_mm256_cvtepu8_epi32(codes), _mm256_cvtepu8_epi32(_mm_srli_si128(codes, 8))};
+  return load<Ints>(halves);
+#else
+  return __builtin_convertvector(u, Ints);
+#endif
+}
+
 // Of sixteen values the first `valid`, 16 or more as a rule. What is not there is loaded as 0.
 #if defined(QK_ISA_AVX512VNNI)
 QK_INLINE __mmask16 first_of(int64_t valid) {
@@ -44,6 +54,47 @@ QK_INLINE Vector load_some(const T* p, int64_t valid) {
     return reinterpret_cast<Vector>(_mm512_maskz_loadu_epi32(first_of(valid), p));
   else
     return reinterpret_cast<Vector>(_mm_maskz_loadu_epi8(first_of(valid), p));
+}
+#elif defined(QK_ISA_AVX2)
+// Half i of eight 32-bit values: all bits of the first ones.
+QK_INLINE __m256i first_of(int64_t valid, int i) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(least<int64_t>(valid, block)) - 8 * i), lane);
+}
+template <class Vector, class T>
+QK_INLINE void store_some(T* p, const Vector& v, int64_t valid) {
+  if (valid >= block) {
+    std::memcpy(p, &v, sizeof v);
+  } else if constexpr (sizeof(T) == 4) {
+    for (int i = 0; i < 2; ++i)
+      _mm256_maskstore_epi32(reinterpret_cast<int*>(p) + 8 * i, first_of(valid, i),
+                             load32(reinterpret_cast<const uint8_t*>(&v) + 32 * i));
+  } else {
+    uint64_t left = static_cast<uint64_t>(_mm_cvtsi128_si64(reinterpret_cast<__m128i>(v)));
+    if (valid >= 8) {
+      std::memcpy(p, &left, 8);
+      left = static_cast<uint64_t>(_mm_extract_epi64(reinterpret_cast<__m128i>(v), 1)), p += 8, valid -= 8;
+    }
+    for (int size = 4; size > 0; size /= 2) {
+      if (!(valid & size)) continue;
+      std::memcpy(p, &left, static_cast<size_t>(size));
+      p += size, left >>= 8 * size;
+    }
+  }
+}
+template <class Vector, class T>
+QK_INLINE Vector load_some(const T* p, int64_t valid) {
+  if (valid >= block) return load<Vector>(p);
+  if constexpr (sizeof(T) == 4) {
+    __m256i halves[2];
+    for (int i = 0; i < 2; ++i)
+      halves[i] = _mm256_maskload_epi32(reinterpret_cast<const int*>(p) + 8 * i, first_of(valid, i));
+    return load<Vector>(halves);
+  } else {
+    T some[block] = {};
+    for (int64_t i = 0; i < valid; ++i) some[i] = p[i];
+    return load<Vector>(some);
+  }
 }
 #else
 template <class Vector, class T>
@@ -159,6 +210,28 @@ QK_INLINE void with_flags(bool a, bool b, const F& f) {
 
 enum class Residual { none, codes, floats };
 
+// What a code is made of where results stay far inside int32: units (code - zero) are rounded first and limited as
+// integers, by packing them with saturation. Rounding is monotone, so the order makes no difference.
+struct CodeLimits {
+  float inverse;  // of the step
+  int32_t zero, low, high;
+};
+
+inline CodeLimits code_limits(const Epilogue& e) {
+  CodeLimits l{};
+  if (!e.out_step) return l;
+  l.inverse = 1.0f / *e.out_step;
+  l.zero = *e.out_zero;
+  l.low = e.activation == Activation::none ? 0 : l.zero;
+  l.high = static_cast<int32_t>(top_code(e.out_bits));
+  const float six = 6.0f * l.inverse;
+  if (e.activation == Activation::relu6 && six < 1024.0f)
+    l.high = least(l.high, static_cast<int32_t>((six + 12582912.0f) - 12582912.0f) + l.zero);
+  return l;
+}
+
+constexpr float far_units = 0x1p30f;  // below it in size, before rounding
+
 // What the results of a call share. Without an activation the limits are infinite: a comparison less to think of. For
 // codes the limits are those of code - zero and of the activation, both divided by the step: rounding a product is
 // monotone, so the smaller of two y gives the smaller of two y / step.
@@ -170,6 +243,7 @@ class Finish {
         high_(e.activation == Activation::relu6 ? 6.0f : __builtin_inff()),
         inverse_(codes ? 1.0f / *e.out_step : 0.0f),
         zero_(codes ? *e.out_zero : 0),
+        limits_(code_limits(e)),
         added_(e.residual),
         added_step_(residual == Residual::codes ? *e.residual_step : 0.0f),
         added_zero_(residual == Residual::codes ? *e.residual_zero : 0) {
@@ -179,12 +253,69 @@ class Finish {
                   static_cast<float>(top_code(e.out_bits) - zero_));
   }
 
+#if defined(QK_ISA_AVX2)
+  static constexpr bool by_units = codes && residual != Residual::floats;
+
+  // Whether write_units is exact: |sum| <= most_sum for these channels. False if a step or a bias is not a number.
+  QK_INLINE bool tame(const Floats& step, const Floats& bias, float most_sum) const {
+    const Floats size = (step < 0 ? -step : step) * most_sum + (bias < 0 ? -bias : bias);
+    const Floats far = (size + 255.0f * (added_step_ < 0 ? -added_step_ : added_step_)) * inverse_;
+    const __m256 limit = _mm256_set1_ps(far_units);
+    const __m256 all =
+        _mm256_and_ps(_mm256_cmp_ps(half(far, 0), limit, _CMP_LT_OQ), _mm256_cmp_ps(half(far, 1), limit, _CMP_LT_OQ));
+    return _mm256_movemask_ps(all) == 0xff;
+  }
+
+  // Rows of sums of sixteen channels, two at a time -> codes. zero_sums: taken from the sums.
+  QK_INLINE void write_units(const int32_t* sums, int64_t rows, const uint32_t* zero_sums, const float* steps,
+                             const float* biases, void* out, int64_t at, int64_t n, int64_t valid) const {
+    const __m256 inverse = _mm256_set1_ps(inverse_);
+    const __m256i zero = _mm256_set1_epi16(static_cast<int16_t>(limits_.zero));
+    const __m256i low = _mm256_set1_epi8(static_cast<char>(limits_.low));
+    const __m256i high = _mm256_set1_epi8(static_cast<char>(limits_.high));
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    const auto words_of = [&](int64_t r) __attribute__((always_inline)) {
+      __m256i units[2];
+      Codes added{};
+      if constexpr (residual == Residual::codes)
+        added = load_some<Codes>(static_cast<const uint8_t*>(added_) + at + r * n, valid);
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        const auto eight = [&](const void* p) { return load32(static_cast<const uint8_t*>(p) + 32 * i); };
+        const __m256i sum = _mm256_sub_epi32(eight(sums + r * block), eight(zero_sums));
+        const __m256 step = _mm256_castsi256_ps(eight(steps)), bias = _mm256_castsi256_ps(eight(biases));
+        __m256 y = _mm256_add_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(sum), step), bias);
+        if constexpr (residual == Residual::codes) {
+          const __m128i u = reinterpret_cast<__m128i>(added);
+          const __m256i eight_codes = _mm256_cvtepu8_epi32(i ? _mm_srli_si128(u, 8) : u);
+          const __m256i difference = _mm256_sub_epi32(eight_codes, _mm256_set1_epi32(added_zero_));
+          y = _mm256_add_ps(y, _mm256_mul_ps(_mm256_cvtepi32_ps(difference), _mm256_set1_ps(added_step_)));
+        }
+        units[i] = _mm256_cvtps_epi32(_mm256_mul_ps(y, inverse));
+      }
+      return _mm256_adds_epi16(_mm256_packs_epi32(units[0], units[1]), zero);
+    };
+    for (int64_t r = 0; r < rows; r += 2) {
+      const bool two = r + 1 < rows;
+      const __m256i first = words_of(r);
+      __m256i bytes = _mm256_packus_epi16(first, two ? words_of(r + 1) : first);
+      bytes = _mm256_min_epu8(_mm256_max_epu8(bytes, low), high);
+      bytes = _mm256_permutevar8x32_epi32(bytes, order);  // from lanes of 128 bits
+      uint8_t* const to = static_cast<uint8_t*>(out) + at + r * n;
+      store_some(to, reinterpret_cast<Codes>(_mm256_castsi256_si128(bytes)), valid);
+      if (two) store_some(to + n, reinterpret_cast<Codes>(_mm256_extracti128_si256(bytes, 1)), valid);
+    }
+  }
+#else
+  static constexpr bool by_units = false;
+#endif
+
   // y with bias -> `valid` results from index `at` of out on. NaN passes the limits, as in torch; its code is the zero.
   QK_INLINE void write(const Floats& sum, void* out, int64_t at, int64_t valid) const {
     Floats y = sum;
     if constexpr (residual == Residual::codes) {
       const Codes u = load_some<Codes>(static_cast<const uint8_t*>(added_) + at, valid);
-      y = y + __builtin_convertvector(__builtin_convertvector(u, Ints) - added_zero_, Floats) * added_step_;
+      y = y + __builtin_convertvector(integers(u) - added_zero_, Floats) * added_step_;
     }
     if constexpr (residual == Residual::floats)
       y = y + load_some<Floats>(static_cast<const float*>(added_) + at, valid);
@@ -206,6 +337,29 @@ class Finish {
     const __m512i units = _mm512_cvtps_epi32(_mm512_min_ps(number, _mm512_set1_ps(high_)));  // ties to even
     return reinterpret_cast<Codes>(_mm512_cvtepi32_epi8(_mm512_add_epi32(units, _mm512_set1_epi32(zero_))));
   }
+#elif defined(QK_ISA_AVX2)
+  // By halves of eight. min and max give the second operand if one is NaN, or if both are zeros.
+  static QK_INLINE __m256 half(const Floats& y, int i) {
+    return _mm256_loadu_ps(reinterpret_cast<const float*>(&y) + 8 * i);
+  }
+  QK_INLINE Floats limited(const Floats& y) const {
+    const __m256 low = _mm256_set1_ps(low_), high = _mm256_set1_ps(high_);
+    const __m256 both[2] = {_mm256_min_ps(high, _mm256_max_ps(low, half(y, 0))),
+                            _mm256_min_ps(high, _mm256_max_ps(low, half(y, 1)))};
+    return load<Floats>(both);
+  }
+  QK_INLINE __m256i units(__m256 y) const {
+    const __m256 t = _mm256_mul_ps(y, _mm256_set1_ps(inverse_));
+    const __m256 number = _mm256_and_ps(t, _mm256_cmp_ps(t, t, _CMP_ORD_Q));
+    const __m256 within = _mm256_min_ps(_mm256_max_ps(number, _mm256_set1_ps(low_)), _mm256_set1_ps(high_));
+    return _mm256_add_epi32(_mm256_cvtps_epi32(within), _mm256_set1_epi32(zero_));  // ties to even
+  }
+  QK_INLINE Codes code_of(const Floats& y) const {
+    // The packs go by lanes of 128 bits: 0-3 8-11 | 4-7 12-15.
+    const __m256i mixed = _mm256_packus_epi32(units(half(y, 0)), units(half(y, 1)));
+    const __m256i words = _mm256_permute4x64_epi64(mixed, 0xd8);
+    return reinterpret_cast<Codes>(_mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+  }
 #else
   QK_INLINE Floats limited(const Floats& sum) const {
     const Floats nothing = {}, low = nothing + low_, high = nothing + high_;
@@ -224,6 +378,7 @@ class Finish {
 
   float low_, high_, inverse_;
   int32_t zero_;
+  CodeLimits limits_;
   const void* added_;
   float added_step_;
   int32_t added_zero_;

@@ -14,7 +14,7 @@ struct Run {
 // Where the rows of x come from. Functions get `self`.
 struct Source {
   const void* self;
-  int64_t piece_count;  // pieces of a row (tile.h), as many for each group of K, in order
+  int64_t piece_count;  // pieces of a row (tile_args.h), as many for each group of K, in order
   int64_t row_bytes;    // working memory of fill for each row; 0 if rows are read in place
   int64_t fixed_bytes;  // and beside that
   int64_t row_unit;     // blocks of rows begin at multiples of it, where they can: the pixels of an image's row, or 1

@@ -10,13 +10,28 @@
 namespace qk::cpu::QK_ISA {
 namespace {
 
+// n codes as 16-bit words.
+inline void widen(const uint8_t* codes, int64_t n, uint8_t* to) {
+  int64_t i = 0;
+#if defined(QK_ISA_AVX2)
+  for (; i + 16 <= n; i += 16)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 2 * i),
+                        _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i))));
+#endif
+  for (; i < n; ++i) {
+    const uint16_t word = codes[i];
+    std::memcpy(to + 2 * i, &word, 2);
+  }
+}
+
 // One worker's memory.
 struct Room {
   Piece* pieces;
   Run* runs;
   uint8_t* rows;       // of Source::fill
-  int32_t* row_terms;  // [block_rows][k_groups]: sums of a row's codes, for weights below 8 bits (row_term)
-  uint8_t* kept;       // a column of tiles as int8
+  uint8_t* words;      // the codes as 16-bit words, where they are multiplied as such
+  int32_t* row_terms;  // [block_rows][k_groups]: sums of a row's codes, where zeros come behind the product (row_term)
+  uint8_t* kept;       // a column of tiles as int8 or words
   float* steps;        // these: Terms
   uint32_t* sums;
   uint32_t* zeros;
@@ -27,11 +42,14 @@ constexpr int64_t most_sums =
 
 template <int B, class Finish>
 class Worker {
+  static constexpr bool words = B == 8 && words_of_8_bits;
+
  public:
-  Worker(const Product& p, const Room& room, const Finish& finish)
+  Worker(const Product& p, const Room& room, int64_t tile_rows, const Finish& finish)
       : p_(p),
         l_(p.layout),
         room_(room),
+        tile_rows_(tile_rows),
         finish_(finish),
         codes_(p.weight + l_.codes_at),
         sums_(p.weight + l_.sums_at),
@@ -39,12 +57,19 @@ class Worker {
         wide_(l_.k / l_.k_groups * 255 >= sum_limit) {
     p.source.pieces(p.source.self, room.pieces);
     group_pieces_ = p.source.piece_count / l_.k_groups;
+    const Piece& last = room.pieces[p.source.piece_count - 1];
+    row_reach_ = last.x + round_up(last.n, 4);
+    if constexpr (words)
+      for (int64_t i = 0; i < p.source.piece_count; ++i) room.pieces[i].x *= 2;
   }
 
   void load_rows(int64_t outer, int64_t first, int64_t count) {
     first_ = first;
     runs_ = p_.source.fill(p_.source.self, room_.rows, outer, first, count, room_.runs);
-    if constexpr (B < 8) {
+    if constexpr (words) widen_rows();
+    tiles_ = 0;
+    for (int64_t i = 0; i < runs_; ++i) tiles_ += ceil_div(room_.runs[i].rows, tile_rows_);
+    if (zeros_behind()) {
       int32_t* term = room_.row_terms;
       for (int64_t i = 0; i < runs_; ++i)
         for (int64_t r = 0; r < room_.runs[i].rows; ++r) {
@@ -59,8 +84,8 @@ class Worker {
     }
   }
 
-  // Blocks [begin, begin + blocks) of group `outer` against the rows, `tile_rows` at a time at most.
-  void column(int64_t outer, int64_t begin, int64_t blocks, int64_t tile_rows) {
+  // Blocks [begin, begin + blocks) of group `outer` against the rows.
+  void column(int64_t outer, int64_t begin, int64_t blocks) {
     const int64_t at = outer * l_.blocks_per_outer + begin;
     const int64_t n_first = outer * l_.n_per_outer + begin * block;
     const int64_t n_valid = least(blocks * block, l_.n_per_outer - begin * block);
@@ -69,8 +94,10 @@ class Worker {
     load_terms(at, blocks, n_first, n_valid, terms);
     t.weight = codes_ + at * l_.block_bytes;
     t.weight_pitch = l_.block_bytes;
+    t.zeros = zeros_ + at * l_.k_groups * block;
+    t.zeros_pitch = l_.k_groups * block;
     t.kept = room_.kept;
-    t.kept_pitch = l_.k_padded * block;
+    t.kept_pitch = l_.k_padded * block * kept_bytes<B>;
     alignas(64) int32_t acc[most_sums];
     alignas(64) float y[most_sums];
     t.acc = acc;
@@ -81,21 +108,19 @@ class Worker {
     t.group_pieces = group_pieces_;
     // Columns follow each other in memory: the tiles of this one fetch the next, a stretch each.
     t.ahead = codes_ + (at + blocks) * l_.block_bytes;
-    constexpr bool small = B < 8 && small_matters;
-    bool kept = B == 8;
-    int64_t all_tiles = 0;
-    for (int64_t i = 0; i < runs_; ++i) all_tiles += ceil_div(room_.runs[i].rows, tile_rows);
-    const bool few_tiles = all_tiles <= 3;
+    constexpr int width = tile_width<B>;
+    constexpr bool keeps = B < 8 || words;
+    bool kept = !keeps;
+    const bool few_tiles = tiles_ <= 3, behind = zeros_behind();
     int64_t row = 0;
     for (int64_t i = 0; i < runs_; ++i) {
       const Run& run = room_.runs[i];
-      const int64_t tiles = ceil_div(run.rows, tile_rows);
+      const int64_t tiles = ceil_div(run.rows, tile_rows_);
       for (int64_t j = 0; j < tiles; ++j) {
         const int64_t from = run.rows * j / tiles, rows = run.rows * (j + 1) / tiles - from;
-        const bool last = i + 1 == runs_ && j + 1 == tiles;
-        const Tile tile = kept   ? tile_for<8, false, small>(rows, blocks)
-                          : last ? tile_for<B, false, small>(rows, blocks)
-                                 : tile_for<B, (B < 8), small>(rows, blocks);
+        const Tile tile = kept          ? tile_for<8 * kept_bytes<B>, false, width>(rows, blocks)
+                          : tiles_ == 1 ? tile_for<B, false, width>(rows, blocks)
+                                        : tile_for<B, keeps, width>(rows, blocks);
         t.x = run.x + from * run.stride;
         t.x_stride = run.stride;
         if (p_.epilogue.per_row) {
@@ -106,10 +131,10 @@ class Worker {
         t.hurry = few_tiles;
         if (l_.k_groups == 1) {
           tile(t);
-          if (B < 8 && wide_) subtract_zeros(terms, rows, blocks, 0, acc);
+          if (behind && wide_) subtract_zeros(terms, rows, blocks, 0, acc);
         } else {
           clear(y, rows * blocks);
-          if (B < 8 && wide_)
+          if (behind && wide_)
             add_groups(t, tile, rows, blocks);
           else
             tile(t);
@@ -119,8 +144,10 @@ class Worker {
           write(rows, blocks, to, n_valid, [&](int64_t r, int64_t b) __attribute__((always_inline)) {
             return load<Floats>(y + (r * blocks + b) * block);
           });
+        else if (tame_ && !behind)
+          write_units(terms, rows, to, n_valid, acc);
         else
-          with_flags(p_.epilogue.per_row, B < 8 && !wide_, [&](auto per_row, auto zeros) {
+          with_flags(p_.epilogue.per_row, behind && !wide_, [&](auto per_row, auto zeros) {
             write(rows, blocks, to, n_valid, [&](int64_t r, int64_t b) __attribute__((always_inline)) {
               return terms.value<per_row, zeros>(load<Words>(acc + (r * blocks + b) * block), 0, b, r);
             });
@@ -137,6 +164,32 @@ class Worker {
   }
 
  private:
+  // Of one tile a column: its weights are used once, the row's codes by all columns.
+  bool zeros_behind() const { return B < 8 && tiles_ == 1; }
+
+  // Copies that rows share are widened once, rows that are read in place one by one.
+  void widen_rows() {
+    if (p_.source.row_bytes == 0) {
+      const int64_t pitch = row_pitch(2 * row_reach_);
+      uint8_t* to = room_.words;
+      for (int64_t i = 0; i < runs_; ++i) {
+        Run& run = room_.runs[i];
+        const Run from = run;
+        run = {to, pitch, from.rows};
+        for (int64_t r = 0; r < from.rows; ++r, to += pitch) widen(from.x + r * from.stride, row_reach_, to);
+      }
+    } else {
+      int64_t used = 0;
+      for (int64_t i = 0; i < runs_; ++i) {
+        Run& run = room_.runs[i];
+        const int64_t at = run.x - room_.rows;
+        used = most(used, at + (run.rows - 1) * run.stride + row_reach_);
+        run = {room_.words + 2 * at, 2 * run.stride, run.rows};
+      }
+      widen(room_.rows, used, room_.words);
+    }
+  }
+
   // What the values of a column need; nothing for channels that are not there. No bias is -0, which leaves every sum
   // alone.
   void load_terms(int64_t at, int64_t blocks, int64_t n_first, int64_t n_valid, Terms& t) {
@@ -149,6 +202,7 @@ class Worker {
       const int64_t n = n_first + b * block, valid = n_valid - b * block;
       const Floats bias = e.bias ? load_some<Floats>(e.bias + n, valid) : -(Floats{});
       std::memcpy(bias_ + b * block, &bias, sizeof bias);
+      tame_ = Finish::by_units && !per_row && k_groups == 1;
       for (int64_t g = 0; g < k_groups; g += block) {
         Floats steps[block];
         if (k_groups == 1) {
@@ -163,8 +217,10 @@ class Worker {
           const Floats step = steps[i] * x_step;  // by 1 is exact
           const Words sums = load<Words>(sums_ + from * sizeof(Words)) * x_zero;
           std::memcpy(room_.steps + to, &step, sizeof step);
+          if constexpr (Finish::by_units)
+            tame_ = tame_ && finish_.tame(step, bias, 255.0f * worst_weight(B) * static_cast<float>(l_.k));
           std::memcpy(room_.sums + to, &sums, sizeof sums);
-          if constexpr (B < 8) {
+          if (zeros_behind()) {
             const uint8_t* z = zeros_ + from * block;
             const Words zeros = wide_ ? __builtin_convertvector(load<Codes>(z), Words) : zero_terms(z);
             std::memcpy(room_.zeros + to, &zeros, sizeof zeros);
@@ -174,7 +230,7 @@ class Worker {
     }
     t.steps = room_.steps;
     t.sums = room_.sums;
-    t.zeros = B < 8 ? room_.zeros : nullptr;
+    t.zeros = zeros_behind() ? room_.zeros : nullptr;
     t.k_groups = k_groups;
   }
 
@@ -215,6 +271,12 @@ class Worker {
     }
   }
 
+  // Sums to codes, where tame_ allows.
+  QK_INLINE void write_units(const Terms& t, int64_t rows, int64_t to, int64_t n_valid, const int32_t* acc) const {
+    if constexpr (Finish::by_units)
+      finish_.write_units(acc, rows, t.sums, t.steps, bias_, p_.out, to, p_.n, least<int64_t>(n_valid, block));
+  }
+
   // value(r, b) and the bias to results.
   template <class Value>
   QK_INLINE void write(int64_t rows, int64_t blocks, int64_t to, int64_t n_valid, const Value& value) const {
@@ -235,12 +297,14 @@ class Worker {
   const Product& p_;
   const PackedLayout& l_;
   Room room_;
+  const int64_t tile_rows_;
   Finish finish_;
   const uint8_t* codes_;
   const uint8_t* sums_;  // bytes: a view may begin anywhere
   const uint8_t* zeros_;
   const bool wide_;
-  int64_t group_pieces_, runs_ = 0, first_ = 0;
+  bool tame_ = false;                                                    // Finish::tame, of the column's one block
+  int64_t group_pieces_, row_reach_, runs_ = 0, tiles_ = 0, first_ = 0;  // row_reach: bytes of a row
   float bias_[most_blocks * block];
 };
 
@@ -262,30 +326,36 @@ void multiply_stored(const Product& p, const Finish& finish) {
   const Cut c = cut(p.rows, p.source.row_unit, l, tile_limits, thread_count());
   Parts parts;
   const int64_t pieces = parts.take<Piece>(p.source.piece_count), runs = parts.take<Run>(c.block_rows);
-  const int64_t rows = parts.take<uint8_t>(c.block_rows * p.source.row_bytes + p.source.fixed_bytes + 64);
+  const int64_t row_bytes = c.block_rows * p.source.row_bytes + p.source.fixed_bytes + 64;
+  const int64_t rows = parts.take<uint8_t>(row_bytes);
+  const int64_t words = parts.take<uint8_t>(!(B == 8 && words_of_8_bits) ? 0
+                                            : p.source.row_bytes == 0    ? c.block_rows * row_pitch(2 * l.k)
+                                                                         : 2 * row_bytes);
   const int64_t row_terms = parts.take<int32_t>(B < 8 ? c.block_rows * l.k_groups : 0);
   const int64_t terms = l.k_groups * Terms::pitch;
   const int64_t steps = parts.take<float>(terms), sums = parts.take<uint32_t>(terms);
   const int64_t zeros = parts.take<uint32_t>(B < 8 ? terms : 0);
-  const int64_t kept = parts.take<uint8_t>(B < 8 ? c.tile_blocks * l.k_padded * block : 0);
+  const int64_t kept =
+      parts.take<uint8_t>(B < 8 || words_of_8_bits ? c.tile_blocks * l.k_padded * block * kept_bytes<B> : 0);
   parallel_for(c.workers, 1, [&](int64_t begin, int64_t end) {
     uint8_t* memory = static_cast<uint8_t*>(thread_scratch(parts.bytes));
     const Room room{reinterpret_cast<Piece*>(memory + pieces),
                     reinterpret_cast<Run*>(memory + runs),
                     memory + rows,
+                    memory + words,
                     reinterpret_cast<int32_t*>(memory + row_terms),
                     memory + kept,
                     reinterpret_cast<float*>(memory + steps),
                     reinterpret_cast<uint32_t*>(memory + sums),
                     reinterpret_cast<uint32_t*>(memory + zeros)};
-    Worker<B, Finish> worker(p, room, finish);
+    Worker<B, Finish> worker(p, room, c.tile_rows, finish);
     int64_t loaded = -1;
     for (int64_t unit = c.units * begin / c.workers; unit < c.units * end / c.workers; ++unit) {
       const int64_t at = unit / c.columns, outer = at / c.row_blocks, first = at % c.row_blocks * c.block_rows;
       if (loaded != at) worker.load_rows(outer, first, least(c.block_rows, p.rows - first));
       loaded = at;
       const int64_t column = unit % c.columns, from = l.blocks_per_outer * column / c.columns;
-      worker.column(outer, from, l.blocks_per_outer * (column + 1) / c.columns - from, c.tile_rows);
+      worker.column(outer, from, l.blocks_per_outer * (column + 1) / c.columns - from);
     }
   });
 }

@@ -10,12 +10,6 @@
 namespace qk::cpu::QK_ISA {
 namespace {
 
-// What a code is made of, for results that stay far inside int32 (depthwise.simd.cpp).
-struct CodeLimits {
-  float inverse;  // of the step
-  int32_t zero, low, high;
-};
-
 // Weights below 8 bits have a shorter dot product (dot.h).
 #if defined(QK_ISA_AVX2)
 constexpr bool small_weights_help = true;
@@ -157,6 +151,11 @@ struct Wide {
   static constexpr int channels = 32, parts = 4;
   static QK_INLINE __m256i row(const uint8_t* p, int64_t valid) {
     if constexpr (whole) return load_part(p);
+    if (valid % 4 == 0) {
+      const __m256i lane = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+      const __m256i there = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(valid)), lane);
+      return _mm256_maskload_epi32(reinterpret_cast<const int*>(p), there);
+    }
     uint8_t some[32] = {};
     std::memcpy(some, p, static_cast<size_t>(valid));
     return load_part(some);
@@ -181,9 +180,12 @@ struct Wide {
     if constexpr (whole) {
       store_part(out, u);
     } else {
-      alignas(32) uint8_t some[32];
-      store_part(some, u);
-      std::memcpy(out, some, static_cast<size_t>(valid));
+      __m128i left = _mm256_castsi256_si128(u);
+      if (valid >= 16) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out), left);
+        left = _mm256_extracti128_si256(u, 1), out += 16, valid -= 16;
+      }
+      if (valid > 0) store_some(out, reinterpret_cast<Codes>(left), valid);
     }
   }
 };

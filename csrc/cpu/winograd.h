@@ -120,8 +120,9 @@ struct ProductArgs {
   int32_t* m;
 };
 
-// One position. Every loop over the sums is unrolled: else gcc keeps them in memory.
-template <int rows, int blocks>
+// One position. Every loop over the sums is unrolled: else gcc keeps them in memory. pairs_fit: PackedHeader's, which
+// AVX2 multiplies faster.
+template <int rows, int blocks, bool pairs_fit>
 void product(const ProductArgs& a) {
   Lanes acc[rows][blocks];
 #pragma GCC unroll 4
@@ -142,7 +143,7 @@ void product(const ProductArgs& a) {
       for (int r = 0; r < rows; ++r) {
         const Four codes = broadcast4(x + r * line);
 #pragma GCC unroll 4
-        for (int b = 0; b < blocks; ++b) acc[r][b] = dot4<false>(acc[r][b], codes, weights[b]);
+        for (int b = 0; b < blocks; ++b) acc[r][b] = dot4<pairs_fit>(acc[r][b], codes, weights[b]);
       }
     }
     v += a.v_chunk, u += u_chunk - steps_per_chunk * line;
@@ -195,6 +196,7 @@ struct ResultArgs {
   int64_t across, down;     // tiles of an image
   int64_t oh, ow, n;
   int64_t n_first, n_valid;  // output channels
+  float most_sum;            // |y| at most, before steps
   const Epilogue* epilogue;
   void* out;
 };
@@ -208,6 +210,8 @@ void result(const ResultArgs& a, const Finisher& f) {
     const Floats steps = load_some<Floats>(a.epilogue->weight_step + n_first, valid) * *a.epilogue->x_step;
     // No bias is -0, which leaves every sum alone.
     const Floats bias = a.epilogue->bias ? load_some<Floats>(a.epilogue->bias + n_first, valid) : -nothing;
+    bool tame = false;
+    if constexpr (Finisher::by_units) tame = finish.tame(steps, bias, a.most_sum);
     int64_t tx = a.first % a.across, ty = a.first / a.across % a.down, image = a.first / a.across / a.down;
     const int32_t* m = a.m + b * block;
     const int64_t plane = a.m_plane, ow = a.ow, n = a.n;
@@ -222,14 +226,29 @@ void result(const ResultArgs& a, const Finisher& f) {
       }
       const int64_t at = ((image * a.oh + 2 * ty) * ow + 2 * tx) * n + n_first;
       const bool below = 2 * ty + 1 < a.oh, right = 2 * tx + 1 < ow;
+      if constexpr (Finisher::by_units) {
+        if (tame) {
+          const auto write = [&](const Words& left, const Words& next, int64_t to) __attribute__((always_inline)) {
+            const Ints y[2] = {reinterpret_cast<Ints>(left) >> 2, reinterpret_cast<Ints>(next) >> 2};
+            const Words zeros = {};
+            finish.write_units(reinterpret_cast<const int32_t*>(y), right ? 2 : 1,
+                               reinterpret_cast<const uint32_t*>(&zeros), reinterpret_cast<const float*>(&steps),
+                               reinterpret_cast<const float*>(&bias), out, to, n, valid);
+          };
+          write(z[0][0] + z[1][0] + z[2][0], z[0][1] + z[1][1] + z[2][1], at);
+          if (below) write(z[1][0] - z[2][0] - z[3][0], z[1][1] - z[2][1] - z[3][1], at + ow * n);
+        }
+      }
       const auto write = [&](const Words& four_y, int64_t to) __attribute__((always_inline)) {
         const Ints y = reinterpret_cast<Ints>(four_y) >> 2;
         finish.write(__builtin_convertvector(y, Floats) * steps + bias, out, to, valid);
       };
-      write(z[0][0] + z[1][0] + z[2][0], at);
-      if (right) write(z[0][1] + z[1][1] + z[2][1], at + n);
-      if (below) write(z[1][0] - z[2][0] - z[3][0], at + ow * n);
-      if (right && below) write(z[1][1] - z[2][1] - z[3][1], at + ow * n + n);
+      if (!tame) {
+        write(z[0][0] + z[1][0] + z[2][0], at);
+        if (right) write(z[0][1] + z[1][1] + z[2][1], at + n);
+        if (below) write(z[1][0] - z[2][0] - z[3][0], at + ow * n);
+        if (right && below) write(z[1][1] - z[2][1] - z[3][1], at + ow * n + n);
+      }
       if (++tx == a.across) {
         tx = 0;
         if (++ty == a.down) ty = 0, ++image;

@@ -15,6 +15,8 @@ namespace {
 constexpr int64_t most_rows = 16, column_blocks = 2, v_budget = 768 * 1024, m_budget = 280 * 1024;
 #elif defined(QK_ISA_AVX512VNNI)
 constexpr int64_t most_rows = 14, column_blocks = 2, v_budget = 384 * 1024, m_budget = 128 * 1024;
+#elif defined(QK_ISA_AVX2)
+constexpr int64_t most_rows = 6, column_blocks = 1, v_budget = 192 * 1024, m_budget = 64 * 1024;
 #else
 constexpr int64_t most_rows = 4, column_blocks = 1, v_budget = 384 * 1024, m_budget = 128 * 1024;
 #endif
@@ -22,19 +24,19 @@ constexpr double work_per_thread = 1 << 20;  // products; see igemm.h
 
 #if !defined(QK_ISA_AMX)
 template <int blocks>
-ProductOf product_for(int64_t rows) {
+ProductOf product_for(int64_t rows, bool pairs_fit) {
 #if defined(QK_ISA_AVX512VNNI)
   switch (rows) {
-    case 2: return product<2, blocks>;
-    case 4: return product<4, blocks>;
-    case 6: return product<6, blocks>;
-    case 8: return product<8, blocks>;
-    case 10: return product<10, blocks>;
-    case 12: return product<12, blocks>;
-    default: return product<14, blocks>;
+    case 2: return product<2, blocks, false>;
+    case 4: return product<4, blocks, false>;
+    case 6: return product<6, blocks, false>;
+    case 8: return product<8, blocks, false>;
+    case 10: return product<10, blocks, false>;
+    case 12: return product<12, blocks, false>;
+    default: return product<14, blocks, false>;
   }
 #else
-  return product<most_rows, blocks>;
+  return pairs_fit ? product<most_rows, blocks, true> : product<most_rows, blocks, false>;
 #endif
 }
 #endif
@@ -98,6 +100,9 @@ class Worker {
         padding_(reinterpret_cast<uint8_t*>(m_) + p.m_bytes),
         result_(a.epilogue.out_step ? result_for<true>(a.epilogue) : result_for<false>(a.epilogue)) {
     std::memset(padding_, *a.epilogue.x_zero, static_cast<size_t>(round_up(a.shape.c, line)));
+    PackedHeader header;
+    std::memcpy(&header, a.weight, sizeof header);
+    pairs_fit_ = header.pairs_fit != 0;
   }
 
   void run(int64_t begin, int64_t end) {
@@ -198,9 +203,11 @@ class Worker {
     r.m_plane = p_.m_plane, r.blocks = blocks_;
     r.across = p_.across, r.down = p_.down, r.oh = a_.oh, r.ow = a_.ow, r.n = a_.shape.n;
     r.n_first = at.outer * l_.n_per_outer + n_column, r.n_valid = l_.n_per_outer - n_column;
+    r.most_sum = 255.0f * worst_weight(a_.shape.bits) * static_cast<float>(l_.k);
     r.epilogue = &a_.epilogue, r.out = a_.out;
 #if !defined(QK_ISA_AMX)
-    const ProductOf product = blocks_ == 1 ? product_for<1>(p_.rows) : product_for<column_blocks>(p_.rows);
+    const ProductOf product =
+        blocks_ == 1 ? product_for<1>(p_.rows, pairs_fit_) : product_for<column_blocks>(p_.rows, pairs_fit_);
 #endif
     for (int64_t g = 0; g < groups; g += p_.batch) {
       const int64_t batch = least(p_.batch, groups - g);
@@ -238,6 +245,7 @@ class Worker {
   uint8_t* padding_;
   ResultOf result_;
   int64_t blocks_ = 0;  // of the column
+  bool pairs_fit_;
 #if defined(QK_ISA_AMX)
   TileState tiles_;
 #endif
@@ -257,14 +265,26 @@ void winograd(const Conv2dArgs& a) {
   });
 }
 
+// The largest |U| at any position that the taps g of one input and one output channel can make.
+int64_t largest_transformed(const int* g) {
+  int64_t all = 0, line = 0, one = 0;
+  for (int i = 0; i < 3; ++i) {
+    const auto size = [&](int at) { return static_cast<int64_t>(g[at] < 0 ? -g[at] : g[at]); };
+    const int64_t row = size(3 * i) + size(3 * i + 1) + size(3 * i + 2), column = size(i) + size(i + 3) + size(i + 6);
+    all += row, line = most(line, most(row, column));
+    for (int j = 0; j < 3; ++j) one = most(one, size(3 * i + j));
+  }
+  return most(all, most(2 * line, 4 * one));
+}
+
 // Vectors as in the direct layout, of the nine taps in turn, and what the transformed weights add up to at each
 // position.
 void winograd_prepack(const PrepackArgs& a) {
   const PackedLayout& l = a.layout;
-  const PackedHeader header{packed_magic, a.shape.bits,   a.shape.n,        a.shape.kh,        a.shape.kw,
-                            a.shape.c,    a.shape.groups, a.shape.k_groups, a.shape.algorithm, 0};
+  PackedHeader header{packed_magic, a.shape.bits,   a.shape.n,        a.shape.kh,        a.shape.kw,
+                      a.shape.c,    a.shape.groups, a.shape.k_groups, a.shape.algorithm, 0};
   std::memset(a.out, 0, static_cast<size_t>(l.bytes));
-  std::memcpy(a.out, &header, sizeof header);
+  int32_t pairs_fit = 1;
   const int64_t grain = most<int64_t>(1, grain_values / (PackedLayout::block * l.k_padded));
   const int bits = a.shape.bits, mask = top_code(bits);
   parallel_for(l.blocks(), grain, [&](int64_t begin, int64_t end) {
@@ -276,13 +296,20 @@ void winograd_prepack(const PrepackArgs& a) {
         const uint8_t* row = a.packed + n * a.row_bytes;
         const int32_t zero = a.zero[n];
         int32_t taps[9] = {};
-        for (int64_t t = 0; t < 9; ++t)
-          for (int64_t c = 0; c < l.segment_padded; ++c) {
+        int64_t before = 0;  // largest |U| of the channel before
+        for (int64_t c = 0; c < l.segment_padded; ++c) {
+          int g[9];
+          for (int64_t t = 0; t < 9; ++t) {
             const int64_t k = t * a.shape.c + c;
             const int code = c < a.shape.c ? (row[k * bits / 8] >> (k * bits % 8)) & mask : zero;
-            taps[t] += code - zero;
+            g[t] = code - zero;
+            taps[t] += g[t];
             a.out[l.winograd_at(at, t, c, i)] |= static_cast<uint8_t>(code << l.winograd_bit(c));
           }
+          const int64_t largest = largest_transformed(g);
+          if (c % 2 && !weights_fit_pairs(before, largest)) __atomic_store_n(&pairs_fit, 0, __ATOMIC_RELAXED);
+          before = largest;
+        }
         int32_t half[4][3];
         for (int x = 0; x < 3; ++x) {
           half[0][x] = 2 * taps[x], half[3][x] = 2 * taps[6 + x];
@@ -297,6 +324,8 @@ void winograd_prepack(const PrepackArgs& a) {
         a.out[l.zeros_at + at * PackedLayout::block + i] = static_cast<uint8_t>(zero);
       }
   });
+  header.pairs_fit = pairs_fit;
+  std::memcpy(a.out, &header, sizeof header);
 }
 
 }  // namespace qk::cpu::QK_ISA

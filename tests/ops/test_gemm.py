@@ -56,6 +56,38 @@ def test_largest_codes_do_not_saturate(bits, device, make_weight):
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
+def test_all_products_of_one_sign_and_the_largest_size(bits, device, make_weight):
+    # One row, a tile that is alone, several tiles; sums in 16 bits meet their limits (csrc/cpu/tile_avx2.h).
+    for m, k in ((1, 130), (6, 515), (23, 515)):
+        x = torch.full((m, k), 255, dtype=torch.uint8)
+        for code, zero in ((2**bits - 1, 0), (0, 2**bits - 1), (2**bits - 1, 2 ** (bits - 1)), (0, 2 ** (bits - 1))):
+            w = make_weight((21, k), bits, device)
+            w.codes.fill_(code)
+            w.zero.fill_(128 if bits == 8 else zero)
+            w.packed = qk.ops.pack(w.codes, bits)
+            w.prepacked = qk.ops.prepack(w.packed, w.zero, bits, (21, k))
+            inputs = [x, torch.tensor([0.1]), torch.tensor([0], dtype=torch.int32)]
+            got, want = both([t.to(device) for t in inputs], w, None)
+            assert torch.equal(got, want), (m, k, code, zero)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("activation", ["none", "relu", "relu6"])
+def test_results_far_beyond_codes_or_not_numbers(bits, activation, device, make_weight):
+    # Kernels round before they limit only where no result can leave int32.
+    w = make_weight((40, 64), bits, device)
+    inputs, bias = problem(11, 64, w, device)
+    far = torch.tensor([1e9, -1e9, 1e20, -1e20, float("inf"), -float("inf"), float("nan"), 3e38], device=device)
+    out = {"out_step": torch.tensor([0.01], device=device), "activation": activation}
+    for at, zero in ((0, 0), (5, 255), (17, 3), (31, 128)):
+        bias[at : at + 7] = far[:7]
+        w.step[at + 7] = far[7]
+        out["out_zero"] = torch.tensor([zero], dtype=torch.int32, device=device)
+        got, want = both(inputs, w, bias, **out)
+        assert torch.equal(got, want), at
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("group", [1, 3, 5, 32, 64, 100])
 def test_groups_along_k(bits, group, device, make_weight):
     for m, n, groups in [(1, 17, 4), (6, 33, 2), (30, 20, 7)]:

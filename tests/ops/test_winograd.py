@@ -144,6 +144,21 @@ def test_prepacked_weight_holds_the_weight(bits, make_weight):
     assert torch.equal(sums.permute(0, 2, 1).reshape(-1, 4, 4)[:n], (g @ taps @ g.t()).to(torch.int32))
 
 
+@pytest.mark.parametrize("bits", [2, 4])
+def test_weights_whose_pairs_fit_16_bits_are_marked(isa, bits, make_weight):
+    # 255 (|a| + |b|) < 2^15 for neighbouring channels; AVX2 then multiplies without widening.
+    x, x_zero = codes_of((1, 9, 7, 18), 6, 0, True), torch.tensor([63], dtype=torch.int32)
+    w = make_weight((20, 3, 3, 18), bits)
+    w.zero.fill_(2 ** (bits - 1))
+    for spread, code in ((0, 2 ** (bits - 1)), (1, 0)):  # random codes, then one pair of channels of -8 at every tap
+        if spread:
+            w.codes[3, :, :, 4:6] = code
+        w.packed = qk.ops.pack(w.codes.reshape(20, -1), bits)
+        fits = winograd(w)[60:64].view(torch.int32).item()
+        assert fits == (0 if spread and bits == 4 else 1)
+        same(x, x_zero, w, (1, 1), 1, 6)
+
+
 def test_affine_weights_whose_taps_fit_are_taken(isa, make_weight):
     w = make_weight((20, 3, 3, 16), 4)
     w.zero[::2], w.zero[1::2] = 0, 15
