@@ -115,7 +115,7 @@ void prepare(const Conv2dArgs& a, const Plan& p, int64_t first, uint8_t* memory)
       scale *= x_step;
     }
     const Floats4 far = ((scale < 0 ? -scale : scale) * most_sum + (bias < 0 ? -bias : bias)) * inverse;
-    tame &= far < 0x1p30f;  // false for NaN
+    tame &= far < far_units;  // false for NaN
     std::memcpy(scales, &start, sizeof start);
     std::memcpy(scales + Strip::channels * 4, &scale, sizeof scale);
     std::memcpy(scales + Strip::channels * 8, &bias, sizeof bias);
