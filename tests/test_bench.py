@@ -175,6 +175,22 @@ def test_a_process_that_dies_goes_on_behind_its_row(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="system calls of Linux")
+def test_an_interrupted_benchmark_keeps_its_rows(alone, tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    described, found = run.describe, []
+
+    def interrupted(row):
+        found.append(row["name"])
+        if len(found) == 3:
+            raise KeyboardInterrupt
+        return described(row)
+
+    monkeypatch.setattr(run, "describe", interrupted)
+    call("kernels", "--small", "--seconds", "60", "--json", str(tmp_path / "k.json"), code=130)
+    (measured,) = json.loads((tmp_path / "k.json").read_text())["runs"]
+    assert [row["name"] for row in measured["rows"]] == found[:2]
+
+
 def test_a_confined_process_gets_no_tiles():
     code = "from qk import _core; print(_core.usable_isas(), end='')"
     done = subprocess.run(

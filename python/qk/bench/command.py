@@ -125,10 +125,15 @@ def _run(
     if page and not PAGE.parent.is_dir():
         raise fail("bench", "--page", "used in the repository, where docs/ is", str(Path.cwd()))
     wanted["cache"] = str((cache or Path.home() / ".cache" / "qk" / "bench").absolute())
-    result = benchmark(Wanted(**wanted), counts, confinements, seconds, typer.echo)
-    files = {path for path in (json_file, RESULT if page else None) if path is not None}
-    for path in sorted(files):
-        replace_file(path, (json.dumps(result, indent=1) + "\n").encode())
+    files = sorted({path for path in (json_file, RESULT if page else None) if path is not None})
+
+    def keep(result: dict[str, Any]) -> None:
+        for path in files:
+            replace_file(path, (json.dumps(result, indent=1) + "\n").encode())
+
+    result = benchmark(Wanted(**wanted), counts, confinements, seconds, typer.echo, keep)
+    keep(result)
+    for path in files:
         typer.echo(f"wrote {path}")
     if page:
         for path in pages.write(result, PAGE, str(RESULT)):

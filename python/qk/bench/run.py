@@ -20,44 +20,59 @@ from qk.bench.suite import Wanted
 ROW_SECONDS, PREPARE_SECONDS = 180.0, 900.0  # without a word for so long, a process hangs
 ISA_OF = {"none": "", "vnni": "avx512vnni"}
 Say = Callable[[str], None]
+Keep = Callable[[dict[str, Any]], None]
 
 
 def benchmark(
-    wanted: Wanted, threads: tuple[int, ...], confinements: tuple[str, ...], seconds: float, say: Say
+    wanted: Wanted,
+    threads: tuple[int, ...],
+    confinements: tuple[str, ...],
+    seconds: float,
+    say: Say,
+    keep: Keep = lambda result: None,
 ) -> dict[str, Any]:
     """All runs: every number of threads in every confinement. seconds: for measuring, in all of them together; making
-    files of networks comes before, takes minutes the first time and is kept in the cache."""
+    files of networks comes before, takes minutes the first time and is kept in the cache. keep: takes the result as it
+    grows, after every row, so that an interrupted benchmark loses none."""
     if wanted.suite != "kernels":
         say("preparing networks")
-        for row in _process(wanted, 1, "none", 0.0, say, prepare=True)["failed"]:
+        prepared: dict[str, Any] = {"threads": 1, "confine": "none"}
+        _process(wanted, prepared, 0.0, say, prepare=True)
+        for row in prepared["failed"]:
             say(f"  {row}")
-    runs, end = [], time.monotonic() + seconds
+    result: dict[str, Any] = {"benchmark": wanted.suite, "small": wanted.small, "runs": []}
+    end = time.monotonic() + seconds
     todo = [(confinement, n) for confinement in confinements for n in threads]
     for i, (confinement, n) in enumerate(todo):
         say(f"\n{n} thread{'s' * (n > 1)}{', without AMX' * (confinement == 'vnni')}")
         again = confinement != "none" and "none" in confinements  # of what AMX has no part in
         part = replace(wanted, products_only=again)
-        runs.append(_process(part, n, confinement, max(1.0, (end - time.monotonic()) / (len(todo) - i)), say))
-    return {"benchmark": wanted.suite, "small": wanted.small, "runs": runs}
+        share = max(1.0, (end - time.monotonic()) / (len(todo) - i))
+        run: dict[str, Any] = {"threads": n, "confine": confinement, "products_only": part.products_only}
+        result["runs"].append(run)
+
+        def measured(text: str) -> None:
+            say(text)
+            keep(result)
+
+        _process(part, run, share, measured)
+    return result
 
 
-def _process(
-    wanted: Wanted, threads: int, confinement: str, seconds: float, say: Say, prepare: bool = False
-) -> dict[str, Any]:
-    """One run. A process that dies is started again behind the row that it died in."""
-    run: dict[str, Any] = {"threads": threads, "confine": confinement, "products_only": wanted.products_only}
+def _process(wanted: Wanted, run: dict[str, Any], seconds: float, say: Say, prepare: bool = False) -> None:
+    """Fills one run. A process that dies is started again behind the row that it died in."""
     run |= {"rows": [], "failed": []}
     begin = time.monotonic()
     skip: list[str] = []
     while True:
         spec = {
             "wanted": asdict(wanted),
-            "threads": threads,
+            "threads": run["threads"],
             "seconds": max(1.0, seconds - (time.monotonic() - begin)),
             "prepare": prepare,
             "skip": skip,
         }
-        died_in, why = _once(spec, confinement, run, skip, say)
+        died_in, why = _once(spec, run["confine"], run, skip, say)
         if why is None:
             break
         run["failed"].append(f"{died_in or 'start'}: {why}")
@@ -66,7 +81,6 @@ def _process(
             break
         skip.append(died_in)
     run["seconds"] = round(time.monotonic() - begin, 1)
-    return run
 
 
 def _once(
