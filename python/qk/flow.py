@@ -30,13 +30,14 @@ from qk.deploy import (
 from qk.errors import QkError, fail
 from qk.files import writable_folder
 from qk.inputs import copied_to, device_of, evaluating, feed, map_tensors
-from qk.methods import reconstruct
+from qk.methods import reconstruct, resume
 from qk.prepare import Prepared, leave_in_float, prepare
 from qk.report import Latency, LayerReport, Report
 from qk.spec import Plan, Recipe, checked_recipe
 
 STAGE = "qk.quantize"
 MEASURED_BATCHES = 2  # for the error of each layer
+UNFINISHED = "unfinished"  # folder inside `out` for the units that a run has finished
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,10 @@ def quantize(
     not a list is read once and held, up to recipe.memory_mb. example: one batch to watch the model on; the first of
     batches if not given. blocks: module names to reconstruct together instead of those found.
     evaluate: model -> share of labels met, in [0, 1]; called on the float, the simulated and the integer model.
-    out: folder to save the checkpoint in. latency_batches: sizes at which the whole model is timed, with the example
-    repeated or cut along its first axis. measure: False leaves out errors and times of layers, and latency. fused:
-    False leaves out qk.fuse, whose model holds weights of its own.
+    out: folder to save the checkpoint in. Until all is done, finished units lie in out/unfinished: the same call goes
+    on there after it was killed, to the same bits, and another one is refused. latency_batches: sizes at which the
+    whole model is timed, with the example repeated or cut along its first axis. measure: False leaves out errors and
+    times of layers, and latency. fused: False leaves out qk.fuse, whose model holds weights of its own.
     Raises QkError for input that a stage cannot work with, before that stage changes anything; whatever can be checked
     without learning is checked before it.
     """
@@ -111,7 +113,8 @@ def quantize(
             _leave_slower_in_float(p)
     if recipe.method == "brecq":
         with _timed(seconds, "reconstruct"):
-            reconstruct(p, held, recipe, progress="auto" if progress else "off")
+            folder = None if out is None else Path(out) / UNFINISHED
+            reconstruct(p, held, recipe, progress="auto" if progress else "off", folder=folder)
     with _timed(seconds, "convert"):
         integer = convert(p)
     report.size_bytes["integer"] = file_bytes(integer) if out is None else checkpoint_bytes(save(integer, out))
@@ -134,6 +137,8 @@ def quantize(
     }
     report.layers = _layers(p, measured)
     report.notes = _notes(p, measured) + (left if fused else [])
+    if out is not None:
+        resume.remove(Path(out) / UNFINISHED)
     return Result(integer, p.plan, report, p, fast)
 
 

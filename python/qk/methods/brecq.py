@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from qk.methods.adaround import Rounding, beta
 from qk.methods.cache import Cache, Room, Sample
 from qk.methods.engine import STAGE, fill_cache, frozen, loss_on_all, outputs_of, unit_loss, units_of
 from qk.methods.progress import Progress
+from qk.methods.resume import Finished, steps_digest
 from qk.prepare.insert import ActQuantizer, QuantLayer
 from qk.prepare.prepared import Prepared, Unit, check_prepared
 from qk.spec import Recipe, checked_recipe
@@ -34,6 +36,7 @@ def reconstruct(
     progress: str = "auto",
     max_batches: int | None = None,
     resume: bool = False,
+    folder: str | Path | None = None,
 ) -> None:
     """Learns the codes of p's weights and the steps of its activations, in place, unit by unit in running order.
 
@@ -44,7 +47,9 @@ def reconstruct(
     "before" with nearest rounding, "after" with what was "kept": "learned", or "nearest" where learning did not help.
     Interrupted, the current unit goes back to nearest rounding and the finished ones stay; resume=True goes on from
     there, with the same bits as an uninterrupted run. Same seed, data and number of threads: same bits.
-    Raises QkError for p that is not calibrated and for bad batches.
+    folder: each finished unit is written there, and those that it holds already are taken from it instead of being
+    learned: a run that was killed goes on in another process, to the same bits. One file for each unit.
+    Raises QkError for p that is not calibrated, for bad batches, and for a folder that holds another run's units.
     """
     check_prepared(p, STAGE)
     recipe = checked_recipe(recipe, STAGE)
@@ -52,8 +57,11 @@ def reconstruct(
         raise fail(STAGE, "p", "calibrated", "one that is not", "Call qk.calibrate(p, batches) first.")
     units = units_of(p, recipe.granularity)
     held = hold(batches, STAGE, max_batches, recipe.memory_mb)
+    before = p.steps_before if resume and p.history else steps_digest(p)
+    kept = None if folder is None else Finished(folder, p, units, held, recipe, before)
     if not resume:
         p.history = {}
+    p.steps_before = before
     finished: set[str] = set()
     learned: set[ActQuantizer] = set()
     if torch.is_inference_mode_enabled():
@@ -62,10 +70,12 @@ def reconstruct(
         outputs = outputs_of(p, held, Room(recipe.memory_mb)) if recipe.loss == "fisher" else None
         for number, unit in enumerate(units):
             shown.unit(unit.name)
-            if not (resume and unit.name in p.history):
+            if unit.name not in p.history and not (kept and kept.restore(number)):
                 generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + number)
                 cache = fill_cache(p, unit, finished, held, Room(recipe.memory_mb), outputs, mixed=recipe.drop < 1)
                 p.history[unit.name] = _Unit(p, unit, learned).reconstruct(cache, recipe, generator, shown)
+            if kept and number not in kept.found:
+                kept.add(number)
             last = p.history[unit.name][-1]
             shown.end(last["before"], last["after"], last["kept"])
             finished |= set(unit.layers)

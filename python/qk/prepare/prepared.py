@@ -51,6 +51,7 @@ class Prepared:
     activation width. folds: BatchNorm name -> the layer it was folded into. kept: module with weights -> why it stays
     in float, be it that no kernel runs it or that the plan says so; "" is the model itself. all_units: the units as
     they would be if no layer stayed in float. originals: the float modules, folded, that QuantLayers stand for.
+    steps_before: digest of the activation steps that learning started from.
     """
 
     model: nn.Module
@@ -64,6 +65,8 @@ class Prepared:
     originals: dict[str, nn.Module] = field(default_factory=dict, repr=False)
     calibrated: bool = False  # every step is set
     history: dict[str, list[dict]] = field(default_factory=dict)  # unit name -> [{"iteration", "loss"}], for the report
+    steps_before: str = ""
+    search: object = None  # qk.calibrate.lapq.Found: what lapq saw
 
     @property
     def blocks(self) -> list[Unit]:

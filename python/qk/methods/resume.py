@@ -1,0 +1,167 @@
+"""Finished units of a reconstruction on disk, so that a run that was killed goes on where it was.
+
+One safetensors file for each unit, put in place by a rename when the unit is done. Its header names the run that it is
+of: everything that the bits depend on. A file of another run is refused, never used.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as tensor_bytes
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from qk import _native
+from qk.errors import fail
+from qk.files import TEMPORARY, replace_file, writable_folder
+from qk.inputs import device_of
+from qk.machine import qk_version
+from qk.methods.engine import STAGE
+from qk.prepare.prepared import Prepared, Unit
+from qk.spec import Recipe
+
+FORMAT = 1
+ANEW = "Delete the folder to start anew, or give another one."
+NAME = re.compile(r"unit-\d{4,}\.safetensors")
+NO_MATTER = ("memory_mb", "only_faster")  # fields of a recipe on which no bit of the learning depends
+
+
+class Finished:
+    """What a run has finished, in a folder. steps_before: digest of the steps that its learning started from.
+
+    Raises QkError, before anything is learned, for a folder that cannot be written, and for one with a file that is
+    damaged or of another run: another model, other data, another recipe, plan, version or number of threads.
+    """
+
+    def __init__(
+        self, folder: str | Path, p: Prepared, units: list[Unit], batches: list, recipe: Recipe, steps_before: str
+    ) -> None:
+        self.folder = writable_folder(folder, STAGE)
+        self.p, self.units = p, units
+        self.run = facts(p, units, batches, recipe) | {"calibrated steps": steps_before}
+        for left in self.folder.glob(f"{TEMPORARY}*"):  # of a process that was killed while it wrote
+            left.unlink(missing_ok=True)
+        self.found = {number: self._read(number) for number in range(len(units)) if self._path(number).exists()}
+
+    def restore(self, number: int) -> bool:
+        """Puts a unit's codes, steps and history back; False if it is not finished."""
+        if number not in self.found:
+            return False
+        tensors, history = self.found[number]
+        layers = self.p.quant_layers()
+        with torch.no_grad():
+            for name in self.units[number].layers:
+                layer = layers[name]
+                layer.codes = tensors[f"{name}.codes"].to(layer.weight.device)
+                layer.input.step.copy_(tensors[f"{name}.step"])
+        self.p.history[self.units[number].name] = history
+        return True
+
+    def add(self, number: int) -> None:
+        """Writes a unit that is done now."""
+        unit, layers = self.units[number], self.p.quant_layers()
+        tensors = {}
+        for name in unit.layers:
+            tensors[f"{name}.codes"] = layers[name].codes.cpu()
+            tensors[f"{name}.step"] = layers[name].input.step.detach().cpu()
+        header = {"format": FORMAT, "unit": unit.name, "run": self.run, "history": self.p.history[unit.name]}
+        header["content"] = _digest(sorted(tensors.items()))
+        content = tensor_bytes(tensors, {"qk": json.dumps(header)})
+        try:
+            replace_file(self._path(number), content)
+        except OSError as error:
+            raise fail(STAGE, str(self.folder), "a folder that can be written", error.strerror or error) from error
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"unit-{number:04d}.safetensors"
+
+    def _read(self, number: int) -> tuple[dict[str, Tensor], list[dict]]:
+        path, unit = self._path(number), self.units[number]
+        try:
+            with safe_open(path, "pt") as file:
+                header = json.loads((file.metadata() or {})["qk"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            theirs, history = dict(header["run"]), list(header["history"])
+            known = header["format"] == FORMAT and header["unit"] == unit.name
+            whole = header["content"] == _digest(sorted(tensors.items()))
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise fail(STAGE, str(path), "a finished unit", f"{type(error).__name__}: {error}", ANEW) from error
+        other = differences(self.run, theirs)
+        if other or not known:
+            got = "; ".join(other) or f"{header['unit']!r} in format {header['format']!r}"
+            raise fail(STAGE, str(path), "of the same run", f"another: {got}", ANEW)
+        if not whole:
+            raise fail(STAGE, str(path), "as it was written", "other codes or steps", ANEW)
+        return tensors, history
+
+
+def remove(folder: str | Path) -> None:
+    """Takes away what Finished wrote, and the folder if nothing else is in it."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        if NAME.fullmatch(path.name) or path.name.startswith(TEMPORARY):
+            path.unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def facts(p: Prepared, units: list[Unit], batches: list, recipe: Recipe) -> dict[str, Any]:
+    """Everything but the steps that the bits of a reconstruction depend on, as JSON."""
+    weights = [(name, tensor) for name, tensor in p.model.state_dict().items() if not _is_learned(name)]
+    leaves = [leaf for batch in batches for leaf in tree_flatten(batch)[0]]
+    return {
+        "qk": qk_version(),
+        "torch": torch.__version__,
+        "instruction set": _native.active_isa(),
+        "device": str(device_of(p.model).type),
+        "threads": torch.get_num_threads(),
+        "recipe": {k: v for k, v in recipe.to_dict().items() if k not in NO_MATTER},
+        "plan": _digest([(name, repr(spec)) for name, spec in p.plan.layers.items()]),
+        "units": _digest([(unit.name, repr(unit.layers)) for unit in units]),
+        "model": _digest(weights),
+        "batches": _digest([(repr(tree_flatten(b)[1]), "") for b in batches] + [("", leaf) for leaf in leaves]),
+    }
+
+
+def steps_digest(p: Prepared) -> str:
+    """Of the activation steps as they are now."""
+    return _digest([(name, layer.input.step) for name, layer in p.quant_layers().items()])
+
+
+def _is_learned(name: str) -> bool:
+    return name.endswith((".codes", ".input.step")) or name in ("codes", "input.step")
+
+
+def differences(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """What of the run differs, in words; of a recipe field by field."""
+    found = []
+    for key in mine:
+        a, b = mine[key], theirs.get(key)
+        if key == "recipe" and isinstance(b, dict):
+            found += [f"recipe.{k} {b.get(k)!r} instead of {a[k]!r}" for k in a if a[k] != b.get(k)]
+        elif a != b:
+            is_digest = isinstance(a, str) and len(a) == 64
+            found.append(f"other {key}" if is_digest else f"{key} {b!r} instead of {a!r}")
+    return found
+
+
+def _digest(items: Iterable[tuple[str, Any]]) -> str:
+    """sha256 over names and contents; of tensors with type and shape."""
+    digest = sha256()
+    for name, value in items:
+        if isinstance(value, Tensor):
+            digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        else:
+            digest.update(f"{name} {value!r}\n".encode())
+    return digest.hexdigest()
