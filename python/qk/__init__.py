@@ -3,7 +3,7 @@
 from qk import ops
 from qk._native import active_isa, build_facts, force_isa, usable_isas
 from qk.calibrate import calibrate
-from qk.deploy import convert, fuse, load, save
+from qk.deploy import convert, fuse, load, load_table, quantize_embedding, quantize_table_file, save
 from qk.errors import QkError
 from qk.flow import Result, quantize
 from qk.methods import reconstruct
@@ -24,9 +24,12 @@ __all__ = [
     "force_isa",
     "fuse",
     "load",
+    "load_table",
     "ops",
     "prepare",
     "quantize",
+    "quantize_embedding",
+    "quantize_table_file",
     "reconstruct",
     "save",
     "usable_isas",

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from qk.errors import fail
 
@@ -16,12 +19,23 @@ def replace_file(path: str | Path, content: bytes) -> Path:
 
     Raises OSError for a place that cannot be written.
     """
+    with replacing(path) as file:
+        file.write(content)
+    return Path(path)
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write, which is put at `path` when the block ends and removed when it raises. Folders are made.
+
+    Raises OSError for a place that cannot be written.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=TEMPORARY, dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
@@ -34,7 +48,6 @@ def replace_file(path: str | Path, content: bytes) -> Path:
         os.fsync(folder)
     finally:
         os.close(folder)
-    return path
 
 
 def writable_folder(folder: str | Path, stage: str) -> Path:

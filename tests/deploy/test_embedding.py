@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from qk.deploy.embedding import QEmbedding, QEmbeddingBag, greedy_range, in_huge_pages, pack_table, row_loss
+from qk.deploy.embedding import QEmbedding, QEmbeddingBag, in_huge_pages, pack_table
 from qk.errors import QkError
 from qk.ops.embedding_bag import values
 
@@ -28,41 +28,14 @@ def test_a_value_is_at_most_half_a_step_off(bits, dtype):
 
 
 @pytest.mark.parametrize(("bits", "prepack"), [(4, "4bit"), (2, "2bit")])
-def test_minmax_gives_torchs_bytes(bits, prepack):
+def test_asymmetric_gives_torchs_bytes(bits, prepack):
     x = normal(100, 64)
     assert torch.equal(pack_table(x, bits), getattr(torch.ops.quantized, f"embedding_bag_{prepack}_prepack")(x))
 
 
-def test_greedy_finds_torchs_range():
-    x = normal(40, 64)
-    low, high = greedy_range(x, 4, torch.float16)
-    for i, row in enumerate(x):
-        high_torch, low_torch = torch.choose_qparams_optimized(row, 64, 200, 0.16, 4)
-        ours = row_loss(row[None], low[i : i + 1], high[i : i + 1], 4, torch.float16)
-        theirs = row_loss(row[None], low_torch.reshape(1), high_torch.reshape(1), 4, torch.float16)
-        # torch sums the loss in another order, so of two nearly equal positions it may take the other one.
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=0)
-
-
-def test_greedy_on_worked_numbers():
-    x = torch.tensor([[-1, -0.75, -0.5, -0.2, -0.05, 0, 0.1, 0.3, 0.35, 0.6, 0.8, 3]])
-    low, high = greedy_range(x, 4, torch.float16)
-    torch.testing.assert_close(torch.cat([low, high]), torch.tensor([-1.0, 2.96]))
-    torch.testing.assert_close(row_loss(x, low, high, 4, torch.float16), torch.tensor([0.15098621]))
-
-
-@pytest.mark.parametrize("bits", [2, 4])
-def test_greedy_is_never_worse(bits):
-    x = normal(100, 48)
-    low, high = greedy_range(x, bits, torch.float16)
-    greedy, minmax = row_loss(x, low, high, bits, torch.float16), row_loss(x, x.amin(1), x.amax(1), bits, torch.float16)
-    assert bool((greedy <= minmax).all())
-    assert greedy.mean() < 0.95 * minmax.mean()
-
-
 def test_rows_without_extent():
     x = torch.tensor([[0.0] * 6, [2.5] * 6, [-1e-9] * 6])
-    for method in ("minmax", "greedy"):
+    for method in ("asymmetric", "greedy"):
         assert torch.equal(values(pack_table(x, 4, "float16", method), 4, 6)[:2], x[:2])
         assert torch.equal(values(pack_table(x, 4, "float32", method), 4, 6, dtype="float32"), x)
 
@@ -117,7 +90,7 @@ def test_bad_input_is_named():
     for run, message in [
         (lambda: pack_table(x, 3), "qk.pack_table: bits must be 2, 4 or 8, got 3"),
         (lambda: pack_table(x, 4, "half"), "scale_dtype must be float16 or bfloat16 or float32, got half"),
-        (lambda: pack_table(x, 4, "float16", "kmeans"), "method must be minmax or greedy, got kmeans"),
+        (lambda: pack_table(x, 4, "float16", "median"), "method must be symmetric or .* or two-tier, got median"),
         (lambda: pack_table(x[0], 4), r"weight must be a float table \[N, cols\]"),
         (lambda: pack_table(x.int(), 4), r"weight must be a float table"),
         (lambda: pack_table(x / 0, 4), "weight must be finite, got NaN or Inf"),

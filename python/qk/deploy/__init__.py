@@ -2,10 +2,11 @@
 
 from qk.deploy.checkpoint import check_state, checkpoint_bytes, file_bytes, load, save
 from qk.deploy.convert import Info, convert
-from qk.deploy.embedding import QEmbedding, QEmbeddingBag, pack_table
+from qk.deploy.embedding import QEmbedding, QEmbeddingBag, Table, pack_table, quantize_embedding, quantize_table
 from qk.deploy.fuse import FusedModel, fuse, unfused
 from qk.deploy.measure import LayerMeasure, LayerTimes, all_layer_times, layer_errors, measure_layers
 from qk.deploy.modules import IntegerLayer, QConv2d, QLinear, definition
+from qk.deploy.table_file import load_table, quantize_table_file
 from qk.deploy.tune import tune_kernels
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "QEmbedding",
     "QEmbeddingBag",
     "QLinear",
+    "Table",
     "all_layer_times",
     "check_state",
     "checkpoint_bytes",
@@ -27,8 +29,12 @@ __all__ = [
     "fuse",
     "layer_errors",
     "load",
+    "load_table",
     "measure_layers",
     "pack_table",
+    "quantize_embedding",
+    "quantize_table",
+    "quantize_table_file",
     "save",
     "tune_kernels",
     "unfused",
