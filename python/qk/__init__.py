@@ -2,7 +2,7 @@
 
 from qk import ops
 from qk._native import active_isa, build_facts, force_isa, usable_isas
-from qk.calibrate import calibrate
+from qk.calibrate import calibrate, correct_bias
 from qk.deploy import convert, fuse, load, load_table, quantize_embedding, quantize_table_file, save
 from qk.errors import QkError
 from qk.flow import Result, quantize
@@ -21,6 +21,7 @@ __all__ = [
     "build_facts",
     "calibrate",
     "convert",
+    "correct_bias",
     "force_isa",
     "fuse",
     "load",

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from qk import machine, timing
-from qk.calibrate import calibrate
+from qk.calibrate import calibrate, correct_bias
 from qk.calibrate.batches import hold
 from qk.deploy import (
     FusedModel,
@@ -107,7 +107,7 @@ def quantize(
         with _timed(seconds, "evaluate"), evaluating(model):
             report.accuracy["float"] = _share(evaluate, model)
     with _timed(seconds, "calibrate"):
-        calibrate(p, held, ranges=recipe.ranges)
+        calibrate(p, held, ranges=recipe.ranges, seed=recipe.seed, memory_mb=recipe.memory_mb)
     if recipe.only_faster:
         with _timed(seconds, "time layers"):
             _leave_slower_in_float(p)
@@ -115,6 +115,9 @@ def quantize(
         with _timed(seconds, "reconstruct"):
             folder = None if out is None else Path(out) / UNFINISHED
             reconstruct(p, held, recipe, progress="auto" if progress else "off", folder=folder)
+    if recipe.bias_correction:
+        with _timed(seconds, "correct biases"):
+            correct_bias(p, held)
     with _timed(seconds, "convert"):
         integer = convert(p)
     report.size_bytes["integer"] = file_bytes(integer) if out is None else checkpoint_bytes(save(integer, out))

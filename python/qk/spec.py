@@ -16,7 +16,7 @@ from qk.errors import QkError, fail
 
 WeightBits = Literal[2, 3, 4, 8]  # as the kernels store them; 3 lies in 4
 ActivationBits = Literal[2, 3, 4, 5, 6, 7, 8]
-Ranges = Literal["minmax", "percentile", "mse", "kl"]
+Ranges = Literal["minmax", "percentile", "mse", "kl", "lapq"]
 Exponent = Annotated[float, Field(ge=1)]  # of the rounding penalty; below 1 its slope has no bound
 _strict = ConfigDict(extra="forbid", strict=False, allow_inf_nan=False)
 Kind = TypeVar("Kind", bound=type)
@@ -116,6 +116,7 @@ class Recipe:
     penalty, the share of iterations without it, its exponent's start and end. drop: probability with which a value of
     the unit's input comes from the quantized prefix instead of the float one (QDrop); 1.0 is BRECQ's.
     memory_mb: for the cached inputs and outputs of a unit; beyond it they go to a file. seed: same seed, same bits.
+    bias_correction: qk.quantize gives every layer a bias with which its mean output is the float model's.
     only_faster: qk.quantize times each layer on this machine, at the shape of the example, and leaves it in float where
     its integer call is slower by more than the noise. Off, because a layer alone pays for quantizing its input and
     giving back float, which a fused network will not; and on, equal bits need equal timings.
@@ -142,6 +143,7 @@ class Recipe:
     drop: float = Field(default=0.5, ge=0, le=1)
     memory_mb: int = Field(default=1024, ge=1)
     seed: int = Field(default=0, ge=0, lt=2**32)
+    bias_correction: bool = False
     only_faster: bool = False
 
     def spec_for(self, name: str, is_first_or_last: bool) -> QuantSpec:

@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from qk.calibrate import calibrate
+from qk.calibrate.objective import task_loss
 from qk.demo.digits import Training, load, trained
 from qk.errors import QkError
 from qk.methods import brecq, reconstruct
 from qk.methods.cache import Room
-from qk.methods.engine import fisher, frozen, loss_scale, outputs_of, task_loss
+from qk.methods.engine import fisher, frozen, loss_scale, outputs_of
 from qk.prepare import prepare
 from qk.spec import Recipe
 from threads import threads

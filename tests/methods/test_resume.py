@@ -26,10 +26,22 @@ def one_thread():
         yield
 
 
+class Linked(nn.Module):
+    """Four units, of which the second and third read the same tensor, so they share a step."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.left, self.right = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
+        self.head = nn.Linear(8 * 16, 10)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        return self.head((self.left(x) + self.right(x)).relu().flatten(1))
+
+
 def net(seed=0):
     torch.manual_seed(seed)
-    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 10)]
-    return nn.Sequential(*layers).eval()
+    return Linked().eval()
 
 
 def images(seed=0):
@@ -81,9 +93,9 @@ def test_another_process_goes_on_to_the_same_bits(tmp_path, interrupt):
     assert [path.name for path in tmp_path.iterdir()] == ["unit-0000.safetensors"]
     steps = interrupt(-1)
     assert same(learned(prepared(), folder=tmp_path), whole)
-    assert len(steps) == 20
+    assert len(steps) == 30
     assert same(learned(prepared(), folder=tmp_path), whole)  # nothing is left to learn
-    assert len(steps) == 20
+    assert len(steps) == 30
 
 
 def test_the_same_process_goes_on_too(tmp_path, interrupt):
@@ -94,7 +106,7 @@ def test_the_same_process_goes_on_too(tmp_path, interrupt):
         learned(p)  # without a folder
     interrupt(-1)
     assert same(learned(p, resume=True, folder=tmp_path), whole)
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.iterdir())) == 4
     assert same(learned(prepared(), folder=tmp_path), whole)
 
 

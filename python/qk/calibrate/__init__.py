@@ -10,34 +10,58 @@ import torch
 from torch import Tensor
 
 from qk.calibrate import ranges as find
-from qk.calibrate.batches import call, take
+from qk.calibrate.batches import call, hold, take
+from qk.calibrate.bias import correct_bias
+from qk.calibrate.lapq import Loss, search
 from qk.calibrate.observe import HistogramObserver, Observer
 from qk.errors import fail
 from qk.prepare.insert import ActQuantizer, QuantLayer
 from qk.prepare.prepared import Prepared, check_prepared
 from qk.spec import Ranges
 
-__all__ = ["RANGES", "calibrate"]
+__all__ = ["RANGES", "calibrate", "correct_bias"]
 
 RANGES = get_args(Ranges)
 STAGE = "qk.calibrate"
 
 
 @torch.no_grad()
-def calibrate(p: Prepared, batches: Iterable, ranges: Ranges = "mse", max_batches: int | None = None) -> None:
+def calibrate(
+    p: Prepared,
+    batches: Iterable,
+    ranges: Ranges = "mse",
+    max_batches: int | None = None,
+    *,
+    labels: Iterable[Tensor] | None = None,
+    loss: Loss | None = None,
+    seed: int = 0,
+    memory_mb: int = 1024,
+) -> None:
     """Sets step and zero of every quantizer of p, in place, and the codes of the weights to the nearest ones.
 
     The float model runs once over the batches (tensors, tuples of positional arguments, or dicts of keywords). Memory
     is bounded: exact ends and a sample of 2^18 values (kl: 2048 counts) for each tensor, spread over all batches.
     ranges: "minmax" clips nothing; "percentile" keeps 99.99 %; "mse" minimizes the error to the power 2.4; "kl" clips
-    activations by the divergence of histograms, and takes mse for the weights.
+    activations by the divergence of histograms, and takes mse for the weights; "lapq" searches for the steps of all
+    layers together that minimize the loss of the whole quantized model, with half of the batches to judge what the
+    other half finds, and leaves what it saw in p.search. The rest is for lapq alone:
+    labels: classes, a tensor for each batch; then the loss is cross entropy. Without them it is the divergence from the
+    float model's logits (half the squared error where the output is not [batch, classes]). loss: instead of these, a
+    function of the model's output (its `logits`, or its first tensor) and the labels, or the float model's output; one
+    number, the sum over the samples. seed: of the halves. memory_mb: for the batches where they are no list, and for
+    outputs kept; more memory, fewer layers that run twice.
     max_batches: by default a list or DataLoader is consumed whole and an iterable of unknown length up to 64 batches.
-    Raises QkError for no batch, a batch that the model does not take, a NaN or infinity in the data or in a weight, and
-    a model without a quantized layer. p is unchanged then.
+    Raises QkError for no batch, a batch that the model does not take, a NaN or infinity in the data or in a weight, a
+    model without a quantized layer, and labels or a loss that do not fit. p is unchanged then.
     """
     check_prepared(p, STAGE)
     if ranges not in RANGES:
         raise fail(STAGE, "ranges", f"one of {', '.join(RANGES)}", repr(ranges))
+    if ranges != "lapq" and (labels is not None or loss is not None):
+        got = f"{'labels' if loss is None else 'loss'} with ranges={ranges!r}"
+        raise fail(STAGE, "labels and loss", "left out, as only lapq looks at them", got)
+    if loss is not None and not callable(loss):
+        raise fail(STAGE, "loss", "a function of output and labels", type(loss).__name__)
     layers = p.quant_layers()
     if not layers:
         reasons = "; ".join(f"{name}: {why}" for name, why in p.kept.items())
@@ -45,12 +69,32 @@ def calibrate(p: Prepared, batches: Iterable, ranges: Ranges = "mse", max_batche
     for name, layer in layers.items():
         if not torch.isfinite(layer.weight).all():
             raise fail(STAGE, f"the weight of {name}", "finite", "NaN or infinity")
+    if ranges == "lapq":
+        if torch.is_inference_mode_enabled():  # its tensors do not say whether they were written into
+            raise fail(STAGE, "the call", "outside torch.inference_mode for lapq", "inside it")
+        batches = hold(batches, STAGE, max_batches, memory_mb)
+        given = None if labels is None else _checked_labels(labels)
     observers = _observe(p, layers, batches, HistogramObserver if ranges == "kl" else Observer, max_batches)
-    for quantizer, observer in observers.items():
-        quantizer.set_range(*_activation_range(observer, quantizer.bits, ranges))
-    for layer in layers.values():
-        layer.set_weight_range(*weight_range(layer, ranges))
+    found = None
+    if ranges == "lapq":
+        found = search(p, observers, batches, labels=given, loss=loss, seed=seed, memory_mb=memory_mb)
+    else:
+        for quantizer, observer in observers.items():
+            quantizer.set_range(*_activation_range(observer, quantizer.bits, ranges))
+        for layer in layers.values():
+            layer.set_weight_range(*weight_range(layer, ranges))
+    p.search = found
     p.calibrated, p.history = True, {}  # what was learned went with the codes
+
+
+def _checked_labels(labels: Iterable[Tensor]) -> list[Tensor]:
+    if isinstance(labels, Tensor) or not isinstance(labels, Iterable):
+        raise fail(STAGE, "labels", "an iterable with a tensor for each batch", type(labels).__name__)
+    found = list(labels)
+    wrong = next((x for x in found if not isinstance(x, Tensor)), None)
+    if wrong is not None:
+        raise fail(STAGE, "labels", "tensors, one for each batch", type(wrong).__name__)
+    return found
 
 
 def weight_range(layer: QuantLayer, ranges: str) -> tuple[Tensor, Tensor]:

@@ -61,6 +61,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
         tied=tied,
         history=info.history,
         fingerprint=info.fingerprint,
+        new_biases=info.new_biases,
     )
     try:
         replace_file(folder / file.name, content)
@@ -96,6 +97,7 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
         kept=manifest.kept,
         history=manifest.history,
         fingerprint=manifest.fingerprint,
+        new_biases=manifest.new_biases,
     )
     return result
 
@@ -200,7 +202,8 @@ def _check_modules(folder: Path, manifest: Manifest, model: nn.Module) -> None:
         if name != original and manifest.modules[original] == kind:  # one module under two names
             continue
         if name in manifest.layers:
-            _check_layer(folder, name, manifest.layers[name], module, folded=name in manifest.folds.values())
+            given = name in manifest.folds.values() or name in manifest.new_biases
+            _check_layer(folder, name, manifest.layers[name], module, given)
         elif name in manifest.folds:
             if not isinstance(module, _BatchNorm):
                 raise fail(STAGE, f"{where}.{name}", "a folded BatchNorm", type(module).__name__, advice)
@@ -209,7 +212,7 @@ def _check_modules(folder: Path, manifest: Manifest, model: nn.Module) -> None:
             raise fail(STAGE, what, kind, type(module).__name__, advice)
 
 
-def _check_layer(folder: Path, name: str, config: LayerConfig, module: nn.Module, folded: bool) -> None:
+def _check_layer(folder: Path, name: str, config: LayerConfig, module: nn.Module, bias_is_given: bool) -> None:
     where = f"model: layer {name or 'itself'}"
     advice = f"{folder / FILE} is the checkpoint of another model, or it was edited."
     if not isinstance(module, KINDS[config.kind][0]):
@@ -217,7 +220,7 @@ def _check_layer(folder: Path, name: str, config: LayerConfig, module: nn.Module
     expected: dict[str, Any] = {"weight shape": tuple(config.weight_shape), **config.conv_args()}
     n, *rest = module.weight.shape
     got: dict[str, Any] = {"weight shape": (n, *rest[1:], rest[0]) if len(rest) == 3 else (n, *rest)}
-    if not folded:  # a fold gives the layer a bias
+    if not bias_is_given:  # by a fold, or a correction
         expected["bias"], got["bias"] = config.bias, module.bias is not None
     if isinstance(module, nn.Conv2d):
         got |= {

@@ -24,7 +24,8 @@ class Info:
     """What is known about an integer model: it is `qk_info` of the model and lies in its checkpoint.
 
     plan, links, folds, kept: as in Prepared. history: unit name -> first and last loss and iterations of
-    reconstruction. fingerprint: of the float weights, BatchNorm folded, that were quantized.
+    reconstruction. fingerprint: of the float weights, BatchNorm folded, that were quantized. new_biases: layers that
+    have none in float, and were given one (qk.correct_bias).
     """
 
     plan: Plan
@@ -33,6 +34,7 @@ class Info:
     kept: dict[str, str] = field(default_factory=dict)
     history: dict[str, dict[str, Any]] = field(default_factory=dict)
     fingerprint: str = ""
+    new_biases: list[str] = field(default_factory=list)
 
 
 def convert(p: Prepared) -> nn.Module:
@@ -58,6 +60,7 @@ def convert(p: Prepared) -> nn.Module:
         kept=dict(p.kept),
         history={unit: _summary(steps) for unit, steps in p.history.items() if steps},
         fingerprint=fingerprint(p.model),
+        new_biases=[name for name, layer in layers.items() if layer.bias is None and layer.quantized_bias is not None],
     )
     return model
 
@@ -74,7 +77,7 @@ def to_integer(name: str, layer: QuantLayer) -> IntegerLayer:
         "packed": ops.pack(layer.codes.reshape(n, k), layer.spec.storage_bits),
         "weight_step": layer.weight_step.detach().clone(),
         "weight_zero": layer.weight_zero.clone(),
-        "bias": None if layer.bias is None else layer.bias.detach().to(torch.float32, copy=True),
+        "bias": None if layer.quantized_bias is None else layer.quantized_bias.detach().to(torch.float32, copy=True),
         "input_step": layer.input.step.detach().clone(),
         "input_zero": layer.input.zero.clone(),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -69,7 +70,7 @@ class Manifest:
     """Fields of qk.json (docs/format.md); `checksum`, over all others, is added when it is written.
 
     layers: the integer ones. modules: name -> class of every module, integer ones included. tied: name of a tensor ->
-    name under which it is stored. fingerprint: of the float model (qk_info).
+    name under which it is stored. fingerprint, new_biases: of the float model (qk_info).
     """
 
     format: int
@@ -85,6 +86,7 @@ class Manifest:
     tied: dict[str, str]
     history: dict[str, dict[str, Any]]
     fingerprint: str
+    new_biases: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for name, layer in self.layers.items():

@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from qk import ops
 from qk.calibrate.batches import Stop, call
+from qk.calibrate.objective import first_tensor, task_loss
 from qk.errors import fail
 from qk.inputs import device_of
 from qk.methods.cache import Cache, Call, Room, Sample
@@ -27,17 +27,6 @@ def units_of(p: Prepared, granularity: str) -> list[Unit]:
     if granularity == "block":
         return p.units
     return [Unit(name, (name,)) for name in p.quant_layers()]
-
-
-def first_tensor(output: Any) -> Tensor:
-    """What is matched of a unit's output, and compared of a model's: `logits`, or the first floating tensor."""
-    named = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
-    if isinstance(named, Tensor):
-        return named
-    for leaf in tree_leaves(output):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point():
-            return leaf
-    raise fail(STAGE, "a unit's or the model's output", "or hold a floating tensor", type(output).__name__)
 
 
 @contextmanager
@@ -151,17 +140,6 @@ def fisher(p: Prepared, module: nn.Module, batch: Any, index: int, output: Tenso
     finally:
         handle.remove()
     return torch.zeros_like(seen[0]) if gradient is None else gradient.square()
-
-
-def task_loss(found: Tensor, expected: Tensor) -> Tensor:
-    """How far the model's output is from the float model's, summed over samples.
-
-    [batch, classes] are logits: KL(softmax(expected) || softmax(found)). Anything else has no classes that could be
-    told from its shape: half the squared error.
-    """
-    if found.dim() == 2 and found.shape[1] > 1:
-        return F.kl_div(found.log_softmax(1), expected.log_softmax(1), reduction="sum", log_target=True)
-    return 0.5 * (found - expected).square().sum()
 
 
 def _replaced(output: Any, tensor: Tensor) -> Any:

@@ -71,7 +71,7 @@ class Finished:
         tensors = {}
         for name in unit.layers:
             tensors[f"{name}.codes"] = layers[name].codes.cpu()
-            tensors[f"{name}.step"] = layers[name].input.step.detach().cpu()
+            tensors[f"{name}.step"] = layers[name].input.step.detach().cpu().clone()  # linked layers share it
         header = {"format": FORMAT, "unit": unit.name, "run": self.run, "history": self.p.history[unit.name]}
         header["content"] = _digest(sorted(tensors.items()))
         content = tensor_bytes(tensors, {"qk": json.dumps(header)})

@@ -57,12 +57,14 @@ class QuantLayer(nn.Module):
 
     quantized False: the float layer. True: input through `input`, weights from `codes`, or, while rounding is learned,
     from `rounding`, which gives them in the layout of `weight`. `weight` and `bias` stay as they were; `codes` uint8 in
-    kernel order, `weight_step` float32 and `weight_zero` int32 [N] or [N, groups along K] are what is deployed.
+    kernel order, `weight_step` float32 and `weight_zero` int32 [N] or [N, groups along K] are what is deployed, with
+    `corrected_bias` in place of `bias` where there is one (qk.calibrate.bias).
     """
 
     codes: Tensor | None
     weight_step: Tensor | None
     weight_zero: Tensor | None
+    corrected_bias: Tensor | None
 
     def __init__(self, layer: nn.Conv2d | nn.Linear, spec: QuantSpec, quantizer: ActQuantizer) -> None:
         super().__init__()
@@ -77,7 +79,7 @@ class QuantLayer(nn.Module):
         self.input = quantizer
         self.quantized = False
         self.rounding: Callable[[], Tensor] | None = None
-        for name in ("codes", "weight_step", "weight_zero"):
+        for name in ("codes", "weight_step", "weight_zero", "corrected_bias"):
             self.register_buffer(name, None)
 
     @property
@@ -96,14 +98,20 @@ class QuantLayer(nn.Module):
         return to_kernel_order(self.weight.detach()).reshape(self.weight.shape[0] * self.groups_along_k, -1)
 
     def set_weight_range(self, step: Tensor, zero: Tensor) -> None:
-        """step, zero: one for each of weight_rows. Codes become the nearest ones."""
+        """step, zero: one for each of weight_rows. Codes become the nearest ones, the bias the float one."""
         shape = (self.weight.shape[0],) if self.groups_along_k == 1 else (self.weight.shape[0], self.groups_along_k)
         self.weight_step = step.reshape(shape).to(torch.float32)
         self.weight_zero = zero.reshape(shape).to(torch.int32)
+        self.corrected_bias = None
         assert self.spec.weights is not None
         self.codes = ops.quantize(
             to_kernel_order(self.weight.detach()), self.weight_step, self.weight_zero, self.spec.weights
         )
+
+    @property
+    def quantized_bias(self) -> Tensor | None:
+        """The bias that goes with the quantized weight."""
+        return self.bias if self.corrected_bias is None else self.corrected_bias
 
     def quantized_weight(self) -> Tensor:
         """The weight that the integer kernels see, in the layout of `weight`."""
@@ -113,12 +121,12 @@ class QuantLayer(nn.Module):
         return self.rounding()
 
     def forward(self, input: Tensor) -> Tensor:  # the name of the float layer's argument: some models use it
-        x, weight = input, self.weight
+        x, weight, bias = input, self.weight, self.bias
         if self.quantized:
-            x, weight = self.input(x), self.quantized_weight()
+            x, weight, bias = self.input(x), self.quantized_weight(), self.quantized_bias
         if self.conv_args is None:
-            return F.linear(x, weight, self.bias)
-        return F.conv2d(x, weight, self.bias, **self.conv_args)
+            return F.linear(x, weight, bias)
+        return F.conv2d(x, weight, bias, **self.conv_args)
 
 
 def padding_of(layer: nn.Conv2d) -> tuple[int, int]:
