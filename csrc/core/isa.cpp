@@ -4,8 +4,10 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#if defined(QK_WITH_AMX)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(QK_WITH_AMX)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -32,11 +34,19 @@ bool tiles_granted() {
 }
 #endif
 
+#if defined(__x86_64__)
+// F16C: older compilers do not let __builtin_cpu_supports ask for it.
+bool converts_halves() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 bool runs_here(Isa isa) {
 #if defined(__x86_64__)
   switch (isa) {
     case Isa::generic: return true;
-    case Isa::avx2: return __builtin_cpu_supports("avx2");
+    case Isa::avx2: return __builtin_cpu_supports("avx2") && converts_halves();
     case Isa::avx512vnni:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&

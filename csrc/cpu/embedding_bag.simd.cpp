@@ -7,9 +7,19 @@
 namespace qk::cpu::QK_ISA {
 namespace {
 
+#if defined(__AVX2__) && !defined(__AVX512BW__)
+constexpr bool only_avx2 = true;
+#else
+constexpr bool only_avx2 = false;
+#endif
+
 // Rows are fetched twice, so many lookups ahead: first into L2, which waits for more lines at once than L1 can, then
 // into L1.
 constexpr int64_t far = 48, near = 8;
+// AVX2: once, at least `ahead` lookups ahead and `together` rows together. AMD's Zen holds back what comes after a
+// fetch until it knows the page's address: so the pages of several rows are looked up at the same time. More rows than
+// these have more lines than L1 waits for.
+constexpr int64_t ahead = 16, together = 6;
 
 enum class Step { plain, weighted, largest };
 
@@ -43,9 +53,11 @@ void report(int64_t* bad, int64_t position) {
   if (bad) __atomic_store_n(bad, position, __ATOMIC_RELAXED);
 }
 
-// Columns `col` to col + accs * lanes - 1 of a bag. `last`: up to where this thread reads indices.
-template <int bits, int accs, Step step>
-QK_INLINE void run_bag(const EmbeddingBagArgs& args, const Bag& bag, int64_t last, int64_t col, float* out) {
+// Columns `col` to col + accs * lanes - 1 of a bag. `last`: up to where this thread reads indices. `fetched`: up to
+// where it fetched their rows, with AVX2.
+template <int bits, int accs, Step step, class Numbers>
+QK_INLINE void run_bag(const EmbeddingBagArgs& args, const Bag& bag, int64_t last, int64_t& fetched, int64_t col,
+                       float* out) {
   typedef RowPart<bits, accs> Part;
   const EmbeddingBagArgs a = args;  // a copy stays in registers
   const int64_t row_count = a.row_count, row_stride = a.row_stride, row_bytes = a.row_bytes;
@@ -54,12 +66,18 @@ QK_INLINE void run_bag(const EmbeddingBagArgs& args, const Bag& bag, int64_t las
   const void* indices = a.indices;
   const bool wide = a.wide_indices;
   Lane acc[accs];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int j = 0; j < accs; ++j) acc[j] = Lane{};
-  int64_t count = 0;
+  int64_t count = 0, next = fetched;
   for (int64_t i = bag.begin; i < bag.end; ++i) {
-    fetch<2>(rows, row_stride, row_bytes, number_at(indices, wide, least(i + far, last - 1)));
-    fetch<3>(rows, row_stride, row_bytes, number_at(indices, wide, least(i + near, last - 1)));
+    if constexpr (only_avx2) {
+      if (__builtin_expect(i + ahead >= next, 0))
+        for (const int64_t end = least(next + together, last); next < end; ++next)
+          fetch<3>(rows, row_stride, row_bytes, number_at(indices, wide, next));
+    } else {
+      fetch<2>(rows, row_stride, row_bytes, number_at(indices, wide, least(i + far, last - 1)));
+      fetch<3>(rows, row_stride, row_bytes, number_at(indices, wide, least(i + near, last - 1)));
+    }
     const int64_t index = number_at(indices, wide, i);
     if (__builtin_expect(static_cast<uint64_t>(index) >= static_cast<uint64_t>(row_count), 0)) {
       report(a.bad, i);
@@ -67,7 +85,7 @@ QK_INLINE void run_bag(const EmbeddingBagArgs& args, const Bag& bag, int64_t las
     }
     if (index == padding_row) continue;
     const uint8_t* row = rows + index * row_stride;
-    Numbers<bits> numbers;
+    Numbers numbers;
     if (!numbers.read(a, row + numbers_at)) {
       report(a.bad, i);
       continue;
@@ -81,7 +99,7 @@ QK_INLINE void run_bag(const EmbeddingBagArgs& args, const Bag& bag, int64_t las
       codes = copy;
     }
     const Part part(codes);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int j = 0; j < accs; ++j) {
       const Lane value = part.at(numbers, j);
       if constexpr (step == Step::largest)
@@ -91,33 +109,50 @@ QK_INLINE void run_bag(const EmbeddingBagArgs& args, const Bag& bag, int64_t las
     }
     ++count;
   }
+  fetched = next;
   if (a.mode == BagMode::mean && count > 1) {
     const float divisor = static_cast<float>(count);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int j = 0; j < accs; ++j) acc[j] = acc[j] / divisor;
   }
   Part::store(acc, out + col, least<int64_t>(accs * lanes, a.cols - col));
 }
 
-template <int bits, int accs, Step step>
+template <int bits, int accs, Step step, class Numbers>
 void run(const EmbeddingBagArgs& a) {
   const int64_t work = most<int64_t>(1, a.count * a.cols / most<int64_t>(1, a.bags));
   parallel_for(a.bags, most<int64_t>(1, grain_values / work), [&](int64_t begin, int64_t end) {
     const int64_t last = bag_of(a, end - 1).end;
+    int64_t fetched = bag_of(a, begin).begin;
     for (int64_t b = begin; b < end; ++b) {
       const Bag bag = bag_of(a, b);
-      for (int64_t col = 0; col < a.cols; col += accs * lanes)
-        run_bag<bits, accs, step>(a, bag, last, col, a.out + b * a.cols);
+      float* out = a.out + b * a.cols;
+      int64_t col = 0;
+      if constexpr (only_avx2 && accs == 8)  // twice as many at a time: a few stay in L1, which costs less than a pass
+        for (; col + accs * lanes < a.cols; col += 2 * accs * lanes)
+          run_bag<bits, 2 * accs, step, Numbers>(a, bag, last, fetched, col, out);
+      for (; col < a.cols; col += accs * lanes) run_bag<bits, accs, step, Numbers>(a, bag, last, fetched, col, out);
     }
   });
 }
 
+template <int bits, Step step, class Numbers>
+void run(const EmbeddingBagArgs& a) {
+  if (a.cols > 4 * lanes) return run<bits, 8, step, Numbers>(a);
+  if constexpr (32 / bits <= 2 * lanes)  // else a vector has fewer lanes than a word has codes for them
+    if (a.cols <= 2 * lanes) return run<bits, 2, step, Numbers>(a);
+  run<bits, 4, step, Numbers>(a);
+}
+
 template <int bits, Step step>
 void run(const EmbeddingBagArgs& a) {
-  if (a.cols > 4 * lanes) return run<bits, 8, step>(a);
-  if constexpr (32 / bits <= 2 * lanes)  // else a vector has fewer lanes than a word has codes for them
-    if (a.cols <= 2 * lanes) return run<bits, 2, step>(a);
-  run<bits, 4, step>(a);
+  if constexpr (bits == 8) {
+    run<bits, step, Scaled>(a);
+  } else {
+    if constexpr (only_avx2 && bits == 4)
+      if (a.kind == RowKind::affine) return run<bits, step, Scaled>(a);
+    run<bits, step, Table<bits>>(a);
+  }
 }
 
 }  // namespace

@@ -9,6 +9,7 @@ namespace qk::cpu::QK_ISA {
 namespace {
 
 typedef uint32_t Words __attribute__((vector_size(4 * lanes)));
+typedef int32_t Integers __attribute__((vector_size(4 * lanes)));
 
 typedef float Four __attribute__((vector_size(16)));
 typedef uint32_t FourWords __attribute__((vector_size(16)));
@@ -36,6 +37,8 @@ QK_INLINE Four read_numbers(RowDtype dtype, const uint8_t* p) {
   if (dtype == RowDtype::float16)
     return _mm512_castps512_ps128(
         _mm512_cvtph_ps(_mm256_castsi128_si256(_mm_cvtsi64_si128(reinterpret_cast<int64_t>(halves)))));
+#elif defined(__F16C__)
+  if (dtype == RowDtype::float16) return _mm_cvtph_ps(_mm_cvtsi64_si128(reinterpret_cast<int64_t>(halves)));
 #endif
   const FourWords words = __builtin_convertvector(halves, FourWords);
   return dtype == RowDtype::float16 ? from_half(words) : reinterpret_cast<Four>(words << 16);
@@ -46,21 +49,41 @@ struct Affine {
 };
 
 QK_INLINE Affine read_affine(RowDtype dtype, const uint8_t* p) {
-#if defined(__AVX512BW__)
+#if defined(__AVX512BW__) || defined(__F16C__)
   if (dtype == RowDtype::float16) {  // both are loaded into all lanes
     int32_t both;
     std::memcpy(&both, p, 4);
+#if defined(__AVX512BW__)
     const Lane pairs = _mm512_cvtph_ps(_mm256_set1_epi32(both));
     return {_mm512_moveldup_ps(pairs), _mm512_movehdup_ps(pairs)};
+#else
+    const Lane pairs = _mm256_cvtph_ps(_mm_set1_epi32(both));
+    return {_mm256_moveldup_ps(pairs), _mm256_movehdup_ps(pairs)};
+#endif
   }
 #endif
   const Four numbers = read_numbers<2>(dtype, p);
   return {all_lanes(numbers[0]), all_lanes(numbers[1])};
 }
 
-// What a code of a row stands for: of 2 and 4 bits a table, whose entries are the definition's values, weighted or not.
+// What a code of a row stands for, computed for each: for 8 bits, and where a table of 16 entries takes longer.
+struct Scaled {
+  Affine row;
+  float weight = 1.0f;
+  QK_INLINE Lane of(Lane codes) const { return (codes * row.scale + row.offset) * weight; }
+  QK_INLINE Lane at(Words codes) const {
+    return of(__builtin_convertvector(reinterpret_cast<Integers>(codes & 15), Lane));
+  }
+  QK_INLINE void weigh(float w) { weight = w; }
+  QK_INLINE bool read(const EmbeddingBagArgs& a, const uint8_t* p) {
+    row = read_affine(a.dtype, p);
+    return true;
+  }
+};
+
+// The same, looked up: a table whose entries are the definition's values, weighted or not.
 template <int bits>
-struct Numbers {
+struct Table {
   static constexpr int entries = 1 << bits;
 #if defined(__AVX512BW__)
   Lane table;
@@ -136,17 +159,6 @@ struct Numbers {
   }
 };
 
-template <>
-struct Numbers<8> {
-  Affine row;
-  float weight = 1.0f;
-  QK_INLINE void weigh(float w) { weight = w; }
-  QK_INLINE bool read(const EmbeddingBagArgs& a, const uint8_t* p) {
-    row = read_affine(a.dtype, p);
-    return true;
-  }
-};
-
 #if defined(__AVX512BW__)
 template <bool upper>
 QK_INLINE Lane interleaved(Lane a, Lane b) {
@@ -177,11 +189,11 @@ QK_INLINE Lane interleaved(Lane a, Lane b) {
 template <int accs>
 QK_INLINE void store_columns(const Lane (&values)[accs], float* out, int64_t n) {
   if (n == accs * lanes) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int j = 0; j < accs; ++j) std::memcpy(out + j * lanes, &values[j], sizeof(Lane));
   } else {
     float some[accs * lanes];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int j = 0; j < accs; ++j) std::memcpy(some + j * lanes, &values[j], sizeof(Lane));
     std::memcpy(out, some, static_cast<size_t>(n) * 4);
   }
@@ -189,59 +201,71 @@ QK_INLINE void store_columns(const Lane (&values)[accs], float* out, int64_t n) 
 
 // The codes of accs * lanes columns. Each lane of a vector of words holds codes of its own, which are shifted down one
 // after the other, whole bytes by loading from further on; where a vector has more lanes than there are words, these
-// are repeated, and each copy starts with codes of its own. So accumulator j holds columns that lie apart.
+// are repeated, and each copy starts with codes of its own; where there are more accumulators than a word has codes,
+// they take several vectors of words. So accumulator j holds columns that lie apart.
 template <int bits, int accs>
 class RowPart {
-  static constexpr int per_word = 32 / bits, copies = per_word / accs, words = lanes / copies;
+  static constexpr int per_word = 32 / bits, each = least(accs, per_word);  // accumulators of a vector of words
+  static constexpr int vectors = accs / each, copies = per_word / each, words = lanes / copies;
 
  public:
-  static constexpr int64_t bytes = 4 * words + (copies == 1 ? 3 : 0);  // that are read
+  static constexpr int64_t bytes = 4 * words * vectors + (copies == 1 ? 3 : 0);  // that are read
 
   QK_INLINE explicit RowPart(const uint8_t* codes) : codes_(codes) {
     if constexpr (copies > 1) {
       Words shift{};
 #pragma GCC unroll 16
-      for (int lane = 0; lane < lanes; ++lane) shift[lane] = static_cast<uint32_t>(lane / words * accs * bits);
+      for (int lane = 0; lane < lanes; ++lane) shift[lane] = static_cast<uint32_t>(lane / words * each * bits);
       words_ = repeated(codes) >> shift;
     }
   }
-  QK_INLINE Lane at(const Numbers<bits>& numbers, int j) const {
+  template <class Numbers>
+  QK_INLINE Lane at(const Numbers& numbers, int j) const {
     if constexpr (copies > 1) return numbers.at(words_ >> (j * bits));
+    const int in_word = j % each * bits;
     Words from_byte;
-    std::memcpy(&from_byte, codes_ + j * bits / 8, sizeof from_byte);
-    return numbers.at(from_byte >> (j * bits % 8));
+    std::memcpy(&from_byte, codes_ + j / each * 4 * words + in_word / 8, sizeof from_byte);
+    return numbers.at(from_byte >> (in_word % 8));
   }
 
-  // Each round interleaves the first half of the vectors with the second; after log2(accs) of them the columns of a
-  // lane lie together. Then the copies of a word.
   QK_INLINE static void store(const Lane (&acc)[accs], float* out, int64_t n) {
-    Lane v[accs], w[accs];
-#pragma GCC unroll 8
-    for (int j = 0; j < accs; ++j) v[j] = acc[j];
-#pragma GCC unroll 3
-    for (int left = accs; left > 1; left /= 2) {
-#pragma GCC unroll 4
-      for (int j = 0; j < accs / 2; ++j) {
-        w[2 * j] = interleaved<false>(v[j], v[j + accs / 2]);
-        w[2 * j + 1] = interleaved<true>(v[j], v[j + accs / 2]);
-      }
-#pragma GCC unroll 8
-      for (int j = 0; j < accs; ++j) v[j] = w[j];
-    }
-    if constexpr (copies == 1) {
-      store_columns<accs>(v, out, n);
-    } else {
-      float mixed[accs * lanes], sorted[accs * lanes];
-      store_columns<accs>(v, mixed, accs * lanes);
-      float* to = n == accs * lanes ? out : sorted;
-      for (int word = 0; word < words; ++word)
-        for (int copy = 0; copy < copies; ++copy)
-          std::memcpy(to + (word * copies + copy) * accs, mixed + (copy * words + word) * accs, 4 * accs);
-      if (to == sorted) std::memcpy(out, sorted, static_cast<size_t>(n) * 4);
+#pragma GCC unroll 2
+    for (int i = 0; i < vectors; ++i) {
+      const int begin = i * each * lanes;
+      store_vector(acc + i * each, out + begin, least<int64_t>(each * lanes, n - begin));
     }
   }
 
  private:
+  // Each round interleaves the first half of the vectors with the second; after log2(each) of them the columns of a
+  // lane lie together. Then the copies of a word.
+  QK_INLINE static void store_vector(const Lane* acc, float* out, int64_t n) {
+    Lane v[each], w[each];
+#pragma GCC unroll 16
+    for (int j = 0; j < each; ++j) v[j] = acc[j];
+#pragma GCC unroll 4
+    for (int left = each; left > 1; left /= 2) {
+#pragma GCC unroll 8
+      for (int j = 0; j < each / 2; ++j) {
+        w[2 * j] = interleaved<false>(v[j], v[j + each / 2]);
+        w[2 * j + 1] = interleaved<true>(v[j], v[j + each / 2]);
+      }
+#pragma GCC unroll 16
+      for (int j = 0; j < each; ++j) v[j] = w[j];
+    }
+    if constexpr (copies == 1) {
+      store_columns<each>(v, out, n);
+    } else {
+      float mixed[each * lanes], sorted[each * lanes];
+      store_columns<each>(v, mixed, each * lanes);
+      float* to = n == each * lanes ? out : sorted;
+      for (int word = 0; word < words; ++word)
+        for (int copy = 0; copy < copies; ++copy)
+          std::memcpy(to + (word * copies + copy) * each, mixed + (copy * words + word) * each, 4 * each);
+      if (to == sorted) std::memcpy(out, sorted, static_cast<size_t>(n) * 4);
+    }
+  }
+
   QK_INLINE static Words repeated(const uint8_t* codes) {
 #if defined(__AVX512BW__)
     if constexpr (copies == 2)
@@ -265,9 +289,7 @@ class RowPart<8, accs> {
  public:
   static constexpr int64_t bytes = accs * lanes;
   QK_INLINE explicit RowPart(const uint8_t* codes) : codes_(codes) {}
-  QK_INLINE Lane at(const Numbers<8>& numbers, int j) const {
-    return (floats_of(codes_ + j * lanes) * numbers.row.scale + numbers.row.offset) * numbers.weight;
-  }
+  QK_INLINE Lane at(const Scaled& numbers, int j) const { return numbers.of(floats_of(codes_ + j * lanes)); }
   QK_INLINE static void store(const Lane (&acc)[accs], float* out, int64_t n) { store_columns<accs>(acc, out, n); }
 
  private:

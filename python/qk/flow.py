@@ -140,7 +140,7 @@ def quantize(
     }
     report.layers = _layers(p, measured)
     report.notes = _notes(p, measured) + (left if fused else [])
-    if out is not None:
+    if recipe.method == "brecq" and out is not None:  # else it may hold another run's
         resume.remove(Path(out) / UNFINISHED)
     return Result(integer, p.plan, report, p, fast)
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from qk.calibrate import calibrate
 from qk.errors import QkError
+from qk.flow import quantize
 from qk.methods import brecq, reconstruct, resume
 from qk.prepare import prepare
 from qk.spec import Recipe
@@ -171,6 +172,17 @@ def test_what_a_killed_writer_left_is_taken_away(tmp_path):
     resume.remove(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     resume.remove(tmp_path / "not there")
+
+
+def test_a_run_that_learns_nothing_leaves_what_another_one_finished(tmp_path):
+    learned(prepared(), folder=tmp_path / "unfinished")
+    nearest = Recipe.from_dict(RECIPE.to_dict() | {"method": "nearest"})
+    quantize(net(), images(), nearest, out=tmp_path, measure=False, fused=False, progress=False)
+    assert len(list((tmp_path / "unfinished").iterdir())) == 4
+    with pytest.raises(QkError, match=r"Delete the folder"):
+        quantize(net(), images(), Recipe(iterations=2), out=tmp_path, measure=False, progress=False)
+    quantize(net(), images(), RECIPE, example=images()[0], out=tmp_path, measure=False, fused=False, progress=False)
+    assert not (tmp_path / "unfinished").exists()
 
 
 def start(folder, iterations):

@@ -106,13 +106,19 @@ def test_rows_may_lie_apart(bits, device):
 
 
 @pytest.mark.parametrize("mode", ["sum", "max"])
-def test_numbers_that_are_not_finite(mode, device):
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("bits", "kind"), [(2, "affine"), (4, "affine"), (8, "affine"), (2, "codebook"), (4, "codebook")]
+)
+def test_numbers_that_are_not_finite(bits, kind, dtype, mode, device):
     odd = torch.tensor([torch.nan, torch.inf, -torch.inf, 6e-8, 65504.0, -0.0, 1e-4, -6e-8])
-    numbers = torch.cartesian_prod(odd, odd).half()
+    numbers = torch.cartesian_prod(odd, odd)
+    if kind == "codebook":
+        numbers = numbers.repeat(1, 2 ** (bits - 1)).roll(1, 1)
     codes = torch.tensor([[0, 0x0E, 0x1E, 0xFF]], dtype=torch.uint8).expand(64, 4)
-    rows = torch.cat([codes, numbers.view(torch.uint8)], 1).to(device)
+    rows = torch.cat([codes, numbers.to(DTYPES[dtype]).view(torch.uint8)], 1).to(device)
     indices = torch.randint(0, 64, (100, 3), generator=torch.Generator().manual_seed(0)).to(device)
-    args = (rows, indices, None, 4, 8, "affine", "float16", True, None, mode)
+    args = (rows, indices, None, bits, 32 // bits, kind, dtype, True, None, mode)
     ours, wanted = embedding_bag(*args), reference(*args)
     assert torch.equal(ours.nan_to_num(nan=123.0), wanted.nan_to_num(nan=123.0))
 
