@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -73,6 +74,18 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif is_dataclass(value) and not isinstance(value, type):
         for field in fields(value):
             yield from tensors_in(getattr(value, field.name, None))
+
+
+def digest(items: Iterable[tuple[str, Any]]) -> str:
+    """sha256 over names and contents; of tensors with type and shape."""
+    found = sha256()
+    for name, value in items:
+        if isinstance(value, Tensor):
+            found.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+            found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        else:
+            found.update(f"{name} {value!r}\n".encode())
+    return found.hexdigest()
 
 
 def describe(inputs: Any) -> str:

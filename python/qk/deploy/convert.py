@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from hashlib import sha256
 from math import isfinite
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import nn
 from qk import ops
 from qk.deploy.modules import IntegerLayer, QConv2d, QLinear
 from qk.errors import fail
+from qk.inputs import digest
 from qk.prepare.insert import QuantLayer, from_kernel_order
 from qk.prepare.prepared import Prepared, check_prepared
 from qk.spec import Plan
@@ -96,12 +96,8 @@ def fingerprint(model: nn.Module) -> str:
     found = model.named_modules(remove_duplicate=False)
     prefixes = tuple(f"{name}." if name else "" for name, module in found if isinstance(module, QuantLayer))
     own = {prefix + name for prefix in prefixes for name in ("weight", "bias")}
-    digest = sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if name in own or not name.startswith(prefixes):
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    state = sorted(model.state_dict().items())
+    return digest((name, tensor) for name, tensor in state if name in own or not name.startswith(prefixes))
 
 
 def _summary(steps: list[dict]) -> dict[str, Any]:

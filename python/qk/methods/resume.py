@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from torch.utils._pytree import tree_flatten
 from qk import _native
 from qk.errors import fail
 from qk.files import TEMPORARY, replace_file, writable_folder
-from qk.inputs import device_of
+from qk.inputs import device_of, digest
 from qk.machine import qk_version
 from qk.methods.engine import STAGE
 from qk.prepare.prepared import Prepared, Unit
@@ -73,7 +71,7 @@ class Finished:
             tensors[f"{name}.codes"] = layers[name].codes.cpu()
             tensors[f"{name}.step"] = layers[name].input.step.detach().cpu().clone()  # linked layers share it
         header = {"format": FORMAT, "unit": unit.name, "run": self.run, "history": self.p.history[unit.name]}
-        header["content"] = _digest(sorted(tensors.items()))
+        header["content"] = digest(sorted(tensors.items()))
         content = tensor_bytes(tensors, {"qk": json.dumps(header)})
         try:
             replace_file(self._path(number), content)
@@ -91,7 +89,7 @@ class Finished:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             theirs, history = dict(header["run"]), list(header["history"])
             known = header["format"] == FORMAT and header["unit"] == unit.name
-            whole = header["content"] == _digest(sorted(tensors.items()))
+            whole = header["content"] == digest(sorted(tensors.items()))
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise fail(STAGE, str(path), "a finished unit", f"{type(error).__name__}: {error}", ANEW) from error
         other = differences(self.run, theirs)
@@ -126,16 +124,16 @@ def facts(p: Prepared, units: list[Unit], batches: list, recipe: Recipe) -> dict
         "device": str(device_of(p.model).type),
         "threads": torch.get_num_threads(),
         "recipe": {k: v for k, v in recipe.to_dict().items() if k not in NO_MATTER},
-        "plan": _digest([(name, repr(spec)) for name, spec in p.plan.layers.items()]),
-        "units": _digest([(unit.name, repr(unit.layers)) for unit in units]),
-        "model": _digest(weights),
-        "batches": _digest([(repr(tree_flatten(b)[1]), "") for b in batches] + [("", leaf) for leaf in leaves]),
+        "plan": digest([(name, repr(spec)) for name, spec in p.plan.layers.items()]),
+        "units": digest([(unit.name, repr(unit.layers)) for unit in units]),
+        "model": digest(weights),
+        "batches": digest([(repr(tree_flatten(b)[1]), "") for b in batches] + [("", leaf) for leaf in leaves]),
     }
 
 
 def steps_digest(p: Prepared) -> str:
     """Of the activation steps as they are now."""
-    return _digest([(name, layer.input.step) for name, layer in p.quant_layers().items()])
+    return digest([(name, layer.input.step) for name, layer in p.quant_layers().items()])
 
 
 def _is_learned(name: str) -> bool:
@@ -153,15 +151,3 @@ def differences(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
             is_digest = isinstance(a, str) and len(a) == 64
             found.append(f"other {key}" if is_digest else f"{key} {b!r} instead of {a!r}")
     return found
-
-
-def _digest(items: Iterable[tuple[str, Any]]) -> str:
-    """sha256 over names and contents; of tensors with type and shape."""
-    digest = sha256()
-    for name, value in items:
-        if isinstance(value, Tensor):
-            digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        else:
-            digest.update(f"{name} {value!r}\n".encode())
-    return digest.hexdigest()
