@@ -6,7 +6,7 @@ from qk.calibrate import calibrate, correct_bias
 from qk.deploy import convert, fuse, load, load_table, quantize_embedding, quantize_table_file, save
 from qk.errors import QkError
 from qk.flow import Result, quantize
-from qk.methods import reconstruct
+from qk.methods import multipoint, reconstruct
 from qk.prepare import prepare
 from qk.spec import Plan, QuantSpec, Recipe
 
@@ -26,6 +26,7 @@ __all__ = [
     "fuse",
     "load",
     "load_table",
+    "multipoint",
     "ops",
     "prepare",
     "quantize",
