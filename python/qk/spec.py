@@ -131,7 +131,7 @@ class Recipe:
     same at every quantizer inside the unit.
     points: as in QuantSpec, for layers of 2 to 4 bits, whose weights become symmetric. points_error: channels get
     points while their output's mean squared error is above this part of its mean square. points_budget: at most this
-    part more multiply-adds, spent where they lower the error most; 0.1 where neither is given.
+    part more multiply-adds and weights, spent where they lower the error most; 0.1 where neither is given.
     memory_mb: for the cached inputs and outputs of a unit; beyond it they go to a file. seed: same seed, same bits.
     bias_correction: qk.quantize gives every layer a bias with which its mean output is the float model's.
     only_faster: qk.quantize times each layer on this machine, at the shape of the example, and leaves it in float where

@@ -42,8 +42,8 @@ def top_of(bits: int) -> int:
 
 
 def nearest(rows: Tensor, step: Tensor, bits: int) -> Tensor:
-    """[w / a]: the nearest codes, clipped."""
-    return (rows / step[:, None]).round().clamp(-top_of(bits), top_of(bits))
+    """[w / a]: the nearest codes, clipped; 0 for a step of 0."""
+    return (rows / step.where(step > 0, 1.0)[:, None]).round().clamp(-top_of(bits), top_of(bits))
 
 
 def best_step(rows: Tensor, bits: int) -> Tensor:
@@ -68,13 +68,16 @@ def best_step(rows: Tensor, bits: int) -> Tensor:
 
 def grid_step(rows: Tensor, bits: int, count: int = GRID) -> Tensor:
     """The best of `count` steps [N] spread evenly up to the one at which every code is 0, as the paper searches."""
+    shares = torch.arange(1, count + 1, dtype=rows.dtype, device=rows.device) / count
     farthest = 2 * rows.abs().amax(1)
-    best, least = torch.zeros_like(farthest), rows.square().sum(1)
-    for i in range(1, count + 1):
-        step = farthest * i / count
-        left = (rows - step[:, None] * nearest(rows, step.where(step > 0, 1.0), bits)).square().sum(1)
-        best, least = step.where(left < least, best), torch.minimum(left, least)
-    return best
+    steps = []
+    for row, end in zip(rows, farthest, strict=True):
+        errors = [
+            (row - step[:, None] * nearest(row, step, bits)).square().sum(1)
+            for step in (end * shares).split(max(1, TOGETHER // max(1, len(row))))
+        ]
+        steps.append(end * shares[torch.cat(errors).argmin()])
+    return torch.stack(steps)
 
 
 SEARCHES: dict[str, Search] = {"exact": best_step, "grid": grid_step}
@@ -176,7 +179,7 @@ def spread(
     """How many points each channel of each layer gets, int64 [N]: by what a row takes off the error for its cost.
 
     costs: of a row, by layer. error: channels at or below this part of their own output's mean square get no more.
-    budget: of all rows added. Errors of different layers are compared as parts of the layer's mean square.
+    budget: what all rows added may cost. Errors of layers are compared as parts of the layer's mean square.
     """
     counts = [torch.ones(len(layer.power), dtype=torch.int64) for layer in layers]
     errors = [layer.errors.cpu() for layer in layers]
@@ -216,6 +219,20 @@ def place(layer: QuantLayer, found: Candidates, counts: Tensor) -> None:
     layer.set_weight_points(codes[0], steps[0], tail if len(tail.owners) else None)
 
 
+def costs_of(p: Prepared, names: list[str], cost: str) -> list[float]:
+    """Of one more row in each layer, as a part of what all rows of these layers cost."""
+
+    def shares(whole: list[int]) -> list[float]:
+        return [w / rows / sum(whole) for w, rows in zip(whole, found["rows"], strict=True)]
+
+    layers = [p.layers[name] for name in names]
+    found = {"rows": [layer.weight_shape[0] for layer in layers], "macs": [layer.macs for layer in layers]}
+    if cost != "both":
+        return shares(found[cost])
+    weights = [math.prod(layer.weight_shape) for layer in layers]
+    return [(a + b) / 2 for a, b in zip(shares(found["macs"]), shares(weights), strict=True)]
+
+
 @torch.no_grad()
 def multipoint(
     p: Prepared,
@@ -223,7 +240,7 @@ def multipoint(
     *,
     error: float | None = None,
     budget: float | None = None,
-    cost: str = "macs",
+    cost: str = "both",
     inputs: str = "float",
     search: str = "exact",
     fit: str = "outputs",
@@ -237,9 +254,9 @@ def multipoint(
     every channel keeps at least one row. batches, max_batches, memory_mb: as for reconstruct; second moments of the
     inputs take at most memory_mb, of as many layers at a time as fit.
     error: channels get points while the mean squared error of their output is above this part of its mean square.
-    budget: at most this part more rows, counted by `cost`: "macs" (a row of a layer costs its multiply-adds) or "rows".
+    budget: at most this part more of what `cost` says: "macs", "rows", or "both" multiply-adds and weights, half each.
     It is spent where the error falls most for the cost; errors of layers count as parts of the layer's mean square.
-    Neither: a budget of 0.1. Both: until either says stop.
+    Neither error nor budget: a budget of 0.1. Both: until either says stop.
     inputs: of the layers, from the "float" model or the one "quantized" as p is now. search: of a point's step, "exact"
     or the paper's "grid". fit: once a channel has its points their steps are fitted together, to its "outputs", to its
     "weights" or, as in the paper, not ("none").
@@ -265,18 +282,16 @@ def multipoint(
         layer = layers[name]
         spec = layer.spec
         found[name] = candidates(layer.weight_rows(), spec.weights, spec.points, moments, SEARCHES[search], fit)
-    costs = [p.layers[name].macs / len(layers[name].weight) if cost == "macs" else 1.0 for name in layers]
-    whole = sum(c * len(layer.weight) for c, layer in zip(costs, layers.values(), strict=True))
     if budget is None:
         budget = BUDGET if error is None else math.inf
-    counts = spread(list(found.values()), costs, error, budget * whole)
+    counts = spread(list(found.values()), costs_of(p, list(layers), cost), error, budget)
     for (name, candidate), count in zip(found.items(), counts, strict=True):
         place(layers[name], candidate, count)
     p.history = {}
 
 
 CHOICES = {
-    "cost": ("macs", "rows"),
+    "cost": ("both", "macs", "rows"),
     "inputs": ("float", "quantized"),
     "search": tuple(SEARCHES),
     "fit": ("outputs", "weights", "none"),
