@@ -378,7 +378,7 @@ def test_reconstruction_learns_the_last_point_alone(tmp_path):
         moved += int((layer.last_codes != last).sum())
         if layer.tail_owners is None:
             continue
-        owners = layer.tail_owners.long()
+        owners = layer.tail_owners
         assert torch.equal(layer.codes[owners], codes[owners])
         third = owners[torch.arange(len(owners)) >= len(owners.unique())]
         seconds = torch.isin(owners[: len(owners.unique())], third)

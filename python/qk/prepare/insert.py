@@ -133,7 +133,7 @@ class QuantLayer(nn.Module):
         self.corrected_bias = self.tail_codes = self.tail_step = self.tail_owners = None
         if tail is not None:
             self.tail_codes, self.tail_step = tail.codes.reshape(-1, *shape[1:]), tail.step.to(torch.float32)
-            self.tail_owners = tail.owners.to(torch.int32)
+            self.tail_owners = tail.owners
 
     @property
     def extra_rows(self) -> int:
@@ -171,7 +171,7 @@ class QuantLayer(nn.Module):
     def _summed(self, codes: Tensor, tail_codes: Tensor | None) -> Tensor:
         weight = ops.dequantize(codes, self.weight_step, self.weight_zero)
         if self.tail_owners is not None:
-            rows = ops.dequantize(tail_codes, self.tail_step, self.weight_zero[self.tail_owners.long()])
+            rows = ops.dequantize(tail_codes, self.tail_step, self.weight_zero[self.tail_owners])
             weight = add_to_owners(weight, rows, self.tail_owners)
         return from_kernel_order(weight)
 
