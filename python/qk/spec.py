@@ -107,12 +107,13 @@ class Plan:
 class Recipe:
     """How to quantize. The defaults are BRECQ with learned activation steps.
 
-    weights, activations: widths of every layer but the first and last, which take `first_last` (None: no exception).
+    weights, activations: widths of every layer but the first and the last (of each head, where a model has several),
+    which take `first_last` (None: no exception).
     group_size, symmetric: as in QuantSpec. skip: name patterns (fnmatch) of layers to leave in float. overrides: name
     pattern -> fields of QuantSpec that differ there; the last pattern that matches wins.
     ranges: how a step is chosen before learning. method: "nearest" stops after that; "brecq" learns the rounding.
-    first_output: width of the first layer's output (the input of the second to run): "plain" is that of every other
-    layer, as in LSQ; "first_last" is `first_last`, as in BRECQ's released code.
+    first_output: width of the first layer's output, which the second to run reads: "plain" is that of every other
+    layer's, as in LSQ; "first_last" is `first_last`, as in BRECQ's released code.
     granularity: what is reconstructed together: a layer, a block, the blocks at one resolution, the whole net.
     loss: "fisher" weighs errors by squared gradients of the task loss; "fisher_full" lets the errors of a sample act
     together. order: "joint" learns rounding and steps at once; "weights_first" all rounding with float activations,
