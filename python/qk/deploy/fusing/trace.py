@@ -29,9 +29,7 @@ def traced(model: nn.Module, example: Any) -> fx.GraphModule:
     entered: list[str] = []
     with evaluating(model), _watched(model, entered), torch.no_grad():
         try:
-            with redirect_stderr(
-                StringIO()
-            ):  # where it cannot go on it prints the graph so far, a line for each operator
+            with redirect_stderr(StringIO()):  # where it cannot go on it prints the whole graph
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=_free(args, kwargs), strict=False)
         except Exception as error:
             where = f"{entered[-1]!r} ({type(model.get_submodule(entered[-1])).__name__})" if entered else "the model"
