@@ -128,6 +128,7 @@ def reconstruct(
                         cache = fill_cache(p, unit, finished, held, room, outputs, mixed=phase.drop < 1)
                         learner = _Unit(p, unit, learned, phase, recipe, generator)
                         p.history[entry.name] = learner.reconstruct(cache, shown)
+                        del cache  # before the next one takes its room
                     if kept and number not in kept.found:
                         kept.add(number)
                     last = p.history[entry.name][-1]
