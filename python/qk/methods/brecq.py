@@ -18,6 +18,7 @@ from qk.errors import fail
 from qk.methods.adaround import Rounding, beta
 from qk.methods.cache import Cache, Room, Sample
 from qk.methods.engine import STAGE, fill_cache, frozen, loss_on_all, outputs_of, unit_loss, units_of
+from qk.methods.lsq import ANEW, is_trainable
 from qk.methods.progress import Progress
 from qk.methods.resume import Finished, steps_digest
 from qk.prepare.insert import ActQuantizer, QuantLayer
@@ -55,6 +56,8 @@ def reconstruct(
     recipe = checked_recipe(recipe, STAGE)
     if not p.calibrated:
         raise fail(STAGE, "p", "calibrated", "one that is not", "Call qk.calibrate(p, batches) first.")
+    if is_trainable(p):
+        raise fail(STAGE, "p", "as prepared and calibrated", "one in training", ANEW)
     units = units_of(p, recipe.granularity)
     held = hold(batches, STAGE, max_batches, recipe.memory_mb)
     before = p.steps_before if resume and p.history else steps_digest(p)

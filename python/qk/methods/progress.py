@@ -47,8 +47,13 @@ class Progress:
 
     def end(self, before: float, after: float, kept: str) -> None:
         """The unit is done. kept: learned or nearest."""
+        note = " (nearest rounding kept)" if kept == "nearest" else ""
+        self.finish(f"loss {before:.4g} -> {after:.4g}", note)
+
+    def finish(self, words: str, note: str = "") -> None:
+        """The unit is done, with this result."""
         self.done += 1
         if self.kind == "lines":
             seconds = time.perf_counter() - self._began
-            line = f"[{self.done}/{self.units}] {self.name}: loss {before:.4g} -> {after:.4g} in {seconds:.1f} s"
-            print(line + (" (nearest rounding kept)" if kept == "nearest" else ""), file=sys.stderr, flush=True)
+            line = f"[{self.done}/{self.units}] {self.name}: {words} in {seconds:.1f} s{note}"
+            print(line, file=sys.stderr, flush=True)
