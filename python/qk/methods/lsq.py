@@ -170,7 +170,7 @@ def param_groups(model: nn.Module, weight_decay: float | None = None) -> list[di
     for module in model.modules():
         if isinstance(module, LsqLayer):
             by_width[module.weight] = DECAY[module.spec.weights]
-        if isinstance(module, (LsqLayer, LearnedActivation)):
+        if isinstance(module, (LsqLayer, LearnedActivation)) and module.raw_step.requires_grad:
             steps.append(module.raw_step)
     groups: dict[float, list[nn.Parameter]] = {0.0: []}
     known = set(steps)
@@ -179,8 +179,8 @@ def param_groups(model: nn.Module, weight_decay: float | None = None) -> list[di
             continue
         decay = by_width.get(parameter, FLOAT_DECAY) if weight_decay is None else weight_decay
         groups.setdefault(decay if parameter.dim() > 1 else 0.0, []).append(parameter)
-    found = [{"params": steps, "weight_decay": 0.0}]
-    return found + [{"params": some, "weight_decay": decay} for decay, some in groups.items() if some]
+    found = [(0.0, steps), *groups.items()]
+    return [{"params": some, "weight_decay": decay} for decay, some in found if some]
 
 
 def _weight_step(layer: QuantLayer, tuning: Tuning) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from qk.calibrate.batches import call
 from qk.calibrate.objective import first_tensor, task_loss
 from qk.errors import QkError, fail
-from qk.inputs import KINDS, copied_to, describe, device_of, evaluating, feed
+from qk.inputs import KINDS, copied_to, describe, device_of, evaluating, feed, tensors_in
 from qk.methods.lsq import param_groups, trainable
 from qk.methods.progress import Progress
 from qk.methods.training_file import Place, TrainingFile, random_state, set_random_state, set_values, values_of
@@ -33,6 +33,7 @@ STAGE = "qk.tune"
 MOMENTUM = 0.9
 EPOCHS = {2: 90, 3: 90, 4: 90, 8: 1}  # by the narrowest width of weights, as LR (table 1 and section 3)
 LR = {2: 0.01, 3: 0.01, 4: 0.01, 8: 0.001}
+SLOWER = "A smaller tuning.lr may help."
 
 Loss = Callable[[Any, Any], Tensor]
 Score = Callable[[nn.Module], float]
@@ -143,6 +144,7 @@ class _Run:
             shown.unit(f"epoch {place.epoch + 1}")
             loss = self._epoch(kept, every, shown)
             place.next_epoch()
+            self._check_weights()
             record = {"iteration": place.epoch * self.length, "epoch": place.epoch, "loss": loss}
             if self.validate is not None:
                 record["score"] = self._judge()
@@ -192,8 +194,7 @@ class _Run:
             loss = 0.5 * (loss + self.teacher.loss(output, features, inputs))
         value = loss.item()
         if not math.isfinite(value):
-            where = f"the loss of batch {index} in epoch {self.place.epoch + 1}"
-            raise fail(STAGE, where, "finite", value, "A smaller tuning.lr may help; so may start='calibrated'.")
+            raise fail(STAGE, f"the loss of batch {index} in epoch {self.place.epoch + 1}", "finite", value, SLOWER)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -211,6 +212,13 @@ class _Run:
             what = describe(loss) if not isinstance(loss, Tensor) or loss.requires_grad else "one without a gradient"
             raise fail(STAGE, "loss", "a function that returns one number with a gradient", what)
         return loss
+
+    def _check_weights(self) -> None:
+        """A NaN has a code like any other value, so that the loss does not tell."""
+        spoilt = [name for name, tensor in self.model.named_parameters() if not torch.isfinite(tensor).all()]
+        if spoilt:
+            where = f"the weights after epoch {self.place.epoch}"
+            raise fail(STAGE, where, "finite", f"NaN or infinity in {spoilt[0]}", SLOWER)
 
     @torch.no_grad()
     def _judge(self) -> float:
@@ -320,4 +328,6 @@ def _pair(batch: Any, index: int) -> tuple[Any, Any]:
     """Inputs and labels of a batch."""
     if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[0], KINDS):
         raise fail(STAGE, f"batch {index} of train", "a pair (inputs, labels)", describe(batch))
+    if not all(torch.isfinite(x).all() for x in tensors_in(batch[0])):
+        raise fail(STAGE, f"the inputs of batch {index}", "finite", "NaN or infinity")
     return batch[0], batch[1]
