@@ -108,7 +108,7 @@ def tune(
             kept = TrainingFile(folder, STAGE, p, recipe, first, more)
         start = values_of(p.model)
         try:
-            with Progress(progress, STAGE, run.epochs, length) as shown:
+            with Progress(progress, STAGE, run.epochs, run.epochs * length) as shown:
                 run.train(kept, every, shown)
         except BaseException:
             set_values(p.model, start)
@@ -139,7 +139,7 @@ class _Run:
             self.best = kept.restore(place, self.model, self.optimizer)
         elif self.validate is not None:
             self._judge()
-        shown.done = place.epoch
+        shown.done, shown.iterations = place.epoch, place.epoch * self.length
         while place.epoch < self.epochs and not self._is_out_of_patience():
             shown.unit(f"epoch {place.epoch + 1}")
             loss = self._epoch(kept, every, shown)
@@ -152,7 +152,7 @@ class _Run:
             if kept is not None:
                 kept.write(place, self.model, self.optimizer, self.best)
             score = f", score {record['score']:.4g}" if "score" in record else ""
-            shown.finish(f"loss {record['loss']:.4g}{score}")
+            shown.finish(self.length, f"loss {record['loss']:.4g}{score}")
         if self.best:
             set_values(self.model, self.best)
         first, last = place.records[0], place.records[-1]
