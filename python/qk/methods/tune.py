@@ -108,7 +108,7 @@ def tune(
             kept = TrainingFile(folder, STAGE, p, recipe, first, more)
         start = values_of(p.model)
         try:
-            with Progress(progress, STAGE, run.epochs, run.epochs * length) as shown:
+            with p.quantized(), Progress(progress, STAGE, run.epochs, run.epochs * length) as shown:
                 run.train(kept, every, shown)
         except BaseException:
             set_values(p.model, start)
