@@ -12,6 +12,7 @@ import torch
 
 import qk
 from deploy.small import one_layer, small_images, small_model, small_prepared
+from qk.calibrate.ranges import mse
 from qk.deploy import definition
 from qk.errors import QkError
 from qk.methods.lsq import (
@@ -135,12 +136,23 @@ def test_a_layers_weight_and_its_gradients_are_the_definitions(steps, group_size
 
 
 def test_steps_start_where_calibration_put_them():
-    p = small_prepared(symmetric=True)
+    p = small_prepared(symmetric=True, overrides={"left": {"group_size": 6}})
     before = {name: (layer.weight_step, layer.input.step) for name, layer in p.quant_layers().items()}
-    trainable(p)
+    with p.quantized() as model:
+        expected = model(small_images())
+    assert torch.equal(trainable(p)(small_images()), expected)
     for name, layer in p.quant_layers().items():
+        assert torch.equal(layer.raw_step, before[name][0])
         assert torch.equal(layer.input.step, before[name][1])
-        assert layer.raw_step.shape == before[name][0].shape
+
+
+@pytest.mark.parametrize("steps", ["channel", "tensor"])
+def test_steps_of_weights_with_other_zeros_are_found_anew(steps):
+    p = small_prepared(weights=2)
+    trainable(p, Tuning(steps=steps))
+    layer = p.quant_layers()["left"]
+    rows = layer.weight_rows() if steps == "channel" else layer.weight.detach().reshape(1, -1)
+    assert torch.equal(layer.raw_step, mse(rows, 2, symmetric=True)[0])
 
 
 @pytest.mark.parametrize("steps", ["channel", "tensor"])

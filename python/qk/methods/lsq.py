@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qk import ops
-from qk.calibrate import weight_range
+from qk.calibrate import ranges as find
 from qk.calibrate.batches import call
 from qk.calibrate.ranges import SMALLEST_STEP
 from qk.errors import fail
@@ -147,7 +147,6 @@ def trainable(p: Prepared, tuning: Tuning | None = None, first: Any = None) -> n
             activation.raw_step.copy_(first_step(means[quantizer], q_p))
     specs = {name: replace(layer.spec, symmetric=True) for name, layer in layers.items()}
     for name, layer in layers.items():
-        layer.spec = specs[name]
         step = _weight_step(layer, tuning)
         put(p, name, LsqLayer(p.originals[name], specs[name], learned[layer.input], step).train(layer.training))
     p.plan, p.history = Plan(p.plan.layers | specs), {}
@@ -184,17 +183,17 @@ def param_groups(model: nn.Module, weight_decay: float | None = None) -> list[di
 
 
 def _weight_step(layer: QuantLayer, tuning: Tuning) -> Tensor:
-    """Where a weight's steps start: [N], [N, groups along K] or [1]."""
-    bits, weight = layer.spec.weights, layer.weight.detach()
-    rows = layer.weight_rows() if tuning.steps == "channel" else weight.reshape(1, -1)
+    """Where a weight's steps start: [N], [N, groups along K] or [1]. What was calibrated with other zeros than the
+    middle one, or for rows where one step is wanted, is found anew (mse)."""
+    bits, per_channel = layer.spec.weights, tuning.steps == "channel"
+    if tuning.start == "calibrated" and per_channel and layer.spec.weight_symmetric:
+        return layer.weight_step.clone()
+    rows = layer.weight_rows() if per_channel else layer.weight.detach().reshape(1, -1)
     if tuning.start == "paper":
         step = first_step(rows.abs().mean(1), top(bits, middle(bits)))
     else:
-        step = weight_range(layer, "mse")[0]
-        step = step if tuning.steps == "channel" else step.mean().reshape(1)
-    if tuning.steps == "channel" and layer.groups_along_k > 1:
-        return step.reshape(weight.shape[0], -1)
-    return step
+        step = find.mse(rows, bits, symmetric=True)[0]
+    return step.reshape(layer.weight_step.shape) if per_channel else step
 
 
 def _mean_magnitudes(p: Prepared, batch: Any) -> dict[ActQuantizer, Tensor]:
