@@ -6,9 +6,9 @@ from qk.calibrate import calibrate, correct_bias
 from qk.deploy import convert, fuse, load, load_table, quantize_embedding, quantize_table_file, save
 from qk.errors import QkError
 from qk.flow import Result, quantize
-from qk.methods import multipoint, reconstruct
+from qk.methods import multipoint, param_groups, reconstruct, trainable, tune
 from qk.prepare import prepare
-from qk.spec import Plan, QuantSpec, Recipe
+from qk.spec import Plan, QuantSpec, Recipe, Tuning
 
 # qk.prepare and qk.calibrate are the functions; `from qk.prepare.links import ...` still finds the folders.
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "QuantSpec",
     "Recipe",
     "Result",
+    "Tuning",
     "active_isa",
     "build_facts",
     "calibrate",
@@ -28,11 +29,14 @@ __all__ = [
     "load_table",
     "multipoint",
     "ops",
+    "param_groups",
     "prepare",
     "quantize",
     "quantize_embedding",
     "quantize_table_file",
     "reconstruct",
     "save",
+    "trainable",
+    "tune",
     "usable_isas",
 ]

@@ -413,6 +413,15 @@ def test_what_does_not_fit_is_refused_and_changes_nothing():
         multipoint(prepare(nn.Linear(3, 2), torch.zeros(1, 3), Recipe()), [torch.zeros(1, 3)])
 
 
+def test_training_is_refused():
+    p = prepared()
+    with pytest.raises(QkError, match="p must be of one point for each channel, got points above 1 for 0"):
+        qk.trainable(p)
+    train = [(x, torch.zeros(len(x), dtype=torch.int64)) for x in batches()]
+    with pytest.raises(QkError, match="points must be 1 with the method lsq"):
+        qk.quantize(residual_net(), batches(), Recipe(method="lsq", points=2), train=train)
+
+
 def test_specs_that_no_points_fit_are_refused():
     for fields in (
         {"weights": 8, "symmetric": True},

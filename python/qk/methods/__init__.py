@@ -1,6 +1,8 @@
-"""Methods that learn: rounding and steps against the float model's own outputs."""
+"""Methods that learn: rounding and steps against the float model's own outputs, or all of it on labels."""
 
 from qk.methods.brecq import reconstruct
+from qk.methods.lsq import param_groups, trainable
 from qk.methods.multipoint import multipoint, overhead
+from qk.methods.tune import tune
 
-__all__ = ["multipoint", "overhead", "reconstruct"]
+__all__ = ["multipoint", "overhead", "param_groups", "reconstruct", "trainable", "tune"]
