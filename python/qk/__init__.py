@@ -6,7 +6,7 @@ from qk.calibrate import calibrate, correct_bias
 from qk.deploy import convert, fuse, load, load_table, quantize_embedding, quantize_table_file, save
 from qk.errors import QkError
 from qk.flow import Result, quantize
-from qk.methods import param_groups, reconstruct, trainable, tune
+from qk.methods import multipoint, param_groups, reconstruct, trainable, tune
 from qk.prepare import prepare
 from qk.spec import Plan, QuantSpec, Recipe, Tuning
 
@@ -27,6 +27,7 @@ __all__ = [
     "fuse",
     "load",
     "load_table",
+    "multipoint",
     "ops",
     "param_groups",
     "prepare",

@@ -30,7 +30,7 @@ from qk.deploy import (
 from qk.errors import QkError, fail
 from qk.files import writable_folder
 from qk.inputs import copied_to, device_of, evaluating, feed, map_tensors
-from qk.methods import reconstruct, resume, training_file, tune
+from qk.methods import multipoint, overhead, reconstruct, resume, training_file, tune
 from qk.methods.tune import Loss, Score
 from qk.prepare import Prepared, leave_in_float, prepare
 from qk.report import Latency, LayerReport, Report
@@ -114,6 +114,11 @@ def quantize(
             report.accuracy["float"] = _share(evaluate, model)
     with _timed(seconds, "calibrate"):
         calibrate(p, held, ranges=recipe.ranges, seed=recipe.seed, memory_mb=recipe.memory_mb)
+    asked = recipe.points_error is not None or recipe.points_budget is not None
+    if asked or any(spec.points > 1 for spec in p.plan.layers.values()):
+        with _timed(seconds, "choose points"):
+            limits = {"error": recipe.points_error, "budget": recipe.points_budget}
+            multipoint(p, held, **limits, memory_mb=recipe.memory_mb)
     if recipe.only_faster:
         with _timed(seconds, "time layers"):
             _leave_slower_in_float(p)
@@ -258,12 +263,14 @@ def _share(evaluate: Callable[[nn.Module], float], model: nn.Module) -> float:
 
 def _layers(p: Prepared, measured: list[LayerMeasure]) -> list[LayerReport]:
     """Every layer that prepare found, then every other module with weights and why it stays in float."""
-    by_name = {m.name: m for m in measured}
+    by_name, quantized = {m.name: m for m in measured}, p.quant_layers()
     rows = []
     for name, layer in p.layers.items():
         spec, m = p.plan[name], by_name.get(name)
         values = (m.sqnr_db, m.float_bytes, m.integer_bytes, m.times.float_ms, m.times.integer_ms) if m else ()
-        rows.append(LayerReport(name, layer.kind, spec.weights, spec.activations, p.kept.get(name, ""), *values))
+        about = (spec.weights, spec.activations, p.kept.get(name, ""))
+        more = 0 if spec.is_float else quantized[name].extra_rows
+        rows.append(LayerReport(name, layer.kind, *about, *values, rows=layer.weight_shape[0], extra_rows=more))
     others = [name for name in p.kept if name not in p.layers]
     return rows + [LayerReport(n, type(p.model.get_submodule(n)).__name__, reason=p.kept[n]) for n in others]
 
@@ -271,6 +278,11 @@ def _layers(p: Prepared, measured: list[LayerMeasure]) -> list[LayerReport]:
 def _notes(p: Prepared, measured: list[LayerMeasure]) -> list[str]:
     """What the tables do not say aloud."""
     notes = []
+    extra = overhead(p)
+    if extra is not None:
+        text = f"{extra.extra_rows} rows more than the {extra.rows} of the layers that may have several points"
+        text += f": {100 * extra.extra_macs:.1f} % more multiply-adds there, {extra.bits:.2f} bits a weight on average."
+        notes.append(text)
     slower = [m.name for m in measured if m.times.is_slower]
     if slower:
         advice = "the recipe's only_faster leaves such layers in float"

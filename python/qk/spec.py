@@ -17,6 +17,7 @@ from qk.errors import QkError, fail
 WeightBits = Literal[2, 3, 4, 8]  # as the kernels store them; 3 lies in 4
 ActivationBits = Literal[2, 3, 4, 5, 6, 7, 8]
 Ranges = Literal["minmax", "percentile", "mse", "kl", "lapq"]
+Points = Literal[1, 2, 3]
 Exponent = Annotated[float, Field(ge=1)]  # of the rounding penalty; below 1 its slope has no bound
 _strict = ConfigDict(extra="forbid", strict=False, allow_inf_nan=False)
 Kind = TypeVar("Kind", bound=type)
@@ -44,17 +45,23 @@ class QuantSpec:
 
     group_size: weights that share a step along K (K in the order kh, kw, C for a convolution); None is per output
     channel. symmetric: zero in the middle of the weight's codes; 8-bit weights always are, as their kernels need it.
+    points: how many rows of codes an output channel may be a sum of (qk.multipoint); above 1 only for symmetric weights
+    of 2 to 4 bits without groups.
     """
 
     weights: WeightBits | None = 8
     activations: ActivationBits | None = 8
     group_size: int | None = Field(default=None, gt=0)
     symmetric: bool = False
+    points: Points = 1
     reason: str = ""
 
     def __post_init__(self) -> None:
         if (self.weights is None) != (self.activations is None):
             raise ValueError("weights and activations must both be widths, or both be null for a float layer")
+        single = self.weights in (None, 8) or not self.symmetric or self.group_size is not None
+        if self.points > 1 and single:
+            raise ValueError("points above 1 need symmetric weights of 2 to 4 bits without group_size")
 
     @property
     def is_float(self) -> bool:
@@ -74,7 +81,8 @@ class QuantSpec:
 
     def describe(self) -> str:
         """Widths in short: W4A8, or float."""
-        return "float" if self.is_float else f"W{self.weights}A{self.activations}"
+        widths = f"W{self.weights}A{self.activations}"
+        return "float" if self.is_float else widths if self.points == 1 else f"{widths} in up to {self.points} points"
 
 
 def float_spec(reason: str) -> QuantSpec:
@@ -147,6 +155,9 @@ class Recipe:
     penalty, the share of iterations without it, its exponent's start and end. drop: probability with which a value of
     the unit's input comes from the quantized prefix instead of the float one (QDrop); 1.0 is BRECQ's. drop_inside: the
     same at every quantizer inside the unit.
+    points: as in QuantSpec, for layers of 2 to 4 bits, whose weights become symmetric. points_error: channels get
+    points while their output's mean squared error is above this part of its mean square. points_budget: at most this
+    part more multiply-adds and weights, spent where they lower the error most; 0.1 where neither is given.
     memory_mb: for the cached inputs and outputs of a unit; beyond it they go to a file. seed: same seed, same bits.
     bias_correction: qk.quantize gives every layer a bias with which its mean output is the float model's.
     only_faster: qk.quantize times each layer on this machine, at the shape of the example, and leaves it in float where
@@ -176,6 +187,9 @@ class Recipe:
     beta: tuple[Exponent, Exponent] = (20.0, 2.0)
     drop: float = Field(default=0.5, ge=0, le=1)
     drop_inside: bool = False
+    points: Points = 1
+    points_error: float | None = Field(default=None, gt=0)
+    points_budget: float | None = Field(default=None, gt=0)
     memory_mb: int = Field(default=1024, ge=1)
     seed: int = Field(default=0, ge=0, lt=2**32)
     tuning: Tuning = Field(default_factory=Tuning)
@@ -199,6 +213,9 @@ class Recipe:
         for pattern, changed in self.overrides.items():
             if fnmatchcase(name, pattern):
                 fields |= changed
+        fields.setdefault("points", 1 if fields["weights"] in (None, 8) else self.points)
+        if fields["points"] != 1:
+            fields["symmetric"] = True
         return _parse(QuantSpec, fields, f"recipe: overrides for {name}")
 
     def to_dict(self) -> dict[str, Any]:

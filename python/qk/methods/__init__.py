@@ -2,6 +2,7 @@
 
 from qk.methods.brecq import reconstruct
 from qk.methods.lsq import param_groups, trainable
+from qk.methods.multipoint import multipoint, overhead
 from qk.methods.tune import tune
 
-__all__ = ["param_groups", "reconstruct", "trainable", "tune"]
+__all__ = ["multipoint", "overhead", "param_groups", "reconstruct", "trainable", "tune"]

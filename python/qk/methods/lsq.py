@@ -27,7 +27,7 @@ from qk.spec import Plan, QuantSpec, Tuning
 STAGE = "qk.trainable"
 DECAY = {2: 0.25e-4, 3: 0.5e-4, 4: 1e-4, 8: 1e-4}  # weight decay by the weight's width (table 1 and section 3)
 FLOAT_DECAY = DECAY[8]  # of weights that stay in float
-ANEW = "Its steps are being trained: call qk.prepare and qk.calibrate anew."
+ANEW = "Call qk.prepare and qk.calibrate anew."
 
 
 def middle(bits: int) -> int:
@@ -126,7 +126,8 @@ def trainable(p: Prepared, tuning: Tuning | None = None, first: Any = None) -> n
     first: a batch of inputs, for start="paper". Nothing is set later, at a first call: the state dict is complete, and
     fits the trainable model of any equally prepared p. Steps are named raw_step; param_groups sorts the parameters.
     A p that is trainable already is left as it is.
-    Raises QkError for p that is not calibrated, and for start="paper" without a batch; p is unchanged then.
+    Raises QkError for p that is not calibrated or has channels of several points, and for start="paper" without a
+    batch; p is unchanged then.
     """
     check_prepared(p, STAGE)
     tuning = tuning or Tuning()
@@ -135,6 +136,9 @@ def trainable(p: Prepared, tuning: Tuning | None = None, first: Any = None) -> n
         raise fail(STAGE, "p", "calibrated", "one that is not", "Call qk.calibrate(p, batches) first.")
     if is_trainable(p):
         return p.model
+    several = [name for name, layer in layers.items() if layer.extra_rows]
+    if several:
+        raise fail(STAGE, "p", "with one row for each channel", f"several points in {', '.join(several)}", ANEW)
     means = None
     if tuning.start == "paper":
         if first is None:
