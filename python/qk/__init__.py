@@ -2,13 +2,13 @@
 
 from qk import ops
 from qk._native import active_isa, build_facts, force_isa, usable_isas
-from qk.calibrate import calibrate, correct_bias
+from qk.calibrate import calibrate, correct_bias, match_statistics
 from qk.deploy import convert, fuse, load, load_table, quantize_embedding, quantize_table_file, save
 from qk.errors import QkError
 from qk.flow import Result, quantize
-from qk.methods import reconstruct
+from qk.methods import choose_windows, input_statistics, reconstruct, set_windows
 from qk.prepare import prepare
-from qk.spec import Plan, QuantSpec, Recipe
+from qk.spec import Plan, QuantSpec, Recipe, Sparq
 
 # qk.prepare and qk.calibrate are the functions; `from qk.prepare.links import ...` still finds the folders.
 __all__ = [
@@ -17,15 +17,19 @@ __all__ = [
     "QuantSpec",
     "Recipe",
     "Result",
+    "Sparq",
     "active_isa",
     "build_facts",
     "calibrate",
+    "choose_windows",
     "convert",
     "correct_bias",
     "force_isa",
     "fuse",
+    "input_statistics",
     "load",
     "load_table",
+    "match_statistics",
     "ops",
     "prepare",
     "quantize",
@@ -33,5 +37,6 @@ __all__ = [
     "quantize_table_file",
     "reconstruct",
     "save",
+    "set_windows",
     "usable_isas",
 ]

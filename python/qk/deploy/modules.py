@@ -20,8 +20,10 @@ from qk.ops.conv2d import reference as conv2d_definition
 from qk.ops.gemm import reference as gemm_definition
 from qk.ops.pack import row_bytes
 from qk.ops.quantize import reference as quantize_definition
+from qk.ops.sparq import reference as sparq_definition
 from qk.ops.unpack import reference as unpack_definition
-from qk.spec import QuantSpec
+from qk.prepare.windows import cut_codes, spread, why_whole
+from qk.spec import QuantSpec, Sparq
 
 
 class _Mode(threading.local):
@@ -72,6 +74,8 @@ class IntegerLayer(nn.Module):
         self.bits, self.input_bits = spec.storage_bits, spec.activations
         self.out_features, self.k = shape[0], prod(shape[1:])
         self.algorithm = "direct"  # of the kernel: see qk.deploy.tune
+        self.cuts: Sparq | None = None  # how codes of the input are cut; prepack knows, from their zero
+        self.cuts_distance = False  # from a zero that is not code 0
         _check_tensors(type(self).__name__, tensors, spec, self.out_features, self.k)
         for name in TENSORS:
             self.register_buffer(name, tensors.get(name))
@@ -81,12 +85,40 @@ class IntegerLayer(nn.Module):
     def prepack(self) -> Tensor:
         """Makes the kernel's layout from `packed`."""
         algorithm = self.algorithm if self.packed.device.type == "cpu" else "direct"
-        self.prepacked = ops.prepack(self.packed, self.weight_zero, self.bits, self.shape, self.groups, algorithm)
+        packed, shape = self.packed, self.shape
+        if not self.input_zero.is_meta:
+            sparq, zero = self.spec.sparq, int(self.input_zero)
+            self.cuts = None if sparq is None or why_whole(sparq, zero, self.shape[-1]) else sparq
+            self.cuts_distance = zero != 0
+        if self._pairs_by_weights:
+            codes = self.multiplied_codes()
+            packed, shape = ops.pack(codes.reshape(len(codes), -1), self.bits), tuple(codes.shape)
+        self.prepacked = ops.prepack(packed, self.weight_zero, self.bits, shape, self.groups, algorithm)
         return self.prepacked
 
     def weight_codes(self) -> Tensor:
         """uint8 in kernel order."""
         return unpack_definition(self.packed, self.bits, self.k).reshape(self.shape)
+
+    def multiplied_codes(self) -> Tensor:
+        """The weight's codes as the kernel gets them: each at the partner of its activation if SPARQ pairs by weights."""
+        codes = self.weight_codes()
+        if not self._pairs_by_weights:
+            return codes
+        return spread(codes, self.weight_zero)
+
+    @property
+    def _pairs_by_weights(self) -> bool:
+        return self.cuts is not None and self.cuts.pairs == "weights"
+
+    def _cut(self, codes: Tensor) -> Tensor:
+        """The codes of the input as they are multiplied."""
+        if self.cuts is None:
+            return codes
+        cut = sparq_definition if _mode.definition else ops.sparq
+        return cut_codes(
+            codes, self.cuts, self.groups, self._buffers["input_zero"] if self.cuts_distance else None, cut
+        )
 
     def _apply(self, fn: Any, recurse: bool = True) -> IntegerLayer:
         device = self.packed.device
@@ -133,16 +165,16 @@ class QLinear(IntegerLayer):
         b = self._buffers  # as attributes they would cost as much as a small product
         weight = b["prepacked"] if b["prepacked"] is not None else self.prepack()
         step, zero = b["input_step"], b["input_zero"]
-        codes = ops.quantize(x, step, zero, self.input_bits)
+        codes = self._cut(ops.quantize(x, step, zero, self.input_bits))
         return ops.gemm(codes, step, zero, weight, b["weight_step"], b["bias"], self.bits, self.input_bits)
 
     def _by_definition(self, x: Tensor) -> Tensor:
-        codes = quantize_definition(x, self.input_step, self.input_zero, self.input_bits)
+        codes = self._cut(quantize_definition(x, self.input_step, self.input_zero, self.input_bits))
         return gemm_definition(
             codes,
             self.input_step,
             self.input_zero,
-            self.weight_codes(),
+            self.multiplied_codes(),
             self.weight_zero,
             self.weight_step,
             self.bias,
@@ -183,7 +215,7 @@ class QConv2d(IntegerLayer):
         weight = b["prepacked"] if b["prepacked"] is not None else self.prepack()
         step, zero = b["input_step"], b["input_zero"]
         y = ops.conv2d(
-            ops.quantize(x, step, zero, self.input_bits),
+            self._cut(ops.quantize(x, step, zero, self.input_bits)),
             step,
             zero,
             weight,
@@ -201,10 +233,10 @@ class QConv2d(IntegerLayer):
 
     def _by_definition(self, x: Tensor) -> Tensor:
         y = conv2d_definition(
-            quantize_definition(x, self.input_step, self.input_zero, self.input_bits),
+            self._cut(quantize_definition(x, self.input_step, self.input_zero, self.input_bits)),
             self.input_step,
             self.input_zero,
-            self.weight_codes(),
+            self.multiplied_codes(),
             self.weight_zero,
             self.weight_step,
             self.bias,

@@ -35,11 +35,17 @@ class Rounding:
         weight = layer.weight.detach()
         self.weight = to_kernel_order(weight) if self.kernel_order else weight.contiguous()
         self.step, self.zero, self.bits = layer.weight_step, layer.weight_zero, layer.spec.weights
+        sparq = layer.spec.sparq
+        self.stays_zero = (
+            None if sparq is None or sparq.pairs != "weights" else self.weight == 0
+        )  # 2:4 sparse it remains
         self.v = start(self.weight, self.step).requires_grad_()
 
     def soft(self) -> Tensor:
         """The weight with h(v) added to its floor, in the layout of layer.weight. Differentiable in v."""
         soft = ops.soft_round(self.weight, self.v, self.step, self.zero, self.bits)
+        if self.stays_zero is not None:
+            soft = soft.masked_fill(self.stays_zero, 0.0)
         return from_kernel_order(soft).contiguous() if self.kernel_order else soft
 
     @torch.no_grad()
@@ -47,5 +53,7 @@ class Rounding:
         """Up where h(v) >= 0.5, that is v >= 0; uint8 in the kernels' order."""
         decided = torch.where(self.v >= 0, DECIDED, -DECIDED).to(self.v.dtype)
         hard = ops.soft_round(self.weight, decided, self.step, self.zero, self.bits)
+        if self.stays_zero is not None:
+            hard = hard.masked_fill(self.stays_zero, 0.0)
         codes = ops.quantize(hard, self.step, self.zero, self.bits)
         return codes if self.kernel_order else to_kernel_order(codes)

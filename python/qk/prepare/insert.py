@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from qk import ops
 from qk.ops.lsq import grad_scale_for
-from qk.spec import QuantSpec
+from qk.prepare.windows import fake_cut, spread, why_whole
+from qk.spec import QuantSpec, Sparq
 
 
 def to_kernel_order(weight: Tensor) -> Tensor:
@@ -47,9 +48,13 @@ class ActQuantizer(nn.Module):
         self.calibrated = True
 
     def forward(self, x: Tensor) -> Tensor:
+        return ops.lsq(x, self.step, self.zero, self.bits, self.grad_scale(x))
+
+    def grad_scale(self, x: Tensor) -> float:
+        """Of the step's gradient where x is quantized."""
         features = max(1, x.numel() // max(1, x.shape[0]))
         top = 2**self.bits - 1 - int(self.zero)
-        return ops.lsq(x, self.step, self.zero, self.bits, grad_scale_for(features, max(1, top)))
+        return grad_scale_for(features, max(1, top))
 
 
 class QuantLayer(nn.Module):
@@ -120,10 +125,30 @@ class QuantLayer(nn.Module):
             return from_kernel_order(ops.dequantize(self.codes, self.weight_step, self.weight_zero))
         return self.rounding()
 
+    @property
+    def cuts(self) -> Sparq | None:
+        """How the codes of the input are cut, with the range that it has now; None where they stay whole."""
+        sparq = self.spec.sparq
+        whole = sparq is None or why_whole(sparq, int(self.input.zero), self.weight.shape[1])
+        return None if whole else sparq
+
+    def _cut(self, x: Tensor, weight: Tensor, sparq: Sparq) -> tuple[Tensor, Tensor]:
+        """The quantized input and weight as they are multiplied."""
+        groups, axis = (1, -1) if self.conv_args is None else (self.conv_args["groups"], -3)
+        scale = self.input.grad_scale(x)
+        x = fake_cut(x, self.input.step, self.input.zero, sparq, groups, axis, scale)
+        if sparq.pairs == "weights":
+            is_used = self.codes != self.weight_zero.reshape(-1, *[1] * (self.codes.dim() - 1))
+            weight = from_kernel_order(spread(to_kernel_order(weight), is_used=is_used))
+        return x, weight
+
     def forward(self, input: Tensor) -> Tensor:  # the name of the float layer's argument: some models use it
         x, weight, bias = input, self.weight, self.bias
         if self.quantized:
             x, weight, bias = self.input(x), self.quantized_weight(), self.quantized_bias
+            sparq = self.cuts
+            if sparq is not None:
+                x, weight = self._cut(x, weight, sparq)
         if self.conv_args is None:
             return F.linear(x, weight, bias)
         return F.conv2d(x, weight, bias, **self.conv_args)
