@@ -60,7 +60,8 @@ class Latency:
 class Report:
     """accuracy: "float", "simulated", "integer", "fused" -> share of labels met.
 
-    inputs: of layers whose plan has windows (SPARQ). losses: unit -> [{"iteration", "loss"}]. size_bytes: "float", "integer" -> bytes on disk. seconds: by stage.
+    inputs: of layers whose plan has windows (SPARQ).
+    losses: unit -> [{"iteration", "loss"}]. size_bytes: "float", "integer" -> bytes on disk. seconds: by stage.
     """
 
     title: str

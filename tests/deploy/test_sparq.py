@@ -1,4 +1,4 @@
-"""Integer layers whose inputs SPARQ cuts: the simulation's integers, the definition's bits, files and fused networks."""
+"""Integer layers whose inputs SPARQ cuts: the simulation's sums, the definition's bits, files and fused networks."""
 
 import copy
 import pickle
@@ -152,7 +152,7 @@ def test_quantize_reports_what_was_cut(tmp_path):
     recipe = Recipe(weights=8, method="nearest", sparq="5opt", sparq_bits=6.6, match_statistics=True, first_last=None)
     result = qk.quantize(small_model(), [small_images()], recipe, out=tmp_path, measure=False, progress=False)
     inputs = result.report.inputs
-    assert inputs["stem"].window == "whole" and inputs["stem"].reason == "its input has values below 0"
+    assert (inputs["stem"].window, inputs["stem"].reason) == ("whole", "its input has values below 0")
     assert inputs["left"].window in FAMILIES
     assert {"choose windows", "match statistics"} <= set(result.report.seconds)
     again = qk.report.Report.from_dict(result.report.to_dict())

@@ -1,7 +1,7 @@
 """Statistics of BatchNorm, found again for a quantized network whose BatchNorms are folded.
 
-Where BatchNorm is still there, it is run over data once more with quantization active, and so normalizes away what that
-does to the mean and variance of its input; SPARQ's released code does so with its kernel active. A folded one leaves two
+Where BatchNorm is still there, it is run over data once more with quantization active, and so takes away what that does
+to the mean and variance of its input; SPARQ's released code does so with its kernel active. A folded one leaves two
 numbers for each channel that can do the same, the steps of the weight and the bias: no code of the weight changes.
 """
 

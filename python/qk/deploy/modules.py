@@ -101,7 +101,7 @@ class IntegerLayer(nn.Module):
         return unpack_definition(self.packed, self.bits, self.k).reshape(self.shape)
 
     def multiplied_codes(self) -> Tensor:
-        """The weight's codes as the kernel gets them: each at the partner of its activation if SPARQ pairs by weights."""
+        """The weight's codes as the kernel gets them: with pairs by weights, each at its activation's partner."""
         codes = self.weight_codes()
         if not self._pairs_by_weights:
             return codes

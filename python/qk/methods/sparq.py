@@ -1,7 +1,7 @@
 """SPARQ: what the inputs of layers look like to it, and a window for each layer by the error that it makes.
 
-Source: Shomron et al., Post-Training Sparsity-Aware Quantization (2021). The cut itself is in qk.ops.sparq, its place in
-front of a layer in qk.prepare.windows. Windows by layer are an extension: the paper has one for the whole network.
+Source: Shomron et al., Post-Training Sparsity-Aware Quantization (2021). The cut is in qk.ops.sparq, its place in front
+of a layer in qk.prepare.windows. Windows by layer are an extension: the paper has one for the whole network.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def shifts_of(window: Window) -> range:
 
 
 def stored_bits(sparq: Sparq) -> float:
-    """Bits of a value at rest: its window, where that lies, and half of the bit that says how a pair shares its bits."""
+    """Bits of a value at rest: its window, where that lies, and half of the bit that says how its pair shares them."""
     where = (len(shifts_of(sparq.window)) - 1).bit_length()
     return FAMILIES[sparq.window][0] + where + (0.0 if sparq.pairs == "none" else 0.5)
 
@@ -141,8 +141,8 @@ class _Counts:
 def input_statistics(p: Prepared, batches: Iterable) -> dict[str, InputStatistics]:
     """Of every layer whose plan has windows, in running order, with the whole model quantized.
 
-    Raises QkError for p that is not calibrated, and for bad batches. With pairs by weights, wide and sqnr_db are those of
-    pairs by channels, as every output channel has its own.
+    Raises QkError for p that is not calibrated, and for bad batches. With pairs by weights, where every output channel
+    has its own, wide and sqnr_db are those of pairs by channels.
     """
     held = _checked(p, batches, "qk.input_statistics")
     counts = {name: _Counts(layer) for name, layer in _with_windows(p).items()}

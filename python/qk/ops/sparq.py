@@ -20,11 +20,10 @@ def sparq(
     1, or with 4 bits 1, 2 or 4. round: to the nearest window value, ties to even, never past the window's largest;
     else the bits below the window are cut off. pairs: values 2i and 2i + 1 along cols share their bits, so one whose
     partner is 0 gets a window of 2 * bits bits at any shift; the last of an odd number has the partner 0.
-    zero: int32, one value; the code that stands for 0, where that is not code 0 (an extension of the paper's rule). What
-    is cut is then the distance from it, with its sign kept; where rounding up would pass the last code, it cuts off.
-    Returns uint8 values of the same shape and scale, contiguous. Raises RuntimeError for another dtype or family, or
-    a zero that does not fit, or
-    codes without a dimension.
+    zero: int32, one value; the code that stands for 0, where that is not code 0 (an extension of the paper's rule).
+    What is cut is then the distance from it, with its sign; where rounding up would pass the last code, it cuts off.
+    Returns uint8 values of the same shape and scale, contiguous. Raises RuntimeError for another dtype or family, a
+    zero that does not fit, or codes without a dimension.
     """
     return torch.ops.qk.sparq(codes, bits, stride, round, pairs, zero)
 
