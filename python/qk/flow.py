@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qk import machine, timing
 from qk.calibrate import calibrate, correct_bias, match_statistics
@@ -169,8 +169,19 @@ def latency(
 
 
 def resized(example: Any, batch: int) -> Any:
-    """Every tensor of the example repeated or cut to `batch` along its first axis."""
-    return map_tensors(lambda x: x[torch.arange(batch, device=x.device) % x.shape[0]] if x.dim() else x, example)
+    """Every tensor of the example repeated or cut to `batch` along its first axis; a list of tensors among its
+    arguments, such as a detector's images, as a list."""
+    if isinstance(example, Mapping):
+        return {name: _resized(value, batch) for name, value in example.items()}
+    if isinstance(example, (tuple, list)):
+        return tuple(_resized(value, batch) for value in example)
+    return _resized(example, batch)
+
+
+def _resized(value: Any, batch: int) -> Any:
+    if isinstance(value, list) and all(isinstance(item, Tensor) for item in value):
+        return [value[i % len(value)] for i in range(batch)] if value else value
+    return map_tensors(lambda x: x[torch.arange(batch, device=x.device) % x.shape[0]] if x.dim() else x, value)
 
 
 def _fused(integer: nn.Module, example: Any, held: list[Any]) -> tuple[FusedModel | None, list[str]]:

@@ -144,14 +144,21 @@ class Plan:
 class Recipe:
     """How to quantize. The defaults are BRECQ with learned activation steps.
 
-    weights, activations: widths of every layer but the first and last, which take `first_last` (None: no exception).
+    weights, activations: widths of every layer but the first and the last (of each head, where a model has several),
+    which take `first_last` (None: no exception).
     group_size, symmetric: as in QuantSpec. skip: name patterns (fnmatch) of layers to leave in float. overrides: name
     pattern -> fields of QuantSpec that differ there; the last pattern that matches wins.
     ranges: how a step is chosen before learning. method: "nearest" stops after that; "brecq" learns the rounding.
-    granularity: what is reconstructed together. loss: "fisher" weighs errors by squared gradients of the task loss.
+    first_output: width of the first layer's output, which the second to run reads: "plain" is that of every other
+    layer's, as in LSQ; "first_last" is `first_last`, as in BRECQ's released code.
+    granularity: what is reconstructed together: a layer, a block, the blocks at one resolution, the whole net.
+    loss: "fisher" weighs errors by squared gradients of the task loss; "fisher_full" lets the errors of a sample act
+    together. order: "joint" learns rounding and steps at once; "weights_first" all rounding with float activations,
+    then, in a quarter of the iterations, all steps.
     iterations, batch_size, weight_lr, act_lr: of learning, for each unit. penalty, warmup, beta: weight of the rounding
     penalty, the share of iterations without it, its exponent's start and end. drop: probability with which a value of
-    the unit's input comes from the quantized prefix instead of the float one (QDrop); 1.0 is BRECQ's.
+    the unit's input comes from the quantized prefix instead of the float one (QDrop); 1.0 is BRECQ's. drop_inside: the
+    same at every quantizer inside the unit.
     memory_mb: for the cached inputs and outputs of a unit; beyond it they go to a file. seed: same seed, same bits.
     bias_correction: qk.quantize gives every layer a bias with which its mean output is the float model's.
     sparq: windows for the inputs of all layers but the first and last (QuantSpec); overrides may name others.
@@ -172,8 +179,10 @@ class Recipe:
     overrides: dict[str, dict[str, Any]] = Field(default_factory=dict)
     ranges: Ranges = "mse"
     method: Literal["nearest", "brecq"] = "brecq"
-    granularity: Literal["layer", "block"] = "block"
-    loss: Literal["mse", "fisher"] = "mse"
+    first_output: Literal["plain", "first_last"] = "plain"
+    granularity: Literal["layer", "block", "stage", "net"] = "block"
+    loss: Literal["mse", "fisher", "fisher_full"] = "mse"
+    order: Literal["joint", "weights_first"] = "joint"
     iterations: int = Field(default=2000, ge=1)
     batch_size: int = Field(default=32, ge=1)
     weight_lr: float = Field(default=1e-3, gt=0)
@@ -182,6 +191,7 @@ class Recipe:
     warmup: float = Field(default=0.2, ge=0, lt=1)
     beta: tuple[Exponent, Exponent] = (20.0, 2.0)
     drop: float = Field(default=0.5, ge=0, le=1)
+    drop_inside: bool = False
     memory_mb: int = Field(default=1024, ge=1)
     seed: int = Field(default=0, ge=0, lt=2**32)
     bias_correction: bool = False
@@ -196,7 +206,7 @@ class Recipe:
         if self.sparq_bits is not None and self.sparq is None:
             raise ValueError("sparq must be there with sparq_bits, which chooses its windows")
 
-    def spec_for(self, name: str, is_first_or_last: bool) -> QuantSpec:
+    def spec_for(self, name: str, is_first_or_last: bool, is_second: bool = False) -> QuantSpec:
         """The widths of one layer, before linked layers are made to agree."""
         if any(fnmatchcase(name, pattern) for pattern in self.skip):
             return float_spec("named in the recipe's skip")
@@ -209,6 +219,8 @@ class Recipe:
         is_exception = is_first_or_last and self.first_last is not None
         if is_exception:
             fields |= {"weights": self.first_last, "activations": self.first_last}
+        elif is_second and self.first_last is not None and self.first_output == "first_last":
+            fields |= {"activations": self.first_last}
         for pattern, changed in self.overrides.items():
             if fnmatchcase(name, pattern):
                 fields |= changed

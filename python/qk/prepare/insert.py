@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qk import ops
 from qk.ops.lsq import grad_scale_for
-from qk.prepare.windows import fake_cut, spread, why_whole
+from qk.prepare.windows import fake_cut, repeated, spread, why_whole
 from qk.spec import QuantSpec, Sparq
 
 
@@ -29,7 +29,11 @@ def from_kernel_order(weight: Tensor) -> Tensor:
 
 
 class ActQuantizer(nn.Module):
-    """Fake-quantizes one tensor: one step and zero for all of it. Layers that read the same tensor share one."""
+    """Fake-quantizes one tensor: one step and zero for all of it. Layers that read the same tensor share one.
+
+    passes: gives its input back, while weights are learned with activations in float. mix: while learning drops values,
+    a function of the input and the quantized input that gives what goes on.
+    """
 
     zero: Tensor
 
@@ -39,6 +43,8 @@ class ActQuantizer(nn.Module):
         self.step = nn.Parameter(torch.ones(1, dtype=torch.float32))
         self.register_buffer("zero", torch.zeros(1, dtype=torch.int32))
         self.calibrated = False
+        self.passes = False
+        self.mix: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def set_range(self, step: Tensor, zero: Tensor) -> None:
         """step, zero: one value each."""
@@ -47,8 +53,14 @@ class ActQuantizer(nn.Module):
             self.zero.copy_(zero.reshape(1))
         self.calibrated = True
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.lsq(x, self.step, self.zero, self.bits, self.grad_scale(x))
+    def forward(self, x: Tensor, cut: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None) -> Tensor:
+        """cut: what SPARQ makes of the input and the quantized input before they are mixed."""
+        if self.passes:
+            return x
+        quantized = ops.lsq(x, self.step, self.zero, self.bits, self.grad_scale(x))
+        if cut is not None:
+            x, quantized = cut(x, quantized)
+        return quantized if self.mix is None else self.mix(x, quantized)
 
     def grad_scale(self, x: Tensor) -> float:
         """Of the step's gradient where x is quantized."""
@@ -132,23 +144,25 @@ class QuantLayer(nn.Module):
         whole = sparq is None or why_whole(sparq, int(self.input.zero), self.weight.shape[1])
         return None if whole else sparq
 
-    def _cut(self, x: Tensor, weight: Tensor, sparq: Sparq) -> tuple[Tensor, Tensor]:
-        """The quantized input and weight as they are multiplied."""
-        groups, axis = (1, -1) if self.conv_args is None else (self.conv_args["groups"], -3)
-        scale = self.input.grad_scale(x)
-        x = fake_cut(x, self.input.step, self.input.zero, sparq, groups, axis, scale)
-        if sparq.pairs == "weights":
-            is_used = self.codes != self.weight_zero.reshape(-1, *[1] * (self.codes.dim() - 1))
-            weight = from_kernel_order(spread(to_kernel_order(weight), is_used=is_used))
-        return x, weight
+    def _cut(self, x: Tensor, quantized: Tensor) -> tuple[Tensor, Tensor]:
+        """The input and its cut codes' values, as they are multiplied."""
+        groups, channels = (1, -1) if self.conv_args is None else (self.conv_args["groups"], -3)
+        step, zero, sparq = self.input.step, self.input.zero, self.spec.sparq
+        values = fake_cut(quantized, step, zero, sparq, groups, channels, self.input.grad_scale(x))
+        return repeated(x, groups, channels) if sparq.pairs == "weights" else x, values
+
+    def _at_partners(self, weight: Tensor) -> Tensor:
+        """The weight as it is multiplied where its values pair those of the input."""
+        is_used = self.codes != self.weight_zero.reshape(-1, *[1] * (self.codes.dim() - 1))
+        return from_kernel_order(spread(to_kernel_order(weight), is_used=is_used))
 
     def forward(self, input: Tensor) -> Tensor:  # the name of the float layer's argument: some models use it
         x, weight, bias = input, self.weight, self.bias
         if self.quantized:
-            x, weight, bias = self.input(x), self.quantized_weight(), self.quantized_bias
-            sparq = self.cuts
-            if sparq is not None:
-                x, weight = self._cut(x, weight, sparq)
+            sparq = None if self.input.passes else self.cuts
+            x, weight, bias = self.input(x, sparq and self._cut), self.quantized_weight(), self.quantized_bias
+            if sparq is not None and sparq.pairs == "weights":
+                weight = self._at_partners(weight)
         if self.conv_args is None:
             return F.linear(x, weight, bias)
         return F.conv2d(x, weight, bias, **self.conv_args)

@@ -65,10 +65,10 @@ def _for_each_partner(codes: Tensor, sparq: Sparq, groups: int, zero: Tensor | N
     return torch.stack(versions, -2).flatten(-3)
 
 
-def repeated(x: Tensor, groups: int) -> Tensor:
-    """[..., C] -> [..., groups * 4 * C / groups]: every version is the value itself."""
-    parts = x.unflatten(-1, (groups, -1)).unsqueeze(-2)
-    return parts.expand(*parts.shape[:-2], FOUR, parts.shape[-1]).flatten(-3)
+def repeated(x: Tensor, groups: int, channels: int = -1) -> Tensor:
+    """C -> groups * 4 * C / groups along the axis `channels`: every version is the value itself."""
+    parts = x.movedim(channels, -1).unflatten(-1, (groups, -1)).unsqueeze(-2)
+    return parts.expand(*parts.shape[:-2], FOUR, parts.shape[-1]).flatten(-3).movedim(-1, channels)
 
 
 def partners(is_used: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class _Cut(torch.autograd.Function):
     to code - x / step."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, values: Tensor, moved: Tensor, grad_scale: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, values: Tensor, moved: Tensor, step: Tensor, grad_scale: float) -> Tensor:
         ctx.save_for_backward(moved)
         ctx.grad_scale = grad_scale
         return values
@@ -122,8 +122,8 @@ class _Cut(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (moved,) = ctx.saved_tensors
-        of_step = (grad * moved).sum().reshape(1) * ctx.grad_scale if ctx.needs_input_grad[1] else None
-        return grad, of_step, None, None, None
+        of_step = (grad * moved).sum().reshape(1) * ctx.grad_scale if ctx.needs_input_grad[3] else None
+        return grad, None, None, of_step, None
 
 
 def fake_cut(
@@ -136,6 +136,4 @@ def fake_cut(
     if sparq.pairs == "weights":
         last, codes = repeated(last, groups), repeated(codes, groups)
     values, moved = ops.dequantize(cut, step.detach(), zero), cut.float() - codes.float()
-    back = (t.movedim(-1, channels) for t in (last, values, moved))
-    last, values, moved = back
-    return _Cut.apply(last, step, values, moved, grad_scale)
+    return _Cut.apply(*(t.movedim(-1, channels) for t in (last, values, moved)), step, grad_scale)
