@@ -175,20 +175,7 @@ def test_gradients_pass_straight_through(pairs):
     (whole(layer, x) * probe).sum().backward()
     # The same sums in another order: with versions of four times the channels.
     torch.testing.assert_close(grad_x, x.grad, rtol=1e-4, atol=1e-5)
-    assert not torch.equal(grad_step, layer.input.step.grad)
-
-
-def test_the_steps_gradient_is_the_slope_of_step_times_code():
-    """With code c cut to c', d (step * c') / d step = c' - x / step where c' is held and x / step moves with it."""
-    layer, _ = simulated("1x1", Sparq("7opt"), 0)
-    layer.codes.fill_(int(layer.weight_zero[0]) + 1)
-    layer.weight_step.fill_(1.0)
-    units = torch.full((1, 6, 4, 4), 90.25)
-    layer.input.step.requires_grad_(True)
-    layer(units * 0.0625).sum().backward()
-    per_value = 96 - 90.25  # 90 -> 96 in 2 bits
-    scale = layer.input.grad_scale(units)
-    torch.testing.assert_close(layer.input.step.grad, torch.tensor([per_value * scale * units.numel() * 4]))
+    torch.testing.assert_close(grad_step, layer.input.step.grad, rtol=1e-4, atol=1e-5)
 
 
 # --- plans ---------------------------------------------------------------------------------------------------------

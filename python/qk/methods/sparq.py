@@ -6,12 +6,13 @@ of a layer in qk.prepare.windows. Windows by layer are an extension: the paper h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from math import inf, log10
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,6 +30,7 @@ from qk.spec import Plan, Sparq, Window
 STAGE = "qk.choose_windows"
 WHOLE = 8.0  # bits of a code that is not cut
 SMALL = 16  # what fits 4 bits without a shift
+UNITS = 4096  # in which a budget is spent
 Cost = Literal["stored", "multiplied"]
 
 
@@ -132,7 +134,7 @@ class _Counts:
             small=self.small / self.values,
             wide=self.wide / some,
             shifts={s: n / some for s, n in self.shifts.items()},
-            sqnr_db=10 * log10(self.power / self.moved) if self.moved else inf,
+            sqnr_db=10 * math.log10(self.power / self.moved) if self.moved else math.inf,
             bits=WHOLE if reason else stored_bits(self.sparq),
         )
 
@@ -230,41 +232,37 @@ def choose_windows(
 
 
 def within_budget(options: dict[str, list[Choice]], amounts: dict[str, int], bits: float) -> dict[str, Choice]:
-    """For each name the option with which the sum of errors is small and the mean of bits, by amounts, within `bits`.
+    """For each name the option with which the sum of errors is least and the mean of bits, by amounts, within `bits`.
 
-    From the best of each, the step that adds least error for a bit saved is taken until the budget is met; then what
-    still fits is given back, largest gain first. On the options' lower hull this is the optimum but for the last step.
-    Raises QkError for a budget that the cheapest options exceed.
+    Exact but for a unit of the budget each, of which there are UNITS above what the cheapest options need. Raises
+    QkError for a budget that these exceed.
     """
     total = sum(amounts.values())
-    least = sum(min(c.bits for c in options[name]) * n for name, n in amounts.items()) / total
-    if least > bits * (1 + 1e-9):
-        raise fail(STAGE, "bits", f"at least {least:.3g}, what the narrowest windows need", bits)
-    chosen = {name: min(all_, key=lambda c: (c.error, c.bits)) for name, all_ in options.items()}
-    room = bits * total * (1 + 1e-9)
-
-    def spent() -> float:
-        return sum(chosen[name].bits * n for name, n in amounts.items())
-
-    def price(name: str, option: Choice) -> float:
-        return (option.error - chosen[name].error) / ((chosen[name].bits - option.bits) * amounts[name])
-
-    while spent() > room:
-        cheaper = [(name, c) for name, all_ in options.items() for c in all_ if c.bits < chosen[name].bits]
-        name, option = min(cheaper, key=lambda found: price(*found))
-        chosen[name] = option
-    while True:
-        left = room - spent()
-        better = [
-            (name, c)
-            for name, all_ in options.items()
-            for c in all_
-            if c.error < chosen[name].error and (c.bits - chosen[name].bits) * amounts[name] <= left
-        ]
-        if not better:
-            return chosen
-        name, option = max(better, key=lambda found: chosen[found[0]].error - found[1].error)
-        chosen[name] = option
+    least = {name: min(c.bits for c in options[name]) for name in options}
+    floor = sum(least[name] * n for name, n in amounts.items())
+    room = bits * total * (1 + 1e-9) - floor
+    if room < 0:
+        raise fail(STAGE, "bits", f"at least {floor / total:.3g}, what the narrowest windows need", bits)
+    best = {name: min(all_, key=lambda c: (c.error, c.bits)) for name, all_ in options.items()}
+    if sum((best[name].bits - least[name]) * n for name, n in amounts.items()) <= room:
+        return best
+    # errors[u]: the least sum so far with at most u units spent; taken: which option of a name that takes.
+    errors, taken = np.zeros(UNITS + 1), {}
+    spent = {
+        name: [math.ceil((c.bits - least[name]) * amounts[name] / max(room, 1e-9) * UNITS) for c in all_]
+        for name, all_ in options.items()
+    }
+    for name, all_ in options.items():
+        sums = np.full((len(all_), UNITS + 1), np.inf)
+        for i, (option, units) in enumerate(zip(all_, spent[name], strict=True)):
+            if units <= UNITS:
+                sums[i, units:] = errors[: UNITS + 1 - units] + option.error
+        taken[name], errors = sums.argmin(0), sums.min(0)
+    chosen, left = {}, UNITS
+    for name in reversed(list(options)):
+        i = taken[name][left]
+        chosen[name], left = options[name][i], left - spent[name][i]
+    return {name: chosen[name] for name in options}
 
 
 def _errors(p: Prepared, layers: dict[str, QuantLayer], held: list[Any]) -> dict[str, dict[Window | None, float]]:

@@ -57,16 +57,12 @@ class ActQuantizer(nn.Module):
         """cut: what SPARQ makes of the input and the quantized input before they are mixed."""
         if self.passes:
             return x
-        quantized = ops.lsq(x, self.step, self.zero, self.bits, self.grad_scale(x))
+        features = max(1, x.numel() // max(1, x.shape[0]))
+        top = 2**self.bits - 1 - int(self.zero)
+        quantized = ops.lsq(x, self.step, self.zero, self.bits, grad_scale_for(features, max(1, top)))
         if cut is not None:
             x, quantized = cut(x, quantized)
         return quantized if self.mix is None else self.mix(x, quantized)
-
-    def grad_scale(self, x: Tensor) -> float:
-        """Of the step's gradient where x is quantized."""
-        features = max(1, x.numel() // max(1, x.shape[0]))
-        top = 2**self.bits - 1 - int(self.zero)
-        return grad_scale_for(features, max(1, top))
 
 
 class QuantLayer(nn.Module):
@@ -147,8 +143,8 @@ class QuantLayer(nn.Module):
     def _cut(self, x: Tensor, quantized: Tensor) -> tuple[Tensor, Tensor]:
         """The input and its cut codes' values, as they are multiplied."""
         groups, channels = (1, -1) if self.conv_args is None else (self.conv_args["groups"], -3)
-        step, zero, sparq = self.input.step, self.input.zero, self.spec.sparq
-        values = fake_cut(quantized, step, zero, sparq, groups, channels, self.input.grad_scale(x))
+        sparq = self.spec.sparq
+        values = fake_cut(quantized, self.input.step, self.input.zero, sparq, groups, channels)
         return repeated(x, groups, channels) if sparq.pairs == "weights" else x, values
 
     def _at_partners(self, weight: Tensor) -> Tensor:

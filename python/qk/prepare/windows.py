@@ -109,31 +109,24 @@ def check_sparse(weights: dict[str, Tensor], stage: str) -> None:
 # --- in float, to learn and to measure -------------------------------------------------------------------------------
 
 
-class _Cut(torch.autograd.Function):
-    """The cut values in place of x. The gradient passes straight through to x; that of the step gets what cutting adds
-    to code - x / step."""
+class _StraightThrough(torch.autograd.Function):
+    """Values in place of x. The gradient is x's, and so the step's that of whole codes: cutting moves a value by a part of
+    itself whatever the step, and code - x / step of the cut code would pull steps down (docs/methods/sparq.md).
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, values: Tensor, moved: Tensor, step: Tensor, grad_scale: float) -> Tensor:
-        ctx.save_for_backward(moved)
-        ctx.grad_scale = grad_scale
+    def forward(ctx: Any, x: Tensor, values: Tensor) -> Tensor:
         return values
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (moved,) = ctx.saved_tensors
-        of_step = (grad * moved).sum().reshape(1) * ctx.grad_scale if ctx.needs_input_grad[3] else None
-        return grad, None, None, of_step, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
-def fake_cut(
-    x: Tensor, step: Tensor, zero: Tensor, sparq: Sparq, groups: int, channels: int, grad_scale: float
-) -> Tensor:
+def fake_cut(x: Tensor, step: Tensor, zero: Tensor, sparq: Sparq, groups: int, channels: int) -> Tensor:
     """The values of the cut codes. x: fake-quantized to 8 bits with step and zero [1]. channels: their axis."""
-    last = x.movedim(channels, -1)
-    codes = ops.quantize(last.detach(), step.detach(), zero, 8)
+    step = step.detach()
+    codes = ops.quantize(x.detach().movedim(channels, -1), step, zero, 8)
     cut = cut_codes(codes, sparq, groups, zero if int(zero) else None)
-    if sparq.pairs == "weights":
-        last, codes = repeated(last, groups), repeated(codes, groups)
-    values, moved = ops.dequantize(cut, step.detach(), zero), cut.float() - codes.float()
-    return _Cut.apply(*(t.movedim(-1, channels) for t in (last, values, moved)), step, grad_scale)
+    values = ops.dequantize(cut, step, zero).movedim(-1, channels)
+    return _StraightThrough.apply(repeated(x, groups, channels) if sparq.pairs == "weights" else x, values)
