@@ -130,8 +130,8 @@ def trainable(p: Prepared, tuning: Tuning | None = None, first: Any = None) -> n
     first: a batch of inputs, for start="paper". Nothing is set later, at a first call: the state dict is complete, and
     fits the trainable model of any equally prepared p. Steps are named raw_step; param_groups sorts the parameters.
     A p that is trainable already is left as it is.
-    Raises QkError for p that is not calibrated, has channels of several points or pairs by sparse weights, and for start="paper" without a
-    batch; p is unchanged then.
+    Raises QkError for p that is not calibrated, has channels of several points or pairs by sparse weights, and for
+    start="paper" without a batch; p is unchanged then.
     """
     check_prepared(p, STAGE)
     tuning = tuning or Tuning()
