@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qk import machine, timing
-from qk.calibrate import calibrate, correct_bias
+from qk.calibrate import calibrate, correct_bias, match_statistics
 from qk.calibrate.batches import hold
 from qk.deploy import (
     FusedModel,
@@ -30,7 +30,16 @@ from qk.deploy import (
 from qk.errors import QkError, fail
 from qk.files import writable_folder
 from qk.inputs import copied_to, device_of, evaluating, feed, map_tensors
-from qk.methods import multipoint, overhead, reconstruct, resume, training_file, tune
+from qk.methods import (
+    choose_windows,
+    input_statistics,
+    multipoint,
+    overhead,
+    reconstruct,
+    resume,
+    training_file,
+    tune,
+)
 from qk.methods.tune import Loss, Score
 from qk.prepare import Prepared, leave_in_float, prepare
 from qk.report import Latency, LayerReport, Report
@@ -122,6 +131,9 @@ def quantize(
     if several or error is not None or budget is not None:
         with _timed(seconds, "choose points"):
             multipoint(p, held, error=error, budget=budget, memory_mb=recipe.memory_mb)
+    if recipe.sparq_bits is not None:
+        with _timed(seconds, "choose windows"):
+            choose_windows(p, held, recipe.sparq_bits, memory_mb=recipe.memory_mb)
     if recipe.only_faster:
         with _timed(seconds, "time layers"):
             _leave_slower_in_float(p)
@@ -133,6 +145,9 @@ def quantize(
     if recipe.method == "lsq":
         with _timed(seconds, "tune"):
             tune(p, train, recipe, loss=loss, validate=validate, folder=folder, progress=shown)
+    if recipe.match_statistics:
+        with _timed(seconds, "match statistics"):
+            match_statistics(p, held)
     if recipe.bias_correction:
         with _timed(seconds, "correct biases"):
             correct_bias(p, held)
@@ -153,6 +168,7 @@ def quantize(
     with _timed(seconds, "measure"):
         measured = measure_layers(p, integer, held[:MEASURED_BATCHES]) if measure else []
         report.latency = [latency(model, integer, example, n, fast) for n in latency_batches] if measure else []
+    report.inputs = input_statistics(p, held[:MEASURED_BATCHES])
     report.losses = {  # without the last entry, which is of another kind: over all data, with weights rounded
         unit: [{"iteration": s["iteration"], "loss": s["loss"]} for s in h[:-1]] for unit, h in p.history.items()
     }

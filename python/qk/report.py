@@ -12,6 +12,7 @@ from typing import Any
 from qk import tables
 from qk.errors import fail
 from qk.files import replace_file
+from qk.methods.sparq import InputStatistics
 from qk.page import figures, page
 from qk.tables import Table
 
@@ -68,6 +69,7 @@ class Latency:
 class Report:
     """accuracy: "float", "simulated", "integer", "fused" -> share of labels met.
 
+    inputs: of layers whose plan has windows (SPARQ).
     losses: unit -> [{"iteration", "loss"}]. size_bytes: "float", "integer" -> bytes on disk. seconds: by stage.
     """
 
@@ -83,6 +85,7 @@ class Report:
     recipe: dict[str, Any] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    inputs: dict[str, InputStatistics] = field(default_factory=dict)
 
     def summary(self) -> Table:
         """The whole model, before and after."""
@@ -123,6 +126,18 @@ class Report:
             rows.append([layer.name, layer.kind, layer.width, error, *sizes, *times])
         return Table("", headers, rows)
 
+    def inputs_table(self) -> Table:
+        """Layers whose inputs SPARQ cuts: the window, and the shares that say what it costs."""
+        headers = ["input of", "window", "bits", "zeros", "pairs with one 0", "below 16", "wide", "shifts", "SQNR (dB)"]
+        rows = []
+        for name, x in self.inputs.items():
+            shifts = " ".join(f"{s}:{100 * share:.0f}" for s, share in x.shifts.items())
+            shares = [tables.percent(share) for share in (x.zeros, x.one_zero, x.small, x.wide)]
+            error = None if x.sqnr_db in (None, inf) else f"{x.sqnr_db:.1f}"
+            window = x.window if not x.reason else f"whole: {x.reason}"
+            rows.append([name, window, f"{x.bits:g}", *shares, shifts, error])
+        return Table("", headers, rows)
+
     def kept_table(self) -> Table:
         """Layers in float and why."""
         return Table("", ["left in float", "why"], [[x.name, x.reason] for x in self.layers if x.weights is None])
@@ -130,7 +145,8 @@ class Report:
     def tables(self) -> list[Table]:
         """What a terminal shows: the model, its layers, what stayed in float, notes."""
         notes = Table("", ["notes"], [[note] for note in self.notes])
-        return [t for t in (self.summary(), self.layer_table(), self.kept_table(), notes) if t.rows]
+        shown = (self.summary(), self.layer_table(), self.inputs_table(), self.kept_table(), notes)
+        return [t for t in shown if t.rows]
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: what is not finite (the error ratio of a layer without error) is None."""
@@ -143,12 +159,15 @@ class Report:
         data["layers"] = [LayerReport(**x) for x in data.get("layers", [])]
         data["latency"] = [Latency(**x) for x in data.get("latency", [])]
         data["links"] = [tuple(x) for x in data.get("links", [])]
+        data["inputs"] = {name: InputStatistics.of(x) for name, x in data.get("inputs", {}).items()}
         return Report(**data)
 
     def section(self) -> str:
         """The report as HTML to put into a page."""
         parts = [self.summary().html() if self.summary().rows else "", figures(self)]
         parts += [f"<h2>Layers</h2>{self.layer_table().html()}" if self.layers else ""]
+        if self.inputs:
+            parts.append(f"<h2>Inputs cut by SPARQ (shares in %)</h2>{self.inputs_table().html()}")
         if self.kept_table().rows:
             parts.append(f"<h2>Left in float</h2>{self.kept_table().html()}")
         if self.notes:

@@ -415,7 +415,8 @@ def test_what_does_not_fit_is_refused_and_changes_nothing():
 
 def test_training_is_refused():
     p = prepared()
-    with pytest.raises(QkError, match="p must be of one point for each channel, got points above 1 for 0"):
+    multipoint(p, batches())
+    with pytest.raises(QkError, match="p must be with one row for each channel, got several points in"):
         qk.trainable(p)
     train = [(x, torch.zeros(len(x), dtype=torch.int64)) for x in batches()]
     with pytest.raises(QkError, match="points must be 1 with the method lsq"):

@@ -21,9 +21,11 @@ from qk.ops.conv2d import reference as conv2d_definition
 from qk.ops.gemm import reference as gemm_definition
 from qk.ops.pack import row_bytes
 from qk.ops.quantize import reference as quantize_definition
+from qk.ops.sparq import reference as sparq_definition
 from qk.ops.unpack import reference as unpack_definition
 from qk.prepare.points import parts_of
-from qk.spec import QuantSpec
+from qk.prepare.windows import cut_codes, spread, why_whole
+from qk.spec import QuantSpec, Sparq
 
 
 class _Mode(threading.local):
@@ -78,6 +80,8 @@ class IntegerLayer(nn.Module):
         self.bits, self.input_bits = spec.storage_bits, spec.activations
         self.out_features, self.k = shape[0], prod(shape[1:])
         self.algorithm = "direct"  # of the kernel: see qk.deploy.tune
+        self.cuts: Sparq | None = None  # how codes of the input are cut; prepack knows, from their zero
+        self.cuts_distance = False  # from a zero that is not code 0
         _check_tensors(type(self).__name__, tensors, spec, self.out_features, self.k)
         check_tail(type(self).__name__, tensors, spec, self.out_features, self.k)
         for name in TENSORS:
@@ -91,7 +95,15 @@ class IntegerLayer(nn.Module):
         if self.tail_packed is not None and not self.tail_packed.is_meta:
             self._prepack_tail()
         algorithm = self.algorithm if self.packed.device.type == "cpu" else "direct"
-        self.prepacked = ops.prepack(self.packed, self.weight_zero, self.bits, self.shape, self.groups, algorithm)
+        packed, shape = self.packed, self.shape
+        if not self.input_zero.is_meta:
+            sparq, zero = self.spec.sparq, int(self.input_zero)
+            self.cuts = None if sparq is None or why_whole(sparq, zero, self.shape[-1]) else sparq
+            self.cuts_distance = zero != 0
+        if self._pairs_by_weights:
+            codes = self.multiplied_codes()
+            packed, shape = ops.pack(codes.reshape(len(codes), -1), self.bits), tuple(codes.shape)
+        self.prepacked = ops.prepack(packed, self.weight_zero, self.bits, shape, self.groups, algorithm)
         return self.prepacked
 
     def _prepack_tail(self) -> None:
@@ -131,6 +143,26 @@ class IntegerLayer(nn.Module):
             steps = self.tail_step.new_ones(self.out_features)
             whole[owners], steps[owners] = codes[part], self.tail_step[part]
             yield owners, whole, torch.full_like(self.weight_zero, nothing), steps
+
+    def multiplied_codes(self) -> Tensor:
+        """The weight's codes as the kernel gets them: with pairs by weights, each at its activation's partner."""
+        codes = self.weight_codes()
+        if not self._pairs_by_weights:
+            return codes
+        return spread(codes, self.weight_zero)
+
+    @property
+    def _pairs_by_weights(self) -> bool:
+        return self.cuts is not None and self.cuts.pairs == "weights"
+
+    def _cut(self, codes: Tensor) -> Tensor:
+        """The codes of the input as they are multiplied."""
+        if self.cuts is None:
+            return codes
+        cut = sparq_definition if _mode.definition else ops.sparq
+        return cut_codes(
+            codes, self.cuts, self.groups, self._buffers["input_zero"] if self.cuts_distance else None, cut
+        )
 
     def _apply(self, fn: Any, recurse: bool = True) -> IntegerLayer:
         device = self.packed.device
@@ -178,7 +210,7 @@ class QLinear(IntegerLayer):
         b = self._buffers  # as attributes they would cost as much as a small product
         weight = b["prepacked"] if b["prepacked"] is not None else self.prepack()
         step, zero = b["input_step"], b["input_zero"]
-        codes = ops.quantize(x, step, zero, self.input_bits)
+        codes = self._cut(ops.quantize(x, step, zero, self.input_bits))
         y = ops.gemm(codes, step, zero, weight, b["weight_step"], b["bias"], self.bits, self.input_bits)
         if b["tail_packed"] is None:
             return y
@@ -187,8 +219,8 @@ class QLinear(IntegerLayer):
 
     def _by_definition(self, x: Tensor) -> Tensor:
         step, zero = self.input_step, self.input_zero
-        codes = quantize_definition(x, step, zero, self.input_bits)
-        y = gemm_definition(codes, step, zero, self.weight_codes(), self.weight_zero, self.weight_step, self.bias)
+        codes = self._cut(quantize_definition(x, step, zero, self.input_bits))
+        y = gemm_definition(codes, step, zero, self.multiplied_codes(), self.weight_zero, self.weight_step, self.bias)
         for owners, *weight in self._by_parts():
             y[..., owners] += gemm_definition(codes, step, zero, *weight)[..., owners]
         return y
@@ -226,7 +258,7 @@ class QConv2d(IntegerLayer):
             return self._by_definition(x)
         b = self._buffers
         weight = b["prepacked"] if b["prepacked"] is not None else self.prepack()
-        codes = ops.quantize(x, b["input_step"], b["input_zero"], self.input_bits)
+        codes = self._cut(ops.quantize(x, b["input_step"], b["input_zero"], self.input_bits))
         y = self._convolved(codes, weight, b["weight_step"], b["bias"], self.groups)
         if b["tail_packed"] is not None:
             reads, places = b["tail_reads"], b["tail_places"]
@@ -255,9 +287,9 @@ class QConv2d(IntegerLayer):
 
     def _by_definition(self, x: Tensor) -> Tensor:
         step, zero = self.input_step, self.input_zero
-        codes = quantize_definition(x, step, zero, self.input_bits)
+        codes = self._cut(quantize_definition(x, step, zero, self.input_bits))
         places = (self.stride, self.padding, self.dilation, self.groups)
-        weight = (self.weight_codes(), self.weight_zero, self.weight_step)
+        weight = (self.multiplied_codes(), self.weight_zero, self.weight_step)
         y = conv2d_definition(codes, step, zero, *weight, self.bias, *places)
         for owners, *weight in self._by_parts():
             y[..., owners] += conv2d_definition(codes, step, zero, *weight, None, *places)[..., owners]

@@ -37,6 +37,8 @@ class Rounding:
         weight = layer.weight.detach() if self.fixed is None else layer.weight.detach() - self.fixed
         self.weight = to_kernel_order(weight) if self.kernel_order else weight.contiguous()
         self.step, self.zero, self.bits = layer.last_step, layer.weight_zero, layer.spec.weights
+        sparse = layer.spec.sparq is not None and layer.spec.sparq.pairs == "weights"
+        self.stays_zero = self.weight == 0 if sparse else None  # 2:4 sparse it remains
         self.v = start(self.weight, self.step).requires_grad_()
 
     def soft(self) -> Tensor:
@@ -44,6 +46,8 @@ class Rounding:
         soft = ops.soft_round(self.weight, self.v, self.step, self.zero, self.bits)
         if self.fixed is not None:
             return self.fixed + soft
+        if self.stays_zero is not None:
+            soft = soft.masked_fill(self.stays_zero, 0.0)
         return from_kernel_order(soft).contiguous() if self.kernel_order else soft
 
     @torch.no_grad()
@@ -51,5 +55,7 @@ class Rounding:
         """Up where h(v) >= 0.5, that is v >= 0; uint8 in the kernels' order."""
         decided = torch.where(self.v >= 0, DECIDED, -DECIDED).to(self.v.dtype)
         hard = ops.soft_round(self.weight, decided, self.step, self.zero, self.bits)
+        if self.stays_zero is not None:
+            hard = hard.masked_fill(self.stays_zero, 0.0)
         codes = ops.quantize(hard, self.step, self.zero, self.bits)
         return codes if self.kernel_order else to_kernel_order(codes)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from qk import ops
 from qk.ops.lsq import grad_scale_for
 from qk.prepare.points import Tail, add_to_owners, last_of, with_last
-from qk.spec import QuantSpec
+from qk.prepare.windows import fake_cut, repeated, spread, why_whole
+from qk.spec import QuantSpec, Sparq
 
 # What is deployed of a layer beside its float bias and the input's step.
 DEPLOYED = ("codes", "weight_step", "weight_zero", "tail_codes", "tail_step", "tail_owners", "corrected_bias")
@@ -56,12 +57,15 @@ class ActQuantizer(nn.Module):
             self.zero.copy_(zero.reshape(1))
         self.calibrated = True
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cut: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None) -> Tensor:
+        """cut: what SPARQ makes of the input and the quantized input before they are mixed."""
         if self.passes:
             return x
         features = max(1, x.numel() // max(1, x.shape[0]))
         top = 2**self.bits - 1 - int(self.zero)
         quantized = ops.lsq(x, self.step, self.zero, self.bits, grad_scale_for(features, max(1, top)))
+        if cut is not None:
+            x, quantized = cut(x, quantized)
         return quantized if self.mix is None else self.mix(x, quantized)
 
 
@@ -155,11 +159,9 @@ class QuantLayer(nn.Module):
     @property
     def last_step(self) -> Tensor:
         """The step that goes with last_codes."""
-        return (
-            self.weight_step
-            if self.tail_owners is None
-            else last_of(self.weight_step, self.tail_step, self.tail_owners)
-        )
+        if self.tail_owners is None:
+            return self.weight_step
+        return last_of(self.weight_step, self.tail_step, self.tail_owners)
 
     def fixed_weight(self) -> Tensor | None:
         """What the points before each channel's last sum to, in the layout of `weight`; None without a tail."""
@@ -191,10 +193,32 @@ class QuantLayer(nn.Module):
             return self._summed(self.codes, self.tail_codes)
         return self.rounding()
 
+    @property
+    def cuts(self) -> Sparq | None:
+        """How the codes of the input are cut, with the range that it has now; None where they stay whole."""
+        sparq = self.spec.sparq
+        whole = sparq is None or why_whole(sparq, int(self.input.zero), self.weight.shape[1])
+        return None if whole else sparq
+
+    def _cut(self, x: Tensor, quantized: Tensor) -> tuple[Tensor, Tensor]:
+        """The input and its cut codes' values, as they are multiplied."""
+        groups, channels = (1, -1) if self.conv_args is None else (self.conv_args["groups"], -3)
+        sparq = self.spec.sparq
+        values = fake_cut(quantized, self.input.step, self.input.zero, sparq, groups, channels)
+        return repeated(x, groups, channels) if sparq.pairs == "weights" else x, values
+
+    def _at_partners(self, weight: Tensor) -> Tensor:
+        """The weight as it is multiplied where its values pair those of the input."""
+        is_used = self.codes != self.weight_zero.reshape(-1, *[1] * (self.codes.dim() - 1))
+        return from_kernel_order(spread(to_kernel_order(weight), is_used=is_used))
+
     def forward(self, input: Tensor) -> Tensor:  # the name of the float layer's argument: some models use it
         x, weight, bias = input, self.weight, self.bias
         if self.quantized:
-            x, weight, bias = self.input(x), self.quantized_weight(), self.quantized_bias
+            sparq = None if self.input.passes else self.cuts
+            x, weight, bias = self.input(x, sparq and self._cut), self.quantized_weight(), self.quantized_bias
+            if sparq is not None and sparq.pairs == "weights":
+                weight = self._at_partners(weight)
         if self.conv_args is None:
             return F.linear(x, weight, bias)
         return F.conv2d(x, weight, bias, **self.conv_args)
