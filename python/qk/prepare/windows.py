@@ -110,8 +110,8 @@ def check_sparse(weights: dict[str, Tensor], stage: str) -> None:
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Values in place of x. The gradient is x's, and so the step's that of whole codes: cutting moves a value by a part of
-    itself whatever the step, and code - x / step of the cut code would pull steps down (docs/methods/sparq.md).
+    """Values in place of x. The gradient is x's, and so the step's that of whole codes: cutting moves a value by a part
+    of itself whatever the step, and code - x / step of the cut code would pull steps down (docs/methods/sparq.md).
     """
 
     @staticmethod
