@@ -40,4 +40,5 @@ def _fields(bytes: Tensor, width: int) -> Tensor:
 
 @torch.library.register_fake("qk::sparq_unpack")
 def _(packed, cols, bits, stride=1, pairs=True):
-    return packed.new_empty(packed.shape[0], cols)
+    rows, _ = packed.shape
+    return packed.new_empty(rows, cols)
