@@ -6,9 +6,18 @@ from qk.calibrate import calibrate, correct_bias, match_statistics
 from qk.deploy import convert, fuse, load, load_table, quantize_embedding, quantize_table_file, save
 from qk.errors import QkError
 from qk.flow import Result, quantize
-from qk.methods import choose_windows, input_statistics, reconstruct, set_windows
+from qk.methods import (
+    choose_windows,
+    input_statistics,
+    multipoint,
+    param_groups,
+    reconstruct,
+    set_windows,
+    trainable,
+    tune,
+)
 from qk.prepare import prepare
-from qk.spec import Plan, QuantSpec, Recipe, Sparq
+from qk.spec import Plan, QuantSpec, Recipe, Sparq, Tuning
 
 # qk.prepare and qk.calibrate are the functions; `from qk.prepare.links import ...` still finds the folders.
 __all__ = [
@@ -18,6 +27,7 @@ __all__ = [
     "Recipe",
     "Result",
     "Sparq",
+    "Tuning",
     "active_isa",
     "build_facts",
     "calibrate",
@@ -30,7 +40,9 @@ __all__ = [
     "load",
     "load_table",
     "match_statistics",
+    "multipoint",
     "ops",
+    "param_groups",
     "prepare",
     "quantize",
     "quantize_embedding",
@@ -38,5 +50,7 @@ __all__ = [
     "reconstruct",
     "save",
     "set_windows",
+    "trainable",
+    "tune",
     "usable_isas",
 ]

@@ -1,4 +1,4 @@
-"""The whole flow on one screen: prepare, calibrate, reconstruct, convert, save, measure."""
+"""The whole flow on one screen: prepare, calibrate, reconstruct or tune, convert, save, measure."""
 
 from __future__ import annotations
 
@@ -30,14 +30,24 @@ from qk.deploy import (
 from qk.errors import QkError, fail
 from qk.files import writable_folder
 from qk.inputs import copied_to, device_of, evaluating, feed, map_tensors
-from qk.methods import choose_windows, input_statistics, reconstruct, resume
+from qk.methods import (
+    choose_windows,
+    input_statistics,
+    multipoint,
+    overhead,
+    reconstruct,
+    resume,
+    training_file,
+    tune,
+)
+from qk.methods.tune import Loss, Score
 from qk.prepare import Prepared, leave_in_float, prepare
 from qk.report import Latency, LayerReport, Report
 from qk.spec import Plan, Recipe, checked_recipe
 
 STAGE = "qk.quantize"
 MEASURED_BATCHES = 2  # for the error of each layer
-UNFINISHED = "unfinished"  # folder inside `out` for the units that a run has finished
+UNFINISHED = "unfinished"  # folder inside `out` for what a run has learned so far
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,9 @@ def quantize(
     *,
     example: Any = None,
     blocks: list[str] | None = None,
+    train: Iterable | None = None,
+    loss: Loss | None = None,
+    validate: Score | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     out: str | Path | None = None,
     latency_batches: tuple[int, ...] = (1,),
@@ -72,9 +85,10 @@ def quantize(
     batches: calibration inputs (tensors, tuples of positional arguments or dicts of keywords), without labels. What is
     not a list is read once and held, up to recipe.memory_mb. example: one batch to watch the model on; the first of
     batches if not given. blocks: module names to reconstruct together instead of those found.
+    train, loss, validate: for method "lsq", labelled data and what to do with it, as qk.tune takes them.
     evaluate: model -> share of labels met, in [0, 1]; called on the float, the simulated and the integer model.
-    out: folder to save the checkpoint in. Until all is done, finished units lie in out/unfinished: the same call goes
-    on there after it was killed, to the same bits, and another one is refused. latency_batches: sizes at which the
+    out: folder to save the checkpoint in. Until all is done, what was learned lies in out/unfinished: the same call
+    goes on there after it was killed, to the same bits, and another one is refused. latency_batches: sizes at which the
     whole model is timed, with the example repeated or cut along its first axis. measure: False leaves out errors and
     times of layers, and latency. fused: False leaves out qk.fuse, whose model holds weights of its own.
     Raises QkError for input that a stage cannot work with, before that stage changes anything; whatever can be checked
@@ -83,6 +97,7 @@ def quantize(
     recipe = checked_recipe(recipe, STAGE)
     if evaluate is not None and not callable(evaluate):
         raise fail(STAGE, "evaluate", "a function of a model", type(evaluate).__name__)
+    _check_training(recipe, {"train": train, "loss": loss, "validate": validate})
     if out is not None:
         writable_folder(out, STAGE)
     seconds: dict[str, float] = {}
@@ -108,16 +123,25 @@ def quantize(
             report.accuracy["float"] = _share(evaluate, model)
     with _timed(seconds, "calibrate"):
         calibrate(p, held, ranges=recipe.ranges, seed=recipe.seed, memory_mb=recipe.memory_mb)
+    asked = recipe.points_error is not None or recipe.points_budget is not None
+    if asked or any(spec.points > 1 for spec in p.plan.layers.values()):
+        with _timed(seconds, "choose points"):
+            limits = {"error": recipe.points_error, "budget": recipe.points_budget}
+            multipoint(p, held, **limits, memory_mb=recipe.memory_mb)
     if recipe.sparq_bits is not None:
         with _timed(seconds, "choose windows"):
             choose_windows(p, held, recipe.sparq_bits, memory_mb=recipe.memory_mb)
     if recipe.only_faster:
         with _timed(seconds, "time layers"):
             _leave_slower_in_float(p)
+    folder = None if out is None else Path(out) / UNFINISHED
+    shown = "auto" if progress else "off"
     if recipe.method == "brecq":
         with _timed(seconds, "reconstruct"):
-            folder = None if out is None else Path(out) / UNFINISHED
-            reconstruct(p, held, recipe, progress="auto" if progress else "off", folder=folder)
+            reconstruct(p, held, recipe, progress=shown, folder=folder)
+    if recipe.method == "lsq":
+        with _timed(seconds, "tune"):
+            tune(p, train, recipe, loss=loss, validate=validate, folder=folder, progress=shown)
     if recipe.match_statistics:
         with _timed(seconds, "match statistics"):
             match_statistics(p, held)
@@ -148,7 +172,9 @@ def quantize(
     report.layers = _layers(p, measured)
     report.notes = _notes(p, measured) + (left if fused else [])
     if recipe.method == "brecq" and out is not None:  # else it may hold another run's
-        resume.remove(Path(out) / UNFINISHED)
+        resume.remove(folder)
+    if recipe.method == "lsq" and out is not None:
+        training_file.remove(folder)
     return Result(integer, p.plan, report, p, fast)
 
 
@@ -212,6 +238,20 @@ def _leave_slower_in_float(p: Prepared) -> None:
     leave_in_float(p, slower)
 
 
+def _check_training(recipe: Recipe, given: dict[str, Any]) -> None:
+    """Raises QkError for training without labelled data, and for labelled data that nothing would look at."""
+    if recipe.method != "lsq":
+        for name, value in given.items():
+            if value is not None:
+                raise fail(STAGE, name, "left out", f"one with method {recipe.method!r}", "Only 'lsq' trains.")
+    elif given["train"] is None:
+        expected = "pairs (inputs, labels) for method 'lsq', which trains on them"
+        raise fail(STAGE, "train", expected, "none", "Pass train=..., or call qk.tune; 'brecq' needs no labels.")
+    elif recipe.bias_correction:
+        got = "true with method 'lsq', which trains the biases"
+        raise fail(STAGE, "recipe.bias_correction", "false", got)
+
+
 def _check_batches(model: nn.Module, example: Any, sizes: Iterable[int]) -> None:
     """Raises QkError for sizes at which the model cannot be timed."""
     for n in sizes:
@@ -239,12 +279,14 @@ def _share(evaluate: Callable[[nn.Module], float], model: nn.Module) -> float:
 
 def _layers(p: Prepared, measured: list[LayerMeasure]) -> list[LayerReport]:
     """Every layer that prepare found, then every other module with weights and why it stays in float."""
-    by_name = {m.name: m for m in measured}
+    by_name, quantized = {m.name: m for m in measured}, p.quant_layers()
     rows = []
     for name, layer in p.layers.items():
         spec, m = p.plan[name], by_name.get(name)
         values = (m.sqnr_db, m.float_bytes, m.integer_bytes, m.times.float_ms, m.times.integer_ms) if m else ()
-        rows.append(LayerReport(name, layer.kind, spec.weights, spec.activations, p.kept.get(name, ""), *values))
+        about = (spec.weights, spec.activations, p.kept.get(name, ""))
+        more = 0 if spec.is_float else quantized[name].extra_rows
+        rows.append(LayerReport(name, layer.kind, *about, *values, rows=layer.weight_shape[0], extra_rows=more))
     others = [name for name in p.kept if name not in p.layers]
     return rows + [LayerReport(n, type(p.model.get_submodule(n)).__name__, reason=p.kept[n]) for n in others]
 
@@ -252,6 +294,11 @@ def _layers(p: Prepared, measured: list[LayerMeasure]) -> list[LayerReport]:
 def _notes(p: Prepared, measured: list[LayerMeasure]) -> list[str]:
     """What the tables do not say aloud."""
     notes = []
+    extra = overhead(p)
+    if extra is not None:
+        text = f"{extra.extra_rows} rows more than the {extra.rows} of the layers that may have several points"
+        text += f": {100 * extra.extra_macs:.1f} % more multiply-adds there, {extra.bits:.2f} bits a weight on average."
+        notes.append(text)
     slower = [m.name for m in measured if m.times.is_slower]
     if slower:
         advice = "the recipe's only_faster leaves such layers in float"

@@ -23,7 +23,8 @@ class LayerReport:
 
     weights, activations: bits; None for a layer left in float, and `reason` says why. sqnr_db: power of the float
     output over power of the error of the integer one, on calibration data. *_bytes: of the weight (with its steps and
-    zeros). *_ms: median time of one call at the shapes that were seen.
+    zeros). *_ms: median time of one call at the shapes that were seen. rows: output channels; extra_rows: what is
+    added to some of them (qk.multipoint).
     """
 
     name: str
@@ -36,11 +37,19 @@ class LayerReport:
     integer_bytes: int | None = None
     float_ms: float | None = None
     integer_ms: float | None = None
+    rows: int | None = None
+    extra_rows: int = 0
 
     @property
     def width(self) -> str:
-        """W4A8, or float."""
-        return "float" if self.weights is None else f"W{self.weights}A{self.activations}"
+        """W4A8, or float; with extra rows what they make of it: W4A8, 6 of 64 rows more, 4.4 bits."""
+        if self.weights is None:
+            return "float"
+        width = f"W{self.weights}A{self.activations}"
+        if not self.extra_rows:
+            return width
+        bits = self.weights * (1 + self.extra_rows / self.rows)
+        return f"{width}, {self.extra_rows} of {self.rows} rows more, {bits:.1f} bits"
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from qk.errors import QkError, fail
 WeightBits = Literal[2, 3, 4, 8]  # as the kernels store them; 3 lies in 4
 ActivationBits = Literal[2, 3, 4, 5, 6, 7, 8]
 Ranges = Literal["minmax", "percentile", "mse", "kl", "lapq"]
+Points = Literal[1, 2, 3]
 Window = Literal["5opt", "3opt", "2opt", "6opt", "7opt"]
 Exponent = Annotated[float, Field(ge=1)]  # of the rounding penalty; below 1 its slope has no bound
 _strict = ConfigDict(extra="forbid", strict=False, allow_inf_nan=False)
@@ -72,6 +73,8 @@ class QuantSpec:
 
     group_size: weights that share a step along K (K in the order kh, kw, C for a convolution); None is per output
     channel. symmetric: zero in the middle of the weight's codes; 8-bit weights always are, as their kernels need it.
+    points: how many rows of codes an output channel may be a sum of (qk.multipoint); above 1 only for symmetric weights
+    of 2 to 4 bits without groups.
     sparq: windows for the codes of the input, which have 8 bits then; the name of a window stands for its defaults.
     """
 
@@ -79,18 +82,23 @@ class QuantSpec:
     activations: ActivationBits | None = 8
     group_size: int | None = Field(default=None, gt=0)
     symmetric: bool = False
+    points: Points = 1
     reason: str = ""
     sparq: Cutting = None
 
     def __post_init__(self) -> None:
         if (self.weights is None) != (self.activations is None):
             raise ValueError("weights and activations must both be widths, or both be null for a float layer")
+        single = self.weights in (None, 8) or not self.symmetric or self.group_size is not None
+        if self.points > 1 and single:
+            raise ValueError("points above 1 need symmetric weights of 2 to 4 bits without group_size")
         if self.sparq is None:
             return
         if self.activations != 8:
             raise ValueError(f"activations must be 8 with sparq, which cuts codes of 8 bits, got {self.activations}")
-        if self.sparq.pairs == "weights" and self.group_size is not None:
-            raise ValueError("group_size must be null with sparq.pairs weights, which need another order along K")
+        if self.sparq.pairs == "weights" and (self.group_size is not None or self.points > 1):
+            expected = "group_size must be null and points 1 with sparq.pairs weights, which need another order along K"
+            raise ValueError(expected)
 
     @property
     def is_float(self) -> bool:
@@ -111,7 +119,10 @@ class QuantSpec:
     def describe(self) -> str:
         """Widths in short: W4A8, or float."""
         widths = f"W{self.weights}A{self.activations}"
-        return "float" if self.is_float else widths if self.sparq is None else f"{widths} {self.sparq.window}"
+        if self.is_float:
+            return "float"
+        points = "" if self.points == 1 else f" in up to {self.points} points"
+        return widths + ("" if self.sparq is None else f" {self.sparq.window}") + points
 
 
 def float_spec(reason: str) -> QuantSpec:
@@ -141,6 +152,30 @@ class Plan:
 
 @_refuses_in_words
 @dataclass(frozen=True, config=_strict)
+class Tuning:
+    """How to train with method "lsq", beside Recipe's seed. None follows from the narrowest weights, as in the paper.
+
+    epochs: 90, or 1 where all weights have 8 bits. lr: of weights and steps, 0.01, or 0.001 at 8 bits; a cosine takes
+    it to 0. weight_decay: of weights; by the width of each, 1e-4 from 4 bits on, 0.5e-4 at 3, 0.25e-4 at 2.
+    steps: one for each output "channel" of a weight, or one for the whole "tensor". start: of the steps, "calibrated"
+    or the "paper"'s 2 mean|v| / sqrt(Q_P). count: N of the gradient scale 1 / sqrt(N Q_P) for activations, the
+    "features" of one sample or the "values" of a batch. distill: "none" trains on labels; "soft" on the float model's
+    output too, with equal weight; "features" also on the outputs of its units. patience: epochs without a better score
+    after which training ends.
+    """
+
+    epochs: int | None = Field(default=None, ge=1)
+    lr: float | None = Field(default=None, gt=0)
+    weight_decay: float | None = Field(default=None, ge=0)
+    steps: Literal["channel", "tensor"] = "channel"
+    start: Literal["calibrated", "paper"] = "calibrated"
+    count: Literal["features", "values"] = "features"
+    distill: Literal["none", "soft", "features"] = "none"
+    patience: int | None = Field(default=None, ge=1)
+
+
+@_refuses_in_words
+@dataclass(frozen=True, config=_strict)
 class Recipe:
     """How to quantize. The defaults are BRECQ with learned activation steps.
 
@@ -148,7 +183,8 @@ class Recipe:
     which take `first_last` (None: no exception).
     group_size, symmetric: as in QuantSpec. skip: name patterns (fnmatch) of layers to leave in float. overrides: name
     pattern -> fields of QuantSpec that differ there; the last pattern that matches wins.
-    ranges: how a step is chosen before learning. method: "nearest" stops after that; "brecq" learns the rounding.
+    ranges: how a step is chosen before learning. method: "nearest" stops after that; "brecq" learns the rounding;
+    "lsq" trains weights and steps on labels, as `tuning` says.
     first_output: width of the first layer's output, which the second to run reads: "plain" is that of every other
     layer's, as in LSQ; "first_last" is `first_last`, as in BRECQ's released code.
     granularity: what is reconstructed together: a layer, a block, the blocks at one resolution, the whole net.
@@ -159,6 +195,9 @@ class Recipe:
     penalty, the share of iterations without it, its exponent's start and end. drop: probability with which a value of
     the unit's input comes from the quantized prefix instead of the float one (QDrop); 1.0 is BRECQ's. drop_inside: the
     same at every quantizer inside the unit.
+    points: as in QuantSpec, for layers of 2 to 4 bits, whose weights become symmetric. points_error: channels get
+    points while their output's mean squared error is above this part of its mean square. points_budget: at most this
+    part more multiply-adds and weights, spent where they lower the error most; 0.1 where neither is given.
     memory_mb: for the cached inputs and outputs of a unit; beyond it they go to a file. seed: same seed, same bits.
     bias_correction: qk.quantize gives every layer a bias with which its mean output is the float model's.
     sparq: windows for the inputs of all layers but the first and last (QuantSpec); overrides may name others.
@@ -178,7 +217,7 @@ class Recipe:
     skip: tuple[str, ...] = ()
     overrides: dict[str, dict[str, Any]] = Field(default_factory=dict)
     ranges: Ranges = "mse"
-    method: Literal["nearest", "brecq"] = "brecq"
+    method: Literal["nearest", "brecq", "lsq"] = "brecq"
     first_output: Literal["plain", "first_last"] = "plain"
     granularity: Literal["layer", "block", "stage", "net"] = "block"
     loss: Literal["mse", "fisher", "fisher_full"] = "mse"
@@ -192,8 +231,12 @@ class Recipe:
     beta: tuple[Exponent, Exponent] = (20.0, 2.0)
     drop: float = Field(default=0.5, ge=0, le=1)
     drop_inside: bool = False
+    points: Points = 1
+    points_error: float | None = Field(default=None, gt=0)
+    points_budget: float | None = Field(default=None, gt=0)
     memory_mb: int = Field(default=1024, ge=1)
     seed: int = Field(default=0, ge=0, lt=2**32)
+    tuning: Tuning = Field(default_factory=Tuning)
     bias_correction: bool = False
     sparq: Cutting = None
     sparq_bits: float | None = Field(default=None, gt=0)
@@ -224,6 +267,9 @@ class Recipe:
         for pattern, changed in self.overrides.items():
             if fnmatchcase(name, pattern):
                 fields |= changed
+        fields.setdefault("points", 1 if fields["weights"] in (None, 8) else self.points)
+        if fields["points"] != 1:
+            fields["symmetric"] = True
         fields.setdefault("sparq", None if is_exception or fields["activations"] != 8 else self.sparq)
         return _parse(QuantSpec, fields, f"recipe: overrides for {name}")
 

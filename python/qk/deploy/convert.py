@@ -8,13 +8,14 @@ from math import isfinite
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qk import ops
 from qk.deploy.modules import IntegerLayer, QConv2d, QLinear
 from qk.errors import fail
 from qk.inputs import digest
 from qk.prepare.insert import QuantLayer, from_kernel_order
+from qk.prepare.points import add_to_owners
 from qk.prepare.prepared import Prepared, check_prepared
 from qk.spec import Plan
 
@@ -68,27 +69,40 @@ def convert(p: Prepared) -> nn.Module:
 def to_integer(name: str, layer: QuantLayer) -> IntegerLayer:
     """The integer layer that computes what `layer` simulates. Raises QkError when it would not."""
     where = f"layer {name or type(layer).__name__}"
-    if layer.codes is None or not layer.input.calibrated:
+    codes, step, zero = layer.integers()
+    if codes is None or not layer.input.calibrated:
         raise fail("qk.convert", where, "calibrated", "no range", "Call qk.calibrate(p, batches) first.")
     if layer.rounding is not None:
         raise fail("qk.convert", where, "done with learning", "an unfinished rounding", "Let qk.reconstruct finish.")
-    n, k = layer.codes.shape[0], layer.codes[0].numel()
+    n, k = codes.shape[0], codes[0].numel()
     tensors = {
-        "packed": ops.pack(layer.codes.reshape(n, k), layer.spec.storage_bits),
-        "weight_step": layer.weight_step.detach().clone(),
-        "weight_zero": layer.weight_zero.clone(),
+        "packed": ops.pack(codes.reshape(n, k), layer.spec.storage_bits),
+        "weight_step": step.detach().clone(),
+        "weight_zero": zero.clone(),
         "bias": None if layer.quantized_bias is None else layer.quantized_bias.detach().to(torch.float32, copy=True),
         "input_step": layer.input.step.detach().clone(),
         "input_zero": layer.input.zero.clone(),
     }
+    if layer.tail_owners is not None:
+        rows = layer.tail_codes.reshape(-1, k)
+        tensors |= {"tail_packed": ops.pack(rows, layer.spec.storage_bits), "tail_step": layer.tail_step.clone()}
+        tensors["tail_owners"] = layer.tail_owners.clone()
     kind = QLinear if layer.conv_args is None else QConv2d
-    module = kind(tensors, layer.spec, tuple(layer.codes.shape), **(layer.conv_args or {}))
-    codes = ops.unpack(module.packed, module.bits, k).reshape(module.shape)
-    deployed = from_kernel_order(ops.dequantize(codes, module.weight_step, module.weight_zero))
+    module = kind(tensors, layer.spec, tuple(codes.shape), **(layer.conv_args or {}))
+    deployed = from_kernel_order(deployed_weight(module))
     if not torch.equal(deployed, layer.quantized_weight()):
         moved = int((deployed != layer.quantized_weight()).sum())
         raise fail("qk.convert", where, "equal to its simulated weight", f"{moved} values that differ")
     return module
+
+
+def deployed_weight(module: IntegerLayer) -> Tensor:
+    """The weight that the integer layer stands for, in kernel order: float32, points of a channel summed in order."""
+    weight = ops.dequantize(module.weight_codes(), module.weight_step, module.weight_zero)
+    if module.tail_owners is None:
+        return weight
+    zeros = module.weight_zero[module.tail_owners.long()]
+    return add_to_owners(weight, ops.dequantize(module.tail_codes(), module.tail_step, zeros), module.tail_owners)
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -33,6 +33,7 @@ from qk.methods.engine import (
     units_of,
     weighted_square,
 )
+from qk.methods.lsq import ANEW, is_trainable
 from qk.methods.progress import Progress
 from qk.methods.resume import Finished, steps_digest
 from qk.prepare.insert import ActQuantizer, QuantLayer
@@ -100,6 +101,8 @@ def reconstruct(
     recipe = checked_recipe(recipe, STAGE)
     if not p.calibrated:
         raise fail(STAGE, "p", "calibrated", "one that is not", "Call qk.calibrate(p, batches) first.")
+    if is_trainable(p):
+        raise fail(STAGE, "p", "as prepared and calibrated", "one in training", ANEW)
     units, phases = units_of(p, recipe.granularity), phases_of(recipe)
     entries = [replace(unit, name=unit.name + phase.suffix) for phase in phases for unit in units]
     held = hold(batches, STAGE, max_batches, recipe.memory_mb)
@@ -128,6 +131,7 @@ def reconstruct(
                         cache = fill_cache(p, unit, finished, held, room, outputs, mixed=phase.drop < 1)
                         learner = _Unit(p, unit, learned, phase, recipe, generator)
                         p.history[entry.name] = learner.reconstruct(cache, shown)
+                        del cache  # before the next one takes its room
                     if kept and number not in kept.found:
                         kept.add(number)
                     last = p.history[entry.name][-1]
@@ -227,7 +231,7 @@ class _Unit:
 
     def reconstruct(self, cache: Cache, shown: Progress) -> list[dict]:
         """The history. Whatever goes wrong, the unit is left as it was."""
-        start = [layer.codes for layer in self.layers], [q.step.detach().clone() for q in self.quantizers]
+        start = [layer.last_codes for layer in self.layers], [q.step.detach().clone() for q in self.quantizers]
         with self.p.quantized(self.names):
             before = self._loss(cache)
             try:
@@ -252,14 +256,14 @@ class _Unit:
                 if i % max(1, iterations // RECORDS) == 0:
                     history.append({"iteration": i, "loss": fit.item()})
                     shown.at(i, history[-1]["loss"])
-            codes = [r.codes() for r in learner.roundings] or [layer.codes for layer in self.layers]
+            codes = [r.codes() for r in learner.roundings] or [layer.last_codes for layer in self.layers]
         self._commit(codes, [q.step for q in self.quantizers])
         return history
 
     @torch.no_grad()
     def _commit(self, codes: list[Tensor], steps: list[Tensor]) -> None:
         for layer, one in zip(self.layers, codes, strict=True):
-            layer.codes = one
+            layer.last_codes = one
         for quantizer, step in zip(self.quantizers, steps, strict=True):
             quantizer.step.copy_(step)
 
