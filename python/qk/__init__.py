@@ -7,6 +7,7 @@ from qk.deploy import convert, fuse, load, load_table, quantize_embedding, quant
 from qk.errors import QkError
 from qk.flow import Result, quantize
 from qk.methods import reconstruct
+from qk.methods.gptq import gptq
 from qk.prepare import prepare
 from qk.spec import Plan, QuantSpec, Recipe
 
@@ -24,6 +25,7 @@ __all__ = [
     "correct_bias",
     "force_isa",
     "fuse",
+    "gptq",
     "load",
     "load_table",
     "ops",

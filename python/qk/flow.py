@@ -31,6 +31,7 @@ from qk.errors import QkError, fail
 from qk.files import writable_folder
 from qk.inputs import copied_to, device_of, evaluating, feed, map_tensors
 from qk.methods import reconstruct, resume
+from qk.methods.gptq import gptq
 from qk.prepare import Prepared, leave_in_float, prepare
 from qk.report import Latency, LayerReport, Report
 from qk.spec import Plan, Recipe, checked_recipe
@@ -111,10 +112,11 @@ def quantize(
     if recipe.only_faster:
         with _timed(seconds, "time layers"):
             _leave_slower_in_float(p)
-    if recipe.method == "brecq":
+    if recipe.method != "nearest":
+        learn = reconstruct if recipe.method == "brecq" else gptq
         with _timed(seconds, "reconstruct"):
             folder = None if out is None else Path(out) / UNFINISHED
-            reconstruct(p, held, recipe, progress="auto" if progress else "off", folder=folder)
+            learn(p, held, recipe, progress="auto" if progress else "off", folder=folder)
     if recipe.bias_correction:
         with _timed(seconds, "correct biases"):
             correct_bias(p, held)
@@ -140,7 +142,7 @@ def quantize(
     }
     report.layers = _layers(p, measured)
     report.notes = _notes(p, measured) + (left if fused else [])
-    if recipe.method == "brecq" and out is not None:  # else it may hold another run's
+    if recipe.method != "nearest" and out is not None:  # else it may hold another run's
         resume.remove(Path(out) / UNFINISHED)
     return Result(integer, p.plan, report, p, fast)
 

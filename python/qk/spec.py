@@ -110,7 +110,9 @@ class Recipe:
     weights, activations: widths of every layer but the first and last, which take `first_last` (None: no exception).
     group_size, symmetric: as in QuantSpec. skip: name patterns (fnmatch) of layers to leave in float. overrides: name
     pattern -> fields of QuantSpec that differ there; the last pattern that matches wins.
-    ranges: how a step is chosen before learning. method: "nearest" stops after that; "brecq" learns the rounding.
+    ranges: how a step is chosen before learning. method: "nearest" stops after that; "brecq" learns the rounding;
+    "gptq" rounds column by column, with act_order those of large inputs first, for inputs from the "quantized" or the
+    "float" prefix.
     granularity: what is reconstructed together. loss: "fisher" weighs errors by squared gradients of the task loss.
     iterations, batch_size, weight_lr, act_lr: of learning, for each unit. penalty, warmup, beta: weight of the rounding
     penalty, the share of iterations without it, its exponent's start and end. drop: probability with which a value of
@@ -130,7 +132,9 @@ class Recipe:
     skip: tuple[str, ...] = ()
     overrides: dict[str, dict[str, Any]] = Field(default_factory=dict)
     ranges: Ranges = "mse"
-    method: Literal["nearest", "brecq"] = "brecq"
+    method: Literal["nearest", "brecq", "gptq"] = "brecq"
+    act_order: bool = True
+    prefix: Literal["quantized", "float"] = "quantized"
     granularity: Literal["layer", "block"] = "block"
     loss: Literal["mse", "fisher"] = "mse"
     iterations: int = Field(default=2000, ge=1)
