@@ -113,10 +113,16 @@ class Recipe:
     ranges: how a step is chosen before learning. method: "nearest" stops after that; "brecq" learns the rounding;
     "gptq" rounds column by column, with act_order those of large inputs first, for inputs from the "quantized" or the
     "float" prefix.
-    granularity: what is reconstructed together. loss: "fisher" weighs errors by squared gradients of the task loss.
+    first_output: width of the first layer's output (the input of the second to run): "plain" is that of every other
+    layer, as in LSQ; "first_last" is `first_last`, as in BRECQ's released code.
+    granularity: what is reconstructed together: a layer, a block, the blocks at one resolution, the whole net.
+    loss: "fisher" weighs errors by squared gradients of the task loss; "fisher_full" lets the errors of a sample act
+    together. order: "joint" learns rounding and steps at once; "weights_first" all rounding with float activations,
+    then, in a quarter of the iterations, all steps.
     iterations, batch_size, weight_lr, act_lr: of learning, for each unit. penalty, warmup, beta: weight of the rounding
     penalty, the share of iterations without it, its exponent's start and end. drop: probability with which a value of
-    the unit's input comes from the quantized prefix instead of the float one (QDrop); 1.0 is BRECQ's.
+    the unit's input comes from the quantized prefix instead of the float one (QDrop); 1.0 is BRECQ's. drop_inside: the
+    same at every quantizer inside the unit.
     memory_mb: for the cached inputs and outputs of a unit; beyond it they go to a file. seed: same seed, same bits.
     bias_correction: qk.quantize gives every layer a bias with which its mean output is the float model's.
     only_faster: qk.quantize times each layer on this machine, at the shape of the example, and leaves it in float where
@@ -135,8 +141,10 @@ class Recipe:
     method: Literal["nearest", "brecq", "gptq"] = "brecq"
     act_order: bool = True
     prefix: Literal["quantized", "float"] = "quantized"
-    granularity: Literal["layer", "block"] = "block"
-    loss: Literal["mse", "fisher"] = "mse"
+    first_output: Literal["plain", "first_last"] = "plain"
+    granularity: Literal["layer", "block", "stage", "net"] = "block"
+    loss: Literal["mse", "fisher", "fisher_full"] = "mse"
+    order: Literal["joint", "weights_first"] = "joint"
     iterations: int = Field(default=2000, ge=1)
     batch_size: int = Field(default=32, ge=1)
     weight_lr: float = Field(default=1e-3, gt=0)
@@ -145,12 +153,13 @@ class Recipe:
     warmup: float = Field(default=0.2, ge=0, lt=1)
     beta: tuple[Exponent, Exponent] = (20.0, 2.0)
     drop: float = Field(default=0.5, ge=0, le=1)
+    drop_inside: bool = False
     memory_mb: int = Field(default=1024, ge=1)
     seed: int = Field(default=0, ge=0, lt=2**32)
     bias_correction: bool = False
     only_faster: bool = False
 
-    def spec_for(self, name: str, is_first_or_last: bool) -> QuantSpec:
+    def spec_for(self, name: str, is_first_or_last: bool, is_second: bool = False) -> QuantSpec:
         """The widths of one layer, before linked layers are made to agree."""
         if any(fnmatchcase(name, pattern) for pattern in self.skip):
             return float_spec("named in the recipe's skip")
@@ -162,6 +171,8 @@ class Recipe:
         }
         if is_first_or_last and self.first_last is not None:
             fields |= {"weights": self.first_last, "activations": self.first_last}
+        elif is_second and self.first_last is not None and self.first_output == "first_last":
+            fields |= {"activations": self.first_last}
         for pattern, changed in self.overrides.items():
             if fnmatchcase(name, pattern):
                 fields |= changed

@@ -5,6 +5,7 @@ from torch import nn
 
 from qk.errors import QkError
 from qk.prepare import QuantLayer, prepare
+from qk.spec import Recipe
 from small_nets import Net, Residual, assert_same, convs, inputs, residual_net
 
 
@@ -70,6 +71,69 @@ def test_a_stage_of_blocks_is_not_one_block():
 
     p = prepare(nn.Sequential(Stage(), Stage()), inputs())
     assert [u.name for u in p.units] == ["0.parts.0", "0.parts.1", "1.parts.0", "1.parts.1"]
+
+
+def stages(model, x=None, **more):
+    return [(u.name, len(u.layers), u.chain) for u in prepare(model, inputs() if x is None else x, **more).stages]
+
+
+def test_blocks_that_hand_on_their_output_are_one_stage():
+    class Stage(nn.Sequential):
+        pass
+
+    model = nn.Sequential(Stage(Residual(), Residual()), nn.Conv2d(4, 4, 1), Residual())
+    assert stages(model) == [("0", 4, ()), ("1", 1, ()), ("2", 2, ())]
+
+
+def test_a_stage_without_a_module_of_its_own_is_a_chain():
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), Residual(), Residual(), nn.Flatten(), nn.Linear(144, 3))
+    assert stages(model) == [("0", 1, ()), ("1 to 2", 4, ("1", "2")), ("4", 1, ())]
+
+
+def test_a_change_of_resolution_begins_a_stage():
+    class Unit(nn.Module):
+        def __init__(self, stride):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, stride, padding=1)
+
+        def forward(self, x):
+            return self.b(self.a(x).relu())
+
+    model = nn.Sequential(Unit(1), Unit(2), Unit(1), Unit(1))
+    assert stages(model) == [("0", 2, ()), ("1 to 3", 6, ("1", "2", "3"))]
+
+
+def test_blocks_with_something_between_are_no_stage():
+    model = Net(lambda m, x: m.two(m.one(x) + 1), one=Residual(), two=Residual())
+    assert stages(model) == [("one", 2, ()), ("two", 2, ())]
+
+
+def test_blocks_that_take_several_tensors_stay_apart_unless_a_module_holds_them():
+    class Masked(Residual):
+        def forward(self, x, mask):
+            return super().forward(x * mask)
+
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = nn.ModuleList([Masked(), Masked()])
+
+        def forward(self, x, mask):
+            for part in self.parts:
+                x = part(x, mask)
+            return x
+
+    example = (inputs(), inputs() > 0)
+    parts = nn.ModuleList([Masked(), Masked()])
+    flat = Net(lambda m, x, mask: m.head(m.parts[1](m.parts[0](x, mask), mask)), parts=parts, head=nn.Conv2d(4, 4, 1))
+    assert stages(flat, example) == [("parts.0", 2, ()), ("parts.1", 2, ()), ("head", 1, ())]
+    whole = Net(lambda m, x, mask: m.head(m.encoder(x, mask)), encoder=Encoder(), head=nn.Conv2d(4, 4, 1))
+    assert stages(whole, example) == [("encoder", 4, ()), ("head", 1, ())]
+
+
+def test_a_stage_keeps_its_quantized_layers_alone():
+    model = nn.Sequential(Residual(), Residual(), nn.Conv2d(4, 4, 1))
+    assert stages(model, recipe=Recipe(skip=("0.*",))) == [("0 to 1", 2, ("0", "1")), ("2", 1, ())]
 
 
 def test_two_parts_of_one_class_with_something_between_are_one_block():

@@ -19,6 +19,14 @@ def test_first_and_last_layers_take_their_own_width():
     assert {spec.describe() for spec in p.plan.layers.values()} == {"W2A4"}
 
 
+def test_the_output_of_the_first_layer_can_take_the_width_of_the_first_and_last():
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), *[nn.Conv2d(4, 4, 1) for _ in range(3)])
+    p = prepare(model, inputs(), Recipe(weights=2, activations=4, first_output="first_last"))
+    assert [spec.describe() for spec in p.plan.layers.values()] == ["W8A8", "W2A8", "W2A4", "W8A8"]
+    p = prepare(model, inputs(), Recipe(weights=2, activations=4, first_last=None, first_output="first_last"))
+    assert {spec.describe() for spec in p.plan.layers.values()} == {"W2A4"}
+
+
 def test_another_plan_can_be_applied_and_float_layers_come_back():
     model = residual_net()
     p = prepare(model, inputs(), Recipe(weights=4))

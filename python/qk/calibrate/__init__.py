@@ -16,10 +16,10 @@ from qk.calibrate.lapq import Loss, search
 from qk.calibrate.observe import HistogramObserver, Observer
 from qk.errors import fail
 from qk.prepare.insert import ActQuantizer, QuantLayer
-from qk.prepare.prepared import Prepared, check_prepared
+from qk.prepare.prepared import Prepared, check_prepared, float_activations
 from qk.spec import Ranges
 
-__all__ = ["RANGES", "calibrate", "correct_bias"]
+__all__ = ["RANGES", "calibrate", "calibrate_activations", "correct_bias"]
 
 RANGES = get_args(Ranges)
 STAGE = "qk.calibrate"
@@ -74,7 +74,8 @@ def calibrate(
             raise fail(STAGE, "the call", "outside torch.inference_mode for lapq", "inside it")
         batches = hold(batches, STAGE, max_batches, memory_mb)
         given = None if labels is None else _checked_labels(labels)
-    observers = _observe(p, layers, batches, HistogramObserver if ranges == "kl" else Observer, max_batches)
+    with p.quantized(set()):
+        observers = _observe(p, layers, batches, HistogramObserver if ranges == "kl" else Observer, max_batches)
     found = None
     if ranges == "lapq":
         found = search(p, observers, batches, labels=given, loss=loss, seed=seed, memory_mb=memory_mb)
@@ -85,6 +86,16 @@ def calibrate(
             layer.set_weight_range(*weight_range(layer, ranges))
     p.search = found
     p.calibrated, p.history = True, {}  # what was learned went with the codes
+
+
+@torch.no_grad()
+def calibrate_activations(p: Prepared, batches: list, ranges: Ranges) -> None:
+    """Sets the steps of activations alone, from the model with its weights as they are quantized now and activations in
+    float. ranges: as for calibrate, with mse in place of lapq, which chooses for all at once."""
+    with float_activations(p), p.quantized():
+        observers = _observe(p, p.quant_layers(), batches, HistogramObserver if ranges == "kl" else Observer, None)
+    for quantizer, observer in observers.items():
+        quantizer.set_range(*_activation_range(observer, quantizer.bits, "mse" if ranges == "lapq" else ranges))
 
 
 def _checked_labels(labels: Iterable[Tensor]) -> list[Tensor]:
@@ -118,10 +129,10 @@ def _observe(
     p: Prepared, layers: dict[str, QuantLayer], batches: Iterable, kind: type[Observer], max_batches: int | None
 ) -> dict[ActQuantizer, Observer]:
     """One observer for each distinct quantizer, at the input of the first layer that has it: linked layers read the
-    same tensor."""
+    same tensor. The model runs as it stands."""
     observers: dict[ActQuantizer, Observer] = {}
     was_training = p.model.training
-    with ExitStack() as stack, p.quantized(set()):
+    with ExitStack() as stack:
         stack.callback(p.model.train, was_training)
         p.model.eval()
         for name, layer in layers.items():

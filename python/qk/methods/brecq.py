@@ -8,24 +8,68 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from qk.calibrate import calibrate_activations
 from qk.calibrate.batches import hold
 from qk.errors import fail
 from qk.methods.adaround import Rounding, beta
-from qk.methods.cache import Cache, Room, Sample
-from qk.methods.engine import STAGE, fill_cache, frozen, loss_on_all, outputs_of, unit_loss, units_of
+from qk.methods.cache import Cache, Room, Sample, drop_mask
+from qk.methods.engine import (
+    STAGE,
+    Loss,
+    fill_cache,
+    frozen,
+    full_fisher,
+    loss_on_all,
+    outputs_of,
+    power_of,
+    unit_loss,
+    units_of,
+    weighted_square,
+)
 from qk.methods.progress import Progress
 from qk.methods.resume import Finished, steps_digest
 from qk.prepare.insert import ActQuantizer, QuantLayer
-from qk.prepare.prepared import Prepared, Unit, check_prepared
+from qk.prepare.prepared import Prepared, Unit, check_prepared, float_activations
 from qk.spec import Recipe, checked_recipe
 
 RECORDS = 100  # points of a loss curve
 SMALLEST = 1e-3  # a learned step stays above this part of the one it started from, so it stays positive
+STEPS_POWER = 2.4  # of the loss where steps are learned alone, as in BRECQ's released code
+STEPS_SHARE = 4  # iterations of learning both, for one of learning steps alone
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What is learned in one pass over the units. suffix: of their names in the history. kept: what a unit keeps where
+    learning does not help. drop: as in Recipe."""
+
+    rounding: bool
+    steps: bool
+    iterations: int
+    drop: float
+    loss: Loss
+    suffix: str = ""
+    kept: str = "nearest"
+
+
+def phases_of(recipe: Recipe) -> list[Phase]:
+    """One that learns both, or BRECQ's order: rounding with float activations, then steps with float inputs."""
+    loss = full_fisher if recipe.loss == "fisher_full" else weighted_square
+    joint = Phase(True, True, recipe.iterations, recipe.drop, loss)
+    if recipe.order == "joint":
+        return [joint]
+    rounding = replace(joint, steps=False, drop=1.0)
+    if recipe.act_lr == 0:
+        return [rounding]
+    count = math.ceil(recipe.iterations / STEPS_SHARE)
+    return [rounding, Phase(False, True, count, 0.0, power_of(STEPS_POWER), suffix=" (steps)", kept="calibrated")]
 
 
 def reconstruct(
@@ -41,12 +85,13 @@ def reconstruct(
     """Learns the codes of p's weights and the steps of its activations, in place, unit by unit in running order.
 
     batches: as for calibrate; what is not a list is read once and held, as every unit needs the same ones again.
-    recipe: granularity, loss, iterations, batch_size, weight_lr, act_lr, penalty, warmup, beta, drop, memory_mb, seed.
-    progress: "auto", "bar", "lines" or "off".
+    recipe: granularity, loss, order, iterations, batch_size, weight_lr, act_lr, penalty, warmup, beta, drop,
+    drop_inside, memory_mb, seed; with order "weights_first" also ranges. progress: "auto", "bar", "lines" or "off".
     p.history[unit] gets the loss curve. Its last entry is over all cached data with weights rounded: "loss" as learned,
     "before" with nearest rounding, "after" with what was "kept": "learned", or "nearest" where learning did not help.
-    Interrupted, the current unit goes back to nearest rounding and the finished ones stay; resume=True goes on from
-    there, with the same bits as an uninterrupted run. Same seed, data and number of threads: same bits.
+    Where steps are learned afterwards, p.history["<unit> (steps)"] gets theirs, "calibrated" in place of "nearest".
+    Interrupted, the current unit goes back to where it was and the finished ones stay; resume=True goes on from there,
+    with the same bits as an uninterrupted run. Same seed, data and number of threads: same bits.
     folder: each finished unit is written there, and those that it holds already are taken from it instead of being
     learned: a run that was killed goes on in another process, to the same bits. One file for each unit.
     Raises QkError for p that is not calibrated, for bad batches, and for a folder that holds another run's units.
@@ -55,65 +100,84 @@ def reconstruct(
     recipe = checked_recipe(recipe, STAGE)
     if not p.calibrated:
         raise fail(STAGE, "p", "calibrated", "one that is not", "Call qk.calibrate(p, batches) first.")
-    units = units_of(p, recipe.granularity)
+    units, phases = units_of(p, recipe.granularity), phases_of(recipe)
+    entries = [replace(unit, name=unit.name + phase.suffix) for phase in phases for unit in units]
     held = hold(batches, STAGE, max_batches, recipe.memory_mb)
     before = p.steps_before if resume and p.history else steps_digest(p)
-    kept = None if folder is None else Finished(folder, p, units, held, recipe, before)
+    kept = None if folder is None else Finished(folder, p, entries, held, recipe, before)
     if not resume:
         p.history = {}
     p.steps_before = before
-    finished: set[str] = set()
-    learned: set[ActQuantizer] = set()
     if torch.is_inference_mode_enabled():
         raise fail(STAGE, "the call", "outside torch.inference_mode", "inside it", "Learning needs gradients.")
-    with torch.enable_grad(), frozen(p.model), Progress(progress, STAGE, len(units), recipe.iterations) as shown:
-        outputs = outputs_of(p, held, Room(recipe.memory_mb)) if recipe.loss == "fisher" else None
-        for number, unit in enumerate(units):
-            shown.unit(unit.name)
-            if unit.name not in p.history and not (kept and kept.restore(number)):
-                generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + number)
-                cache = fill_cache(p, unit, finished, held, Room(recipe.memory_mb), outputs, mixed=recipe.drop < 1)
-                p.history[unit.name] = _Unit(p, unit, learned).reconstruct(cache, recipe, generator, shown)
-            if kept and number not in kept.found:
-                kept.add(number)
-            last = p.history[unit.name][-1]
-            shown.end(last["before"], last["after"], last["kept"])
-            finished |= set(unit.layers)
-            learned |= {p.quant_layers()[name].input for name in unit.layers}
+    total = len(units) * sum(phase.iterations for phase in phases)
+    with torch.enable_grad(), frozen(p.model), Progress(progress, STAGE, len(entries), total) as shown:
+        outputs = outputs_of(p, held, Room(recipe.memory_mb)) if recipe.loss != "mse" else None
+        for at, phase in enumerate(phases):
+            mine = entries[at * len(units) : (at + 1) * len(units)]
+            if not phase.rounding and not any(entry.name in p.history for entry in mine):
+                calibrate_activations(p, held, recipe.ranges)
+            with nullcontext() if phase.steps else float_activations(p):
+                finished: set[str] = set()
+                learned: set[ActQuantizer] = set()
+                for number, (unit, entry) in enumerate(zip(units, mine, strict=True), at * len(units)):
+                    shown.unit(entry.name)
+                    if entry.name not in p.history and not (kept and kept.restore(number)):
+                        generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + number)
+                        room = Room(recipe.memory_mb)
+                        cache = fill_cache(p, unit, finished, held, room, outputs, mixed=phase.drop < 1)
+                        learner = _Unit(p, unit, learned, phase, recipe, generator)
+                        p.history[entry.name] = learner.reconstruct(cache, shown)
+                    if kept and number not in kept.found:
+                        kept.add(number)
+                    last = p.history[entry.name][-1]
+                    shown.end(phase.iterations, last["before"], last["after"], last["kept"])
+                    finished |= set(unit.layers)
+                    learned |= {p.quant_layers()[name].input for name in unit.layers}
 
 
 class Learner:
     """The inner loop: v of every layer and the steps of `quantizers`, together, by Adam. Inside `with` the layers take
-    their weights from v."""
+    their weights from v. generator: of dropping inside the unit."""
 
     def __init__(
-        self, module: nn.Module, layers: list[QuantLayer], quantizers: list[ActQuantizer], recipe: Recipe
+        self,
+        module: nn.Module,
+        layers: list[QuantLayer],
+        quantizers: list[ActQuantizer],
+        recipe: Recipe,
+        phase: Phase | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:
-        self.module, self.layers, self.recipe = module, layers, recipe
-        self.roundings = [Rounding(layer) for layer in layers]
-        self.steps = [q.step for q in quantizers] if recipe.act_lr > 0 else []
+        self.module, self.layers, self.recipe, self.generator = module, layers, recipe, generator
+        self.phase = phase or phases_of(recipe)[0]
+        self.roundings = [Rounding(layer) for layer in layers if self.phase.rounding]
+        self.steps = [q.step for q in quantizers] if self.phase.steps and recipe.act_lr > 0 else []
         self.floors = [step.detach() * SMALLEST for step in self.steps]
-        groups: list[dict] = [{"params": [rounding.v for rounding in self.roundings], "lr": recipe.weight_lr}]
-        groups += [{"params": self.steps, "lr": recipe.act_lr}] if self.steps else []
-        self.optimizer = torch.optim.Adam(groups, fused=True)
+        rounding = {"params": [rounding.v for rounding in self.roundings], "lr": recipe.weight_lr}
+        groups: list[dict] = [rounding, {"params": self.steps, "lr": recipe.act_lr}]
+        self.optimizer = torch.optim.Adam([group for group in groups if group["params"]], fused=True)
 
     def __enter__(self) -> Learner:
         for rounding in self.roundings:
             rounding.layer.rounding = rounding.soft
         for step in self.steps:
             step.requires_grad_(True)
+        if self.recipe.drop_inside and 0 < self.phase.drop < 1:
+            for layer in self.layers:
+                layer.input.mix = self._mix
         return self
 
     def __exit__(self, *error: object) -> None:
         for layer in self.layers:
-            layer.rounding = None
+            layer.rounding = layer.input.mix = None
         for step in self.steps:
             step.requires_grad_(False)
             step.grad = None
 
     def step(self, sample: Sample, iteration: int) -> Tensor:
         """One iteration; returns the loss before it, without the penalty."""
-        output, loss, slope = unit_loss(self.module, sample, self.layers)
+        output, loss, slope = unit_loss(self.module, sample, self.layers, self.phase.loss)
         self.optimizer.zero_grad()
         output.backward(slope)
         self._penalize(iteration)
@@ -122,9 +186,13 @@ class Learner:
             for step, floor in zip(self.steps, self.floors, strict=True):
                 step.clamp_(min=floor)
         if self.steps:  # cosine to 0
-            done = (iteration + 1) / self.recipe.iterations
-            self.optimizer.param_groups[1]["lr"] = 0.5 * self.recipe.act_lr * (1 + math.cos(math.pi * done))
+            done = (iteration + 1) / self.phase.iterations
+            self.optimizer.param_groups[-1]["lr"] = 0.5 * self.recipe.act_lr * (1 + math.cos(math.pi * done))
         return loss
+
+    def _mix(self, x: Tensor, quantized: Tensor) -> Tensor:
+        """Each value quantized with probability drop, else in float."""
+        return torch.lerp(x, quantized, drop_mask(x, self.phase.drop, self.generator).to(x.device))
 
     @torch.no_grad()
     def _penalize(self, iteration: int) -> None:
@@ -140,40 +208,51 @@ class Learner:
 class _Unit:
     """One unit while it is learned. A step that several units share is learned with the first of them."""
 
-    def __init__(self, p: Prepared, unit: Unit, learned: set[ActQuantizer]) -> None:
+    def __init__(
+        self,
+        p: Prepared,
+        unit: Unit,
+        learned: set[ActQuantizer],
+        phase: Phase,
+        recipe: Recipe,
+        generator: torch.Generator,
+    ) -> None:
         layers = p.quant_layers()
         self.p, self.names = p, set(unit.layers)
-        self.module: nn.Module = p.model.get_submodule(unit.name)
+        self.phase, self.recipe, self.generator = phase, recipe, generator
+        modules = unit.modules(p.model)
+        self.module: nn.Module = modules[0] if len(modules) == 1 else nn.Sequential(*modules)
         self.layers: list[QuantLayer] = [layers[name] for name in unit.layers]
         self.quantizers = [q for q in dict.fromkeys(layer.input for layer in self.layers) if q not in learned]
 
-    def reconstruct(self, cache: Cache, recipe: Recipe, generator: torch.Generator, shown: Progress) -> list[dict]:
-        """The history. Whatever goes wrong, the unit is left with nearest rounding."""
-        nearest = [layer.codes for layer in self.layers], [q.step.detach().clone() for q in self.quantizers]
+    def reconstruct(self, cache: Cache, shown: Progress) -> list[dict]:
+        """The history. Whatever goes wrong, the unit is left as it was."""
+        start = [layer.codes for layer in self.layers], [q.step.detach().clone() for q in self.quantizers]
         with self.p.quantized(self.names):
-            before = self._loss(cache, recipe)
+            before = self._loss(cache)
             try:
-                history = self._learn(cache, recipe, generator, shown)
-                learned = self._loss(cache, recipe)
+                history = self._learn(cache, shown)
+                learned = self._loss(cache)
             except BaseException:
-                self._commit(*nearest)
+                self._commit(*start)
                 raise
         better = learned <= before  # not if learning gave NaN
         if not better:
-            self._commit(*nearest)
-        after, kept = (learned, "learned") if better else (before, "nearest")
-        last = {"iteration": recipe.iterations, "loss": learned, "before": before, "after": after, "kept": kept}
+            self._commit(*start)
+        after, kept = (learned, "learned") if better else (before, self.phase.kept)
+        last = {"iteration": self.phase.iterations, "loss": learned, "before": before, "after": after, "kept": kept}
         return [*history, last]
 
-    def _learn(self, cache: Cache, recipe: Recipe, generator: torch.Generator, shown: Progress) -> list[dict]:
+    def _learn(self, cache: Cache, shown: Progress) -> list[dict]:
         history = []
-        with Learner(self.module, self.layers, self.quantizers, recipe) as learner:
-            for i in range(recipe.iterations):
-                fit = learner.step(cache.sample(recipe.batch_size, recipe.drop, generator), i)
-                if i % max(1, recipe.iterations // RECORDS) == 0:
+        phase, iterations = self.phase, self.phase.iterations
+        with Learner(self.module, self.layers, self.quantizers, self.recipe, phase, self.generator) as learner:
+            for i in range(iterations):
+                fit = learner.step(cache.sample(self.recipe.batch_size, phase.drop, self.generator), i)
+                if i % max(1, iterations // RECORDS) == 0:
                     history.append({"iteration": i, "loss": fit.item()})
                     shown.at(i, history[-1]["loss"])
-            codes = [rounding.codes() for rounding in learner.roundings]
+            codes = [r.codes() for r in learner.roundings] or [layer.codes for layer in self.layers]
         self._commit(codes, [q.step for q in self.quantizers])
         return history
 
@@ -184,5 +263,5 @@ class _Unit:
         for quantizer, step in zip(self.quantizers, steps, strict=True):
             quantizer.step.copy_(step)
 
-    def _loss(self, cache: Cache, recipe: Recipe) -> float:
-        return loss_on_all(self.module, cache, recipe.batch_size, self.layers)
+    def _loss(self, cache: Cache) -> float:
+        return loss_on_all(self.module, cache, self.recipe.batch_size, self.layers, self.phase.loss)

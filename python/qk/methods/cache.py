@@ -193,15 +193,15 @@ class _Part:
             else:
                 rows = store.index_select(0, chosen)
                 # lerp is exact at 0 and 1, and seven times as fast as where.
-                leaves[i] = torch.lerp(plain.index_select(0, chosen), rows, _mask(rows, drop, generator))
+                leaves[i] = torch.lerp(plain.index_select(0, chosen), rows, drop_mask(rows, drop, generator))
             leaves[i] = leaves[i].to(device)
         args, kwargs = tree_unflatten(leaves, self.spec)
         weight = None if self.weight is None else self.weight.index_select(0, chosen).to(device)
         return Sample(args, kwargs, self.target.index_select(0, chosen).to(device), weight)
 
 
-def _mask(like: Tensor, drop: float, generator: torch.Generator | None) -> Tensor:
-    """1 with probability drop and else 0, in steps of 1 / 256: eight random bytes cost one draw."""
+def drop_mask(like: Tensor, drop: float, generator: torch.Generator | None) -> Tensor:
+    """Like a tensor on the CPU, 1 with probability drop and else 0, in steps of 1 / 256: eight bytes cost one draw."""
     count = like.numel()
     words = torch.empty((count + 7) // 8, dtype=torch.int64).random_(-(2**63), None, generator=generator)
     mask = torch.empty(count, dtype=like.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,10 +23,11 @@ STAGE = "qk.reconstruct"
 
 
 def units_of(p: Prepared, granularity: str) -> list[Unit]:
-    """p.units, or each layer by itself."""
-    if granularity == "block":
-        return p.units
-    return [Unit(name, (name,)) for name in p.quant_layers()]
+    """What is reconstructed together, in running order."""
+    layers = tuple(p.quant_layers())
+    if granularity == "layer":
+        return [Unit(name, (name,)) for name in layers]
+    return {"block": p.units, "stage": p.stages, "net": [Unit("", layers)]}[granularity]
 
 
 @contextmanager
@@ -63,28 +64,25 @@ def fill_cache(
 
     Raises QkError for a batch on which the unit's output is not finite.
     """
-    module = p.model.get_submodule(unit.name)
     cache = Cache(room, device_of(p.model))
     for index, batch in enumerate(batches):
         with p.quantized(set()):
-            plain, target = _watch(p, module, unit, batch, index)
+            plain, target = _watch(p, unit, batch, index)
         if not torch.isfinite(target).all():
             where = f"batch {index}, where it leaves {unit.name or 'the model'} in float,"
             raise fail(STAGE, where, "finite", "NaN or infinity", "Look for it in the batch, then in the model.")
         with p.quantized(prefix):
-            quantized = _watch(p, module, unit, batch, index, inputs_only=True)[0] if prefix else plain
+            quantized = _watch(p, unit, batch, index, inputs_only=True)[0] if prefix else plain
         weight = None
         if outputs is not None:
             with p.quantized(prefix | set(unit.layers)):
-                weight = fisher(p, module, batch, index, outputs[index])
+                weight = fisher(p, unit.modules(p.model)[-1], batch, index, outputs[index])
         cache.add(quantized, plain if mixed else quantized, target, weight, more=len(batches) - index - 1)
     cache.normalize()
     return cache
 
 
-def _watch(
-    p: Prepared, module: nn.Module, unit: Unit, batch: Any, index: int, inputs_only: bool = False
-) -> tuple[Call, Tensor]:
+def _watch(p: Prepared, unit: Unit, batch: Any, index: int, inputs_only: bool = False) -> tuple[Call, Tensor]:
     """The arguments and output of the unit's first call; the model runs no further."""
     seen: list = []
 
@@ -97,7 +95,8 @@ def _watch(
         seen.append(first_tensor(output).clone())
         raise Stop
 
-    handles = [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
+    modules = unit.modules(p.model)
+    handles = [modules[0].register_forward_pre_hook(before, with_kwargs=True), modules[-1].register_forward_hook(after)]
     try:
         call(p, batch, index, STAGE)
     except Stop:
@@ -160,16 +159,54 @@ def loss_scale(output: Tensor, layers: list[QuantLayer]) -> float:
     return channels / max(1, output.numel())
 
 
-def unit_loss(module: nn.Module, sample: Sample, layers: list[QuantLayer]) -> tuple[Tensor, Tensor, Tensor]:
+Loss = Callable[[Tensor, Sample, float], tuple[Tensor, Tensor]]  # output, sample, scale -> loss, its slope for output
+
+
+def weighted_square(output: Tensor, sample: Sample, scale: float) -> tuple[Tensor, Tensor]:
+    """scale * sum of g^2 d^2, with d = output - target, and g^2 = 1 where there are no Fisher weights."""
+    return ops.fisher_loss_and_slope(output, sample.target, sample.weight, scale)
+
+
+def full_fisher(output: Tensor, sample: Sample, scale: float) -> tuple[Tensor, Tensor]:
+    """scale * sum over samples of (sum of |g d|)^2 / values of a sample: at most the weighted square.
+
+    As the released code of BRECQ has it, which divides by 100 instead. A sample's Fisher information is g g^T, whose
+    form (sum of g d)^2 would let errors cancel along the one direction that is known.
+    """
+    assert sample.weight is not None
+    difference, root = output.detach() - sample.target, sample.weight.sqrt()
+    together = (root * difference.abs()).flatten(1).sum(1)
+    share = scale / max(1, output[0].numel())
+    slope = 2 * share * together.view(-1, *[1] * (output.dim() - 1)) * root * difference.sign()
+    return share * together.square().sum(), slope
+
+
+def power_of(exponent: float) -> Loss:
+    """scale * sum of |d|^exponent."""
+
+    def loss(output: Tensor, sample: Sample, scale: float) -> tuple[Tensor, Tensor]:
+        difference = output.detach() - sample.target
+        size = difference.abs()
+        slope = exponent * scale * size.pow(exponent - 1) * difference.sign()
+        return scale * size.pow(exponent).sum(), slope
+
+    return loss
+
+
+def unit_loss(
+    module: nn.Module, sample: Sample, layers: list[QuantLayer], loss: Loss = weighted_square
+) -> tuple[Tensor, Tensor, Tensor]:
     """The unit's output, its loss, and the gradient of the loss for the output: `output.backward(slope)` goes on."""
     output = first_tensor(module(*sample.args, **sample.kwargs))
-    return output, *ops.fisher_loss_and_slope(output, sample.target, sample.weight, loss_scale(output, layers))
+    return output, *loss(output, sample, loss_scale(output, layers))
 
 
 @torch.no_grad()
-def loss_on_all(module: nn.Module, cache: Cache, rows: int, layers: list[QuantLayer]) -> float:
+def loss_on_all(
+    module: nn.Module, cache: Cache, rows: int, layers: list[QuantLayer], loss: Loss = weighted_square
+) -> float:
     """The mean of the unit's loss over the cache, inputs from the quantized prefix."""
     total = 0.0
     for sample in cache.chunks(rows):
-        total += unit_loss(module, sample, layers)[1].item() * sample.rows
+        total += unit_loss(module, sample, layers, loss)[1].item() * sample.rows
     return total / cache.rows

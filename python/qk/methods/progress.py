@@ -14,17 +14,17 @@ KINDS = ("auto", "bar", "lines", "off")
 
 
 class Progress:
-    """kind: "auto" is a bar on a terminal and lines elsewhere."""
+    """kind: "auto" is a bar on a terminal and lines elsewhere. total: iterations of all units."""
 
-    def __init__(self, kind: str, stage: str, units: int, iterations: int) -> None:
+    def __init__(self, kind: str, stage: str, units: int, total: int) -> None:
         if kind not in KINDS:
             raise fail(stage, "progress", f"one of {', '.join(KINDS)}", repr(kind))
         console = Console(stderr=True)
         self.kind = ("bar" if console.is_terminal else "lines") if kind == "auto" else kind
-        self.units, self.iterations, self.done = units, iterations, 0
+        self.units, self.done, self.iterations = units, 0, 0  # units and iterations of those that are done
         columns = ("{task.description}", rich_progress.BarColumn(), "loss {task.fields[loss]}")
         self._bar = rich_progress.Progress(*columns, rich_progress.TimeRemainingColumn(), console=console)
-        self._task = self._bar.add_task("", total=units * iterations, loss="-")
+        self._task = self._bar.add_task("", total=total, loss="-")
 
     def __enter__(self) -> Progress:
         if self.kind == "bar":
@@ -43,12 +43,13 @@ class Progress:
     def at(self, iteration: int, loss: float) -> None:
         """How far the unit is."""
         if self.kind == "bar":
-            self._bar.update(self._task, completed=self.done * self.iterations + iteration, loss=f"{loss:.4g}")
+            self._bar.update(self._task, completed=self.iterations + iteration, loss=f"{loss:.4g}")
 
-    def end(self, before: float, after: float, kept: str) -> None:
-        """The unit is done. kept: learned or nearest."""
+    def end(self, iterations: int, before: float, after: float, kept: str) -> None:
+        """The unit is done. kept: learned, or what it had before."""
         self.done += 1
+        self.iterations += iterations
         if self.kind == "lines":
             seconds = time.perf_counter() - self._began
             line = f"[{self.done}/{self.units}] {self.name}: loss {before:.4g} -> {after:.4g} in {seconds:.1f} s"
-            print(line + (" (nearest rounding kept)" if kept == "nearest" else ""), file=sys.stderr, flush=True)
+            print(line + ("" if kept == "learned" else f" ({kept} kept)"), file=sys.stderr, flush=True)

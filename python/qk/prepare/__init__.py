@@ -11,7 +11,7 @@ from torch import nn
 
 from qk.errors import fail
 from qk.prepare.apply import apply_plan, leave_in_float
-from qk.prepare.blocks import find_units
+from qk.prepare.blocks import find_stages, find_units
 from qk.prepare.fold import fold_batchnorms
 from qk.prepare.insert import ActQuantizer, QuantLayer
 from qk.prepare.links import find_links
@@ -51,6 +51,7 @@ def prepare(
     folds, unfolded = fold_batchnorms(copied, seen, layers)
     kept = {name: unfolded.get(name, reason) for name, reason in kept.items() if name not in folds}
     links = find_links(seen, layers)
+    units = find_units(copied, seen, layers, blocks)
     p = Prepared(
         model=copied,
         layers=layers,
@@ -59,7 +60,8 @@ def prepare(
         folds=folds,
         kept=kept,
         plan=plan_from(recipe, layers, links, kept),
-        all_units=find_units(copied, seen, layers, blocks),
+        all_units=units,
+        all_stages=find_stages(seen, layers, units),
         originals={name: copied.get_submodule(name) for name in layers},
     )
     apply_plan(p, p.plan)

@@ -55,6 +55,6 @@ def _put(p: Prepared, name: str, module: nn.Module) -> None:
 def _record(p: Prepared, plan: Plan) -> None:
     """Makes what p says about itself follow from the plan."""
     p.plan = plan
-    p.units = quantized_units(p.all_units, plan)
+    p.units, p.stages = quantized_units(p.all_units, plan), quantized_units(p.all_stages, plan)
     in_float = {name: spec.reason or "the plan says so" for name, spec in plan.layers.items() if spec.is_float}
     p.kept = {name: reason for name, reason in p.kept.items() if name not in p.layers} | in_float

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -35,9 +36,52 @@ def find_units(
     return [Unit(name, tuple(inside)) for name, inside in members.items()]
 
 
+def find_stages(seen: Observation, layers: dict[str, Layer], units: list[Unit]) -> list[Unit]:
+    """The units, but blocks of which one reads the output of the one before, and whose outputs have one resolution,
+    together: a stage as in Li et al., BRECQ (2021)."""
+    held = layers_inside(seen, layers)
+    runs: list[list[Unit]] = []
+    for unit in units:
+        if runs and _goes_on(seen, runs[-1][-1], unit):
+            runs[-1].append(unit)
+        else:
+            runs.append([unit])
+    return [stage for run in runs for stage in _together(seen, held, run)]
+
+
+def _goes_on(seen: Observation, before: Unit, unit: Unit) -> bool:
+    if len(before.layers) < 2 or len(unit.layers) < 2:
+        return False
+    first, second = seen.calls[before.name][0], seen.calls[unit.name][0]
+    same_size = _resolution(first.outputs[0].shape) == _resolution(second.outputs[0].shape)
+    return same_size and second.inputs[0] == first.outputs[0]
+
+
+def _resolution(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """[B, C, H, W] has its channels second, everything else last."""
+    return shape[2:] if len(shape) == 4 else shape[1:-1]
+
+
+def _together(seen: Observation, held: dict[str, list[str]], run: list[Unit]) -> list[Unit]:
+    """One unit: the module that holds the blocks and nothing else, or a chain of them. Blocks that take more than one
+    tensor and have no such module stay apart."""
+    if len(run) == 1:
+        return run
+    layers = tuple(layer for unit in run for layer in unit.layers)
+    first, last = seen.calls[run[0].name][0], seen.calls[run[-1].name][0]
+    for name in reversed(first.inside):
+        call = seen.calls[name][0]
+        ends_fit = call.single and call.inputs[0] == first.inputs[0] and call.outputs[0] == last.outputs[0]
+        if tuple(held.get(name, ())) == layers and ends_fit:
+            return [Unit(name, layers)]
+    if all(len(seen.calls[unit.name][0].inputs) == 1 for unit in run):
+        return [Unit(f"{run[0].name} to {run[-1].name}", layers, tuple(unit.name for unit in run))]
+    return run
+
+
 def quantized_units(units: list[Unit], plan: Plan) -> list[Unit]:
     """The units without their float layers; without units that would be empty."""
-    kept = [Unit(u.name, tuple(n for n in u.layers if not plan[n].is_float)) for u in units]
+    kept = [replace(u, layers=tuple(n for n in u.layers if not plan[n].is_float)) for u in units]
     return [u for u in kept if u.layers]
 
 

@@ -28,7 +28,11 @@ def from_kernel_order(weight: Tensor) -> Tensor:
 
 
 class ActQuantizer(nn.Module):
-    """Fake-quantizes one tensor: one step and zero for all of it. Layers that read the same tensor share one."""
+    """Fake-quantizes one tensor: one step and zero for all of it. Layers that read the same tensor share one.
+
+    passes: gives its input back, while weights are learned with activations in float. mix: while learning drops values,
+    a function of the input and the quantized input that gives what goes on.
+    """
 
     zero: Tensor
 
@@ -38,6 +42,8 @@ class ActQuantizer(nn.Module):
         self.step = nn.Parameter(torch.ones(1, dtype=torch.float32))
         self.register_buffer("zero", torch.zeros(1, dtype=torch.int32))
         self.calibrated = False
+        self.passes = False
+        self.mix: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def set_range(self, step: Tensor, zero: Tensor) -> None:
         """step, zero: one value each."""
@@ -47,9 +53,12 @@ class ActQuantizer(nn.Module):
         self.calibrated = True
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.passes:
+            return x
         features = max(1, x.numel() // max(1, x.shape[0]))
         top = 2**self.bits - 1 - int(self.zero)
-        return ops.lsq(x, self.step, self.zero, self.bits, grad_scale_for(features, max(1, top)))
+        quantized = ops.lsq(x, self.step, self.zero, self.bits, grad_scale_for(features, max(1, top)))
+        return quantized if self.mix is None else self.mix(x, quantized)
 
 
 class QuantLayer(nn.Module):

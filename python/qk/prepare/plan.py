@@ -24,7 +24,8 @@ def plan_from(
     _check_patterns("skip", recipe.skip, [*layers, *kept])
     _check_patterns("overrides", recipe.overrides, layers)
     names = list(layers)
-    plan = agree(Plan({n: recipe.spec_for(n, n in (names[0], names[-1])) for n in names}), links)
+    specs = {n: recipe.spec_for(n, n in (names[0], names[-1]), n in names[1:2]) for n in names}
+    plan = agree(Plan(specs), links)
     long = {n: reason for n in names if (reason := too_long(layers[n], plan[n]))}
     plan = Plan({n: float_spec(long[n]) if n in long else spec for n, spec in plan.layers.items()})
     return checked(plan, layers, links, STAGE)

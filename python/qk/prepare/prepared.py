@@ -35,11 +35,17 @@ class Layer:
 class Unit:
     """What is reconstructed together: a block (residual unit, transformer layer), or one layer that is in no block.
 
-    name: module path of the module whose input and output are matched. layers: those inside, in running order.
+    name: module path of the module whose input and output are matched. layers: those inside, in running order. chain:
+    where no one module holds them, the modules that hand their output to the next; `name` then only says so.
     """
 
     name: str
     layers: tuple[str, ...]
+    chain: tuple[str, ...] = ()
+
+    def modules(self, model: nn.Module) -> list[nn.Module]:
+        """What runs, one after another: the first takes the unit's input, the last gives its output."""
+        return [model.get_submodule(name) for name in self.chain or (self.name,)]
 
 
 @dataclass
@@ -49,8 +55,9 @@ class Prepared:
     layers: every quantizable layer that ran, in running order. units: in running order; together they hold every
     quantized layer once. links: groups of layers that read the same tensor; they share one ActQuantizer and one
     activation width. folds: BatchNorm name -> the layer it was folded into. kept: module with weights -> why it stays
-    in float, be it that no kernel runs it or that the plan says so; "" is the model itself. all_units: the units as
-    they would be if no layer stayed in float. originals: the float modules, folded, that QuantLayers stand for.
+    in float, be it that no kernel runs it or that the plan says so; "" is the model itself. stages: the units with
+    successive blocks at one resolution put together. all_units, all_stages: as they would be if no layer stayed in
+    float. originals: the float modules, folded, that QuantLayers stand for.
     steps_before: digest of the activation steps that learning started from.
     """
 
@@ -61,7 +68,9 @@ class Prepared:
     folds: dict[str, str]
     kept: dict[str, str]
     plan: Plan
+    stages: list[Unit] = field(default_factory=list)
     all_units: list[Unit] = field(default_factory=list)
+    all_stages: list[Unit] = field(default_factory=list)
     originals: dict[str, nn.Module] = field(default_factory=dict, repr=False)
     calibrated: bool = False  # every step is set
     history: dict[str, list[dict]] = field(default_factory=dict)  # unit name -> [{"iteration", "loss"}], for the report
@@ -90,6 +99,19 @@ class Prepared:
         finally:
             for name, layer in layers.items():
                 layer.quantized = before[name]
+
+
+@contextmanager
+def float_activations(p: Prepared) -> Iterator[None]:
+    """Quantized layers take their inputs in float, for a while."""
+    quantizers = {layer.input for layer in p.quant_layers().values()}
+    for quantizer in quantizers:
+        quantizer.passes = True
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.passes = False
 
 
 def check_prepared(p: object, stage: str) -> None:
