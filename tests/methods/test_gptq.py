@@ -213,7 +213,7 @@ def test_losses_are_those_of_the_output(kind, group_size):
     assert last["before"] == pytest.approx(found[0], rel=1e-5)
     assert last["after"] == pytest.approx(found[1], rel=1e-5)
     assert last["after"] <= last["before"]
-    assert last["kept"] == ("gptq" if last["after"] < last["before"] else "nearest")
+    assert last["kept"] == ("learned" if last["after"] < last["before"] else "nearest")
 
 
 def test_a_long_row_is_solved_in_parts(monkeypatch):

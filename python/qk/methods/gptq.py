@@ -130,8 +130,8 @@ class Moments:
         """x: an input of the layer."""
         for found in patches(self.layer, x.float()):
             self.positions += found.shape[-1]
-            for part, x in zip(self.parts, found.split([len(part[0]) for part in self.parts], dim=1), strict=True):
-                part += x @ x.transpose(1, 2)
+            for part, rows in zip(self.parts, found.split([len(part[0]) for part in self.parts], dim=1), strict=True):
+                part += rows @ rows.transpose(1, 2)
 
     def is_finite(self) -> bool:
         return all(bool(torch.isfinite(part).all()) for part in self.parts)
@@ -181,7 +181,7 @@ def gptq(
     batches: as for calibrate; what is not a list is read once and held. recipe: act_order, prefix, memory_mb.
     progress: "auto", "bar", "lines" or "off". Memory beside the batches: of one layer about 4 matrices of K x K float64
     for each group of a convolution.
-    p.history[layer] gets "before" with nearest rounding, "after", and what was "kept": "gptq", or "nearest" where no
+    p.history[layer] gets "before" with nearest rounding, "after", and what was "kept": "learned", or "nearest" where no
     row gained. Losses are the mean squared error of the output that the weights make, summed over channels.
     folder: as for reconstruct: finished layers lie there, and a run that was killed goes on to the same bits.
     Raises QkError for p that is not calibrated, bad batches, and a folder that holds another run's layers.
@@ -196,7 +196,7 @@ def gptq(
     kept = None if folder is None else Finished(folder, p, units, held, recipe, p.steps_before, STAGE)
     p.history = {}
     finished: set[str] = set()
-    with frozen(p.model), Progress(progress, STAGE, len(units), 1) as shown:
+    with frozen(p.model), Progress(progress, STAGE, len(units), len(units)) as shown:
         for number, unit in enumerate(units):
             shown.unit(unit.name)
             if not (kept and kept.restore(number)):
@@ -207,7 +207,7 @@ def gptq(
                 if kept:
                     kept.add(number)
             last = p.history[unit.name][-1]
-            shown.end(last["before"], last["after"], last["kept"])
+            shown.end(1, last["before"], last["after"], last["kept"])
             finished.add(unit.name)
 
 
@@ -241,5 +241,5 @@ def moments_of(p: Prepared, name: str, prefix: set[str] | None, batches: list) -
 def _history(before: float, after: float) -> list[dict]:
     """As of reconstruct: a curve, here of two points, and what was kept."""
     points = [{"iteration": 0, "loss": before}, {"iteration": 1, "loss": after}]
-    kept = "gptq" if after < before else "nearest"
+    kept = "learned" if after < before else "nearest"
     return [*points, {"iteration": 1, "loss": after, "before": before, "after": after, "kept": kept}]
