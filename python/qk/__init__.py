@@ -16,6 +16,7 @@ from qk.methods import (
     trainable,
     tune,
 )
+from qk.methods.gptq import gptq
 from qk.prepare import prepare
 from qk.spec import Plan, QuantSpec, Recipe, Sparq, Tuning
 
@@ -36,6 +37,7 @@ __all__ = [
     "correct_bias",
     "force_isa",
     "fuse",
+    "gptq",
     "input_statistics",
     "load",
     "load_table",

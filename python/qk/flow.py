@@ -40,6 +40,7 @@ from qk.methods import (
     training_file,
     tune,
 )
+from qk.methods.gptq import gptq
 from qk.methods.tune import Loss, Score
 from qk.prepare import Prepared, leave_in_float, prepare
 from qk.report import Latency, LayerReport, Report
@@ -139,9 +140,10 @@ def quantize(
             _leave_slower_in_float(p)
     folder = None if out is None else Path(out) / UNFINISHED
     shown = "auto" if progress else "off"
-    if recipe.method == "brecq":
+    if recipe.method in ("brecq", "gptq"):
+        learn = reconstruct if recipe.method == "brecq" else gptq
         with _timed(seconds, "reconstruct"):
-            reconstruct(p, held, recipe, progress=shown, folder=folder)
+            learn(p, held, recipe, progress=shown, folder=folder)
     if recipe.method == "lsq":
         with _timed(seconds, "tune"):
             tune(p, train, recipe, loss=loss, validate=validate, folder=folder, progress=shown)
@@ -174,7 +176,7 @@ def quantize(
     }
     report.layers = _layers(p, measured)
     report.notes = _notes(p, measured) + (left if fused else [])
-    if recipe.method == "brecq" and out is not None:  # else it may hold another run's
+    if recipe.method in ("brecq", "gptq") and out is not None:  # else it may hold another run's
         resume.remove(folder)
     if recipe.method == "lsq" and out is not None:
         training_file.remove(folder)

@@ -40,6 +40,8 @@ class ActQuantizer(nn.Module):
     """
 
     zero: Tensor
+    passes: bool = False
+    mix: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __init__(self, bits: int) -> None:
         super().__init__()
@@ -47,8 +49,6 @@ class ActQuantizer(nn.Module):
         self.step = nn.Parameter(torch.ones(1, dtype=torch.float32))
         self.register_buffer("zero", torch.zeros(1, dtype=torch.int32))
         self.calibrated = False
-        self.passes = False
-        self.mix: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def set_range(self, step: Tensor, zero: Tensor) -> None:
         """step, zero: one value each."""
