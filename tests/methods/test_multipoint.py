@@ -449,7 +449,7 @@ def test_the_recipe_asks_for_it(tmp_path):
     note = next(n for n in result.report.notes if "rows more than the 16 of the layers" in n)
     assert "bits a weight on average" in note
     name = max(extra, key=extra.get)
-    assert f", {extra[name]} of 4 rows more" in next(r.width for r in result.report.layers if r.name == name)
+    assert f", 4 + {extra[name]} rows, " in next(r.width for r in result.report.layers if r.name == name)
     assert "in up to 3 points" in result.report.title
     with torch.no_grad():
         x = inputs(3, 4, 6, 6)
