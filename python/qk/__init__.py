@@ -3,12 +3,15 @@
 from qk import ops
 from qk._native import active_isa, build_facts, force_isa, usable_isas
 from qk.calibrate import calibrate, correct_bias
+from qk.calibrate.smooth import smooth
 from qk.deploy import convert, fuse, load, load_table, quantize_embedding, quantize_table_file, save
 from qk.errors import QkError
 from qk.flow import Result, quantize
 from qk.methods import reconstruct
 from qk.methods.gptq import gptq
 from qk.prepare import prepare
+from qk.prepare.equalize import equalize
+from qk.prepare.unclip import unclip
 from qk.spec import Plan, QuantSpec, Recipe
 
 # qk.prepare and qk.calibrate are the functions; `from qk.prepare.links import ...` still finds the folders.
@@ -23,6 +26,7 @@ __all__ = [
     "calibrate",
     "convert",
     "correct_bias",
+    "equalize",
     "force_isa",
     "fuse",
     "gptq",
@@ -35,5 +39,7 @@ __all__ = [
     "quantize_table_file",
     "reconstruct",
     "save",
+    "smooth",
+    "unclip",
     "usable_isas",
 ]

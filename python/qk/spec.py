@@ -123,6 +123,9 @@ class Recipe:
     penalty, the share of iterations without it, its exponent's start and end. drop: probability with which a value of
     the unit's input comes from the quantized prefix instead of the float one (QDrop); 1.0 is BRECQ's. drop_inside: the
     same at every quantizer inside the unit.
+    equalize: qk.quantize scales channels so that weights on both sides of them have one range. smooth: alpha; it scales
+    channels so that activations lose range to weights, the more the nearer alpha is to 1. relu6: "relu" puts ReLU where
+    a ReLU6 keeps either from scaling.
     memory_mb: for the cached inputs and outputs of a unit; beyond it they go to a file. seed: same seed, same bits.
     bias_correction: qk.quantize gives every layer a bias with which its mean output is the float model's.
     only_faster: qk.quantize times each layer on this machine, at the shape of the example, and leaves it in float where
@@ -156,6 +159,9 @@ class Recipe:
     drop_inside: bool = False
     memory_mb: int = Field(default=1024, ge=1)
     seed: int = Field(default=0, ge=0, lt=2**32)
+    equalize: bool = False
+    smooth: float | None = Field(default=None, ge=0, le=1)
+    relu6: Literal["keep", "relu"] = "keep"
     bias_correction: bool = False
     only_faster: bool = False
 

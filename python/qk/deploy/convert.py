@@ -25,7 +25,7 @@ class Info:
 
     plan, links, folds, kept: as in Prepared. history: unit name -> first and last loss and iterations of
     reconstruction. fingerprint: of the float weights, BatchNorm folded, that were quantized. new_biases: layers that
-    have none in float, and were given one (qk.correct_bias).
+    have none in float, and were given one (qk.correct_bias). unclipped: ReLU6 modules that became ReLU (qk.unclip).
     """
 
     plan: Plan
@@ -35,6 +35,7 @@ class Info:
     history: dict[str, dict[str, Any]] = field(default_factory=dict)
     fingerprint: str = ""
     new_biases: list[str] = field(default_factory=list)
+    unclipped: list[str] = field(default_factory=list)
 
 
 def convert(p: Prepared) -> nn.Module:
@@ -61,6 +62,7 @@ def convert(p: Prepared) -> nn.Module:
         history={unit: _summary(steps) for unit, steps in p.history.items() if steps},
         fingerprint=fingerprint(p.model),
         new_biases=[name for name, layer in layers.items() if layer.bias is None and layer.quantized_bias is not None],
+        unclipped=list(p.unclipped),
     )
     return model
 

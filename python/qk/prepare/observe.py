@@ -40,13 +40,26 @@ class Call:
 
 
 @dataclass
+class Operator:
+    """One operator that ran. function: as torch dispatches it, such as aten.relu.default. module: in which it ran, ""
+    for the model itself. args, kwargs: with the Value in place of each tensor that stands there by itself."""
+
+    function: Any
+    module: str
+    args: tuple
+    kwargs: dict[str, Any]
+    outputs: tuple[Value, ...]
+
+
+@dataclass
 class Observation:
     """calls: by module name, in the order in which the modules first started. readers: Value -> the module in which
-    each operator read it, "" for the model itself. results: what the model returned.
+    each operator read it, "" for the model itself. read: Value -> these operators. results: what the model returned.
     """
 
     calls: dict[str, list[Call]] = field(default_factory=dict)
     readers: dict[Value, list[str]] = field(default_factory=lambda: defaultdict(list))
+    read: dict[Value, list[Operator]] = field(default_factory=lambda: defaultdict(list))
     results: set[Value] = field(default_factory=set)
 
 
@@ -102,14 +115,20 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         reader = self.stack[-1].module if self.stack else ""
-        for value in self.values((args, kwargs)):
+        given = self.values((args, kwargs))
+        for value in given:
             self.seen.readers[value].append(reader)
+        plain_args = tuple(self.value(x) if isinstance(x, Tensor) else x for x in args)
+        plain_kwargs = {k: self.value(x) if isinstance(x, Tensor) else x for k, x in kwargs.items()}
         result = func(*args, **kwargs)
         # A tensor's own version counter moves only after this function returned, and not at all in inference mode.
         for i, argument in enumerate(func._schema.arguments if isinstance(func, torch._ops.OpOverload) else ()):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 for written in tensors_in(args[i] if i < len(args) else kwargs.get(argument.name)):
                     self.writes[self.value(written).storage] += 1
+        operator = Operator(func, reader, plain_args, plain_kwargs, self.values(result))
+        for value in dict.fromkeys(given):
+            self.seen.read[value].append(operator)
         return result
 
     def enter(self, name: str, args: tuple, kwargs: dict) -> None:

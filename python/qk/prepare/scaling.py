@@ -1,0 +1,100 @@
+"""Scales channels along the paths of a prepared model (qk.prepare.paths), and says where it did and where not."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from qk.errors import fail
+from qk.prepare.prepared import Path, Prepared, check_prepared
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """done: source -> its readers. skipped: source -> why its channels were left as they are."""
+
+    done: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def notes(self, word: str) -> list[str]:
+        """For the report. word: Equalized, Smoothed."""
+        by_reason: dict[str, list[str]] = defaultdict(list)
+        for name, reason in self.skipped.items():
+            by_reason[reason].append(name)
+        pairs = "; ".join(f"{source} -> {', '.join(readers)}" for source, readers in self.done.items())
+        return [f"{word}: {pairs or 'nothing'}."] + [
+            f"Not {word.lower()}: {', '.join(names)}: {reason}." for reason, names in by_reason.items()
+        ]
+
+
+def check_not_calibrated(p: Prepared, stage: str) -> None:
+    """Raises QkError for what is no Prepared, and after calibration, as steps and codes are of the weights before."""
+    check_prepared(p, stage)
+    if p.calibrated:
+        raise fail(stage, "p", "not calibrated yet", "one that is", "Call it between qk.prepare and qk.calibrate.")
+
+
+def usable_paths(p: Prepared, stage: str) -> tuple[list[Path], dict[str, str]]:
+    """Paths along which scaling changes nothing in float and something when quantized, and why not the others.
+
+    Raises QkError as check_not_calibrated does.
+    """
+    check_not_calibrated(p, stage)
+    usable, skipped = [], dict(p.blocked)
+    for path in p.paths:
+        if path.clips:
+            skipped[path.source] = "its output goes through ReLU6, which keeps no factor"
+        elif all(p.plan[name].is_float for name in path.readers):
+            skipped[path.source] = "what reads its output stays in float"
+        else:
+            usable.append(path)
+    return usable, skipped
+
+
+def module_of(p: Prepared, name: str) -> nn.Module:
+    """The float layer, which shares its parameters with the one that simulates it; any other module itself."""
+    return p.originals[name] if name in p.originals else p.model.get_submodule(name)
+
+
+def made_ranges(p: Prepared, path: Path) -> Tensor:
+    """max of |w| and |b| of what makes each channel: a row of a layer, an entry of a norm; float64."""
+    source = module_of(p, path.source)
+    found = source.weight.detach().double().abs().reshape(path.channels, -1).amax(1)
+    bias = getattr(source, "bias", None)
+    return found if bias is None else found.maximum(bias.detach().double().abs())
+
+
+def read_ranges(p: Prepared, path: Path) -> Tensor:
+    """max |w| of what the readers multiply with each channel of the source; float64, 0 for one that none reads."""
+    found = torch.zeros(path.channels, dtype=torch.float64, device=module_of(p, path.source).weight.device)
+    for name, channels in path.readers.items():
+        ranges = by_input(module_of(p, name)).double().abs().amax((1, 3)).flatten()
+        found.scatter_reduce_(0, channels.to(found.device), ranges, "amax")
+    return found
+
+
+def by_input(layer: nn.Module) -> Tensor:
+    """The weight as [groups, N / groups, C / groups, taps]: input channel c of group g is at [g, :, c]."""
+    groups = getattr(layer, "groups", 1)
+    return layer.weight.detach().reshape(groups, len(layer.weight) // groups, layer.weight.shape[1], -1)
+
+
+@torch.no_grad()
+def scale(p: Prepared, path: Path, factor: Tensor) -> None:
+    """Divides channel i of the source by factor[i] and multiplies what reads it: nothing changes but roundings.
+
+    factor: [channels], float64, positive. Each weight and bias is computed in float64 and rounded once.
+    """
+    source = module_of(p, path.source)
+    for parameter in (source.weight, getattr(source, "bias", None)):
+        if parameter is not None:
+            parameter.copy_(parameter.double() / factor.reshape(-1, *[1] * (parameter.dim() - 1)))
+    for name, channels in path.readers.items():
+        layer = module_of(p, name)
+        weight = by_input(layer)
+        groups, _, inputs, _ = weight.shape
+        by = factor[channels.to(factor.device)].reshape(groups, 1, inputs, 1)
+        layer.weight.copy_((weight.double() * by).reshape(layer.weight.shape))
