@@ -27,6 +27,10 @@ def data():
     x = torch.randn(12, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     return [x[:6], x[6:]], [(x, make().eval()(x).argmax(1))]
 
+def with_training(rows=6):
+    calibration, evaluation = data()
+    return calibration, evaluation, [(x[:rows], y[:rows]) for x, y in evaluation]
+
 def unlabelled():
     return data()[0], None
 
@@ -86,6 +90,24 @@ def test_quantize_shows_a_table_and_where_things_are(run, tmp_path):
     assert json.loads((tmp_path / "r.json").read_text())["layers"]
 
 
+def test_tune_trains_saves_and_reports(run, tmp_path):
+    words = ["tune", "--model", "MODEL", "--data", "python:cli_model:with_training", "--out", "out"]
+    made = run(*words, "--set", "weights=3", "--set", "tuning.epochs=2", "--set", "tuning.lr=0.02", "--json")
+    report = json.loads(made.stdout)
+    assert report["recipe"]["method"] == "lsq"
+    assert report["recipe"]["tuning"]["lr"] == 0.02
+    assert report["seconds"]["tune"] > 0
+    assert len(report["losses"][""]) == 2
+    assert (tmp_path / "out" / "report.html").exists()
+    measured = json.loads(run("eval", "--model", "MODEL", "--data", "DATA", "--checkpoint", "out", "--json").stdout)
+    assert measured["accuracy"] == report["accuracy"]["integer"]
+    assert [x["width"] for x in json.loads(run("inspect", "out", "--json").stdout)["layers"]] == [
+        "W8A8",
+        "W3A8",
+        "W8A8",
+    ]
+
+
 def test_a_recipe_comes_from_a_file_and_from_set(run, tmp_path):
     (tmp_path / "r.yaml").write_text("weights: 2\nmethod: nearest\n")
     words = ["inspect", "MODEL", "--shape", "2,1,8,8", "--recipe", "r.yaml", "--json"]
@@ -133,6 +155,12 @@ def test_inspect_names_folds(run):
             "a folder that can be written",
         ),
         (["demo", "--out", "cli_model.py"], "a folder that can be written"),
+        (["tune", "--model", "MODEL", "--data", "DATA", "--out", "o"], "data with labels to train on"),
+        (
+            ["tune", "--model", "MODEL", "--data", "DATA", "--out", "o", "--set", "tuning.epochs=0"],
+            "tuning.epochs must",
+        ),
+        (["tune", "--model", "MODEL", "--data", "DATA", "--out", "o", "--set", "tuning.rate=1"], "rate"),
     ],
 )
 def test_bad_input_is_one_plain_line(run, words, message):
@@ -193,9 +221,31 @@ def test_a_folder_of_images_is_split_into_calibration_and_evaluation(run, tmp_pa
     assert sum(len(labels) for _, labels in data.evaluation) == 6
     for images, labels in data.evaluation:
         assert ((images[:, 0] > images[:, 2]).flatten(1).all(1) == labels.bool()).all()  # blue is 0, red 1
+    assert sum(len(labels) for _, labels in data.train) == 4  # those that the evaluation does not see
     (tmp_path / "images" / "red" / "9.png").write_bytes(b"no image")
     with pytest.raises(qk.QkError, match=r"9\.png must be a readable image"):
         load_data("imagefolder:images?calibration=11")
+
+
+def test_images_to_train_on_are_shuffled_moved_and_mirrored(run, tmp_path):
+    image_module = pytest.importorskip("PIL.Image")
+    from qk.sources import load_data
+
+    for split in ("train", "val"):
+        (tmp_path / "images" / split / "one").mkdir(parents=True)
+        for i in range(6):
+            image = image_module.linear_gradient("L").rotate(90).resize((24, 20))  # brighter from left to right
+            image.save(tmp_path / "images" / split / "one" / f"{i}.png")
+    data = load_data("imagefolder:images?size=16&resize=20&calibration=2", batch_size=6)
+    assert len(data.train) == len(data.evaluation) == 1
+    torch.manual_seed(0)
+    (first, _), (second, _) = (next(iter(data.train)) for _ in range(2))
+    torch.manual_seed(0)
+    assert torch.equal(next(iter(data.train))[0], first)
+    assert not torch.equal(first, second)
+    rises = [float(x[0, :, -1].mean() - x[0, :, 0].mean()) > 0 for x in torch.cat([first, second])]
+    assert 0 < sum(rises) < 12
+    assert len(torch.cat([first, second]).flatten(1).unique(dim=0)) > 4  # not only mirrored
 
 
 def test_doctor_finds_the_kernels_equal_to_their_definitions(run):

@@ -17,7 +17,7 @@ SHAPES = ("disc", "square", "triangle", "ring", "cross", "star", "crescent", "ba
 TEXTURES = ("stripes", "checks", "dots")
 CLASSES = len(SHAPES) * len(TEXTURES)
 SIZE = 32
-NOISE = 0.12  # deviation of the grain, in units of the range of a colour
+NOISE = 0.05  # deviation of the grain, in units of the range of a colour
 CHUNK = 4096  # pictures drawn together
 
 

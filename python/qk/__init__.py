@@ -7,12 +7,12 @@ from qk.calibrate.smooth import smooth
 from qk.deploy import convert, fuse, load, load_table, quantize_embedding, quantize_table_file, save
 from qk.errors import QkError
 from qk.flow import Result, quantize
-from qk.methods import reconstruct
+from qk.methods import param_groups, reconstruct, trainable, tune
 from qk.methods.gptq import gptq
 from qk.prepare import prepare
 from qk.prepare.equalize import equalize
 from qk.prepare.unclip import unclip
-from qk.spec import Plan, QuantSpec, Recipe
+from qk.spec import Plan, QuantSpec, Recipe, Tuning
 
 # qk.prepare and qk.calibrate are the functions; `from qk.prepare.links import ...` still finds the folders.
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "QuantSpec",
     "Recipe",
     "Result",
+    "Tuning",
     "active_isa",
     "build_facts",
     "calibrate",
@@ -33,6 +34,7 @@ __all__ = [
     "load",
     "load_table",
     "ops",
+    "param_groups",
     "prepare",
     "quantize",
     "quantize_embedding",
@@ -40,6 +42,8 @@ __all__ = [
     "reconstruct",
     "save",
     "smooth",
+    "trainable",
+    "tune",
     "unclip",
     "usable_isas",
 ]

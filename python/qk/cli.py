@@ -1,4 +1,4 @@
-"""qk on the command line: demo, quantize, eval, inspect, doctor, bench."""
+"""qk on the command line: demo, quantize, tune, eval, inspect, doctor, bench."""
 
 from __future__ import annotations
 
@@ -36,6 +36,12 @@ Model = Annotated[str, typer.Option(help="torchvision:NAME, timm:NAME, hf:PATH o
 Weights = Annotated[Path | None, typer.Option(help="safetensors, or a torch file that holds tensors alone.")]
 DataName = Annotated[str, typer.Option(help="digits, imagefolder:DIR or python:MODULE:FUNCTION.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images in a batch.")]
+RecipeFile = Annotated[Path | None, typer.Option(help="YAML with the fields of qk.Recipe.")]
+Change = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="A field of the recipe: weights=4, tuning.epochs=20, overrides.fc.weights=8."),
+]
+ReportFile = Annotated[Path | None, typer.Option(help="HTML (or .json) file; OUT/report.html if not given.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
 
 
@@ -80,20 +86,48 @@ def quantize(
     data: DataName,
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint.")],
     weights: Weights = None,
-    recipe: Annotated[Path | None, typer.Option(help="YAML with the fields of qk.Recipe.")] = None,
-    change: Annotated[
-        list[str] | None, typer.Option("--set", help="A field of the recipe: weights=4, overrides.fc.weights=8.")
-    ] = None,
-    report: Annotated[Path | None, typer.Option(help="HTML (or .json) file; OUT/report.html if not given.")] = None,
+    recipe: RecipeFile = None,
+    change: Change = None,
+    report: ReportFile = None,
     batch_size: BatchSize = 32,
     as_json: Json = False,
 ) -> None:
     """Quantizes a model, saves it, and reports what that changed."""
+    _quantize(model, data, out, weights, _recipe(recipe, change or []), report, batch_size, as_json)
+
+
+@app.command()
+def tune(
+    model: Model,
+    data: DataName,
+    out: Annotated[Path, typer.Option(help="Folder for the checkpoint; a run that was killed goes on from there.")],
+    weights: Weights = None,
+    recipe: RecipeFile = None,
+    change: Change = None,
+    report: ReportFile = None,
+    batch_size: BatchSize = 64,
+    as_json: Json = False,
+) -> None:
+    """Trains a model for its widths on labelled data (LSQ), saves it, and reports what that changed."""
+    wanted = _recipe(recipe, [*(change or []), "method=lsq"])
+    _quantize(model, data, out, weights, wanted, report, batch_size, as_json)
+
+
+def _quantize(
+    model: str,
+    data: str,
+    out: Path,
+    weights: Path | None,
+    recipe: Any,
+    report: Path | None,
+    batch_size: int,
+    as_json: bool,
+) -> None:
+    """The model quantized as the recipe says, its checkpoint and report; what both commands above do."""
     import qk
     from qk import sources
     from qk.files import writable_folder
 
-    wanted = _recipe(recipe, change or [])
     report = report or out / "report.html"
     writable_folder(report.parent, "quantize")
     say = _say(as_json)
@@ -102,11 +136,17 @@ def quantize(
     evaluate = None
     if loaded.evaluation is not None:
         evaluate = lambda m: sources.accuracy(m, loaded.evaluation)  # noqa: E731
-    say(f"quantizing {model} on {data}")
+    train = None
+    if recipe.method == "lsq":
+        train = loaded.train
+        if train is None:
+            raise fail("tune", data, "data with labels to train on", "calibration and evaluation data alone")
+    say(f"{'tuning' if train else 'quantizing'} {model} on {data}")
     result = qk.quantize(
         floating,
         loaded.calibration,
-        wanted,
+        recipe,
+        train=train,
         evaluate=evaluate,
         out=out,
         title=f"{model} on {data}",
@@ -216,6 +256,8 @@ def _recipe(path: Path | None, changes: list[str]) -> Any:
         if first == "overrides" and rest:
             pattern, _, field = rest.rpartition(".")
             fields["overrides"].setdefault(pattern, {})[field] = value
+        elif rest and isinstance(fields.get(first), dict):
+            fields[first][rest] = value
         else:
             fields[name] = value
     return Recipe.from_dict(fields)

@@ -1,16 +1,16 @@
-"""The whole flow on one screen: prepare, calibrate, reconstruct, convert, save, measure."""
+"""The whole flow on one screen: prepare, calibrate, reconstruct or tune, convert, save, measure."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qk import machine, timing
 from qk.calibrate import calibrate, correct_bias
@@ -31,8 +31,9 @@ from qk.deploy import (
 from qk.errors import QkError, fail
 from qk.files import writable_folder
 from qk.inputs import copied_to, device_of, evaluating, feed, map_tensors
-from qk.methods import reconstruct, resume
+from qk.methods import reconstruct, resume, training_file, tune
 from qk.methods.gptq import gptq
+from qk.methods.tune import Loss, Score
 from qk.prepare import Prepared, leave_in_float, prepare
 from qk.prepare.equalize import equalize
 from qk.prepare.unclip import unclip
@@ -41,7 +42,7 @@ from qk.spec import Plan, Recipe, checked_recipe
 
 STAGE = "qk.quantize"
 MEASURED_BATCHES = 2  # for the error of each layer
-UNFINISHED = "unfinished"  # folder inside `out` for the units that a run has finished
+UNFINISHED = "unfinished"  # folder inside `out` for what a run has learned so far
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,9 @@ def quantize(
     *,
     example: Any = None,
     blocks: list[str] | None = None,
+    train: Iterable | None = None,
+    loss: Loss | None = None,
+    validate: Score | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     out: str | Path | None = None,
     latency_batches: tuple[int, ...] = (1,),
@@ -76,9 +80,10 @@ def quantize(
     batches: calibration inputs (tensors, tuples of positional arguments or dicts of keywords), without labels. What is
     not a list is read once and held, up to recipe.memory_mb. example: one batch to watch the model on; the first of
     batches if not given. blocks: module names to reconstruct together instead of those found.
+    train, loss, validate: for method "lsq", labelled data and what to do with it, as qk.tune takes them.
     evaluate: model -> share of labels met, in [0, 1]; called on the float, the simulated and the integer model.
-    out: folder to save the checkpoint in. Until all is done, finished units lie in out/unfinished: the same call goes
-    on there after it was killed, to the same bits, and another one is refused. latency_batches: sizes at which the
+    out: folder to save the checkpoint in. Until all is done, what was learned lies in out/unfinished: the same call
+    goes on there after it was killed, to the same bits, and another one is refused. latency_batches: sizes at which the
     whole model is timed, with the example repeated or cut along its first axis. measure: False leaves out errors and
     times of layers, and latency. fused: False leaves out qk.fuse, whose model holds weights of its own.
     Raises QkError for input that a stage cannot work with, before that stage changes anything; whatever can be checked
@@ -87,6 +92,7 @@ def quantize(
     recipe = checked_recipe(recipe, STAGE)
     if evaluate is not None and not callable(evaluate):
         raise fail(STAGE, "evaluate", "a function of a model", type(evaluate).__name__)
+    _check_training(recipe, {"train": train, "loss": loss, "validate": validate})
     if out is not None:
         writable_folder(out, STAGE)
     seconds: dict[str, float] = {}
@@ -117,11 +123,17 @@ def quantize(
     if recipe.only_faster:
         with _timed(seconds, "time layers"):
             _leave_slower_in_float(p)
-    if recipe.method != "nearest":
-        learn = reconstruct if recipe.method == "brecq" else gptq
+    folder = None if out is None else Path(out) / UNFINISHED
+    shown = "auto" if progress else "off"
+    if recipe.method == "brecq":
         with _timed(seconds, "reconstruct"):
-            folder = None if out is None else Path(out) / UNFINISHED
-            learn(p, held, recipe, progress="auto" if progress else "off", folder=folder)
+            reconstruct(p, held, recipe, progress=shown, folder=folder)
+    if recipe.method == "gptq":
+        with _timed(seconds, "gptq"):
+            gptq(p, held, recipe, progress=shown, folder=folder)
+    if recipe.method == "lsq":
+        with _timed(seconds, "tune"):
+            tune(p, train, recipe, loss=loss, validate=validate, folder=folder, progress=shown)
     if recipe.bias_correction:
         with _timed(seconds, "correct biases"):
             correct_bias(p, held)
@@ -147,8 +159,10 @@ def quantize(
     }
     report.layers = _layers(p, measured)
     report.notes = scaled + _notes(p, measured) + (left if fused else [])
-    if recipe.method != "nearest" and out is not None:  # else it may hold another run's
-        resume.remove(Path(out) / UNFINISHED)
+    if recipe.method in ("brecq", "gptq") and out is not None:  # else it may hold another run's
+        resume.remove(folder)
+    if recipe.method == "lsq" and out is not None:
+        training_file.remove(folder)
     return Result(integer, p.plan, report, p, fast)
 
 
@@ -169,8 +183,19 @@ def latency(
 
 
 def resized(example: Any, batch: int) -> Any:
-    """Every tensor of the example repeated or cut to `batch` along its first axis."""
-    return map_tensors(lambda x: x[torch.arange(batch, device=x.device) % x.shape[0]] if x.dim() else x, example)
+    """Every tensor of the example repeated or cut to `batch` along its first axis; a list of tensors among its
+    arguments, such as a detector's images, as a list."""
+    if isinstance(example, Mapping):
+        return {name: _resized(value, batch) for name, value in example.items()}
+    if isinstance(example, (tuple, list)):
+        return tuple(_resized(value, batch) for value in example)
+    return _resized(example, batch)
+
+
+def _resized(value: Any, batch: int) -> Any:
+    if isinstance(value, list) and all(isinstance(item, Tensor) for item in value):
+        return [value[i % len(value)] for i in range(batch)] if value else value
+    return map_tensors(lambda x: x[torch.arange(batch, device=x.device) % x.shape[0]] if x.dim() else x, value)
 
 
 def _fused(integer: nn.Module, example: Any, held: list[Any]) -> tuple[FusedModel | None, list[str]]:
@@ -212,6 +237,20 @@ def _leave_slower_in_float(p: Prepared) -> None:
         got = f"{len(slower)} of {len(times)} layers slower in integers on this machine"
         raise fail(STAGE, "recipe.only_faster", "false", got, "Set it so, or take a larger example.")
     leave_in_float(p, slower)
+
+
+def _check_training(recipe: Recipe, given: dict[str, Any]) -> None:
+    """Raises QkError for training without labelled data, and for labelled data that nothing would look at."""
+    if recipe.method != "lsq":
+        for name, value in given.items():
+            if value is not None:
+                raise fail(STAGE, name, "left out", f"one with method {recipe.method!r}", "Only 'lsq' trains.")
+    elif given["train"] is None:
+        expected = "pairs (inputs, labels) for method 'lsq', which trains on them"
+        raise fail(STAGE, "train", expected, "none", "Pass train=..., or call qk.tune; 'brecq' needs no labels.")
+    elif recipe.bias_correction:
+        got = "true with method 'lsq', which trains the biases"
+        raise fail(STAGE, "recipe.bias_correction", "false", got)
 
 
 def _check_batches(model: nn.Module, example: Any, sizes: Iterable[int]) -> None:

@@ -117,7 +117,7 @@ def _curves(axes: Any, losses: dict[str, list[dict[str, float]]]) -> None:
         drawn = [p for p in points if p["loss"] is not None and 0 < p["loss"] < inf]  # the axis is logarithmic
         x, y = [p["iteration"] for p in drawn], [p["loss"] for p in drawn]
         dash = ("-", "--", ":")[i // len(LINES) % 3]
-        axes.plot(x, y, label=_short(unit), color=LINES[i % len(LINES)], linewidth=1.2, linestyle=dash)
+        axes.plot(x, y, label=_short(unit or "the model"), color=LINES[i % len(LINES)], linewidth=1.2, linestyle=dash)
     axes.set_yscale("log")
     axes.set_xlabel("iteration")
     axes.set_ylabel("loss")

@@ -26,10 +26,14 @@ DATA = "digits, imagefolder:DIR or python:MODULE:FUNCTION"
 
 @dataclass(frozen=True)
 class Data:
-    """calibration: batches of inputs. evaluation: (inputs, labels) batches that can be read more than once, or None."""
+    """calibration: batches of inputs. evaluation: (inputs, labels) batches that can be read more than once, or None.
+
+    train: of the same kind, for each epoch in an order of its own, or None.
+    """
 
     calibration: list[Any]
     evaluation: Iterable[tuple[Any, Tensor]] | None = None
+    train: Iterable[tuple[Any, Tensor]] | None = None
 
 
 def load_model(source: str, weights: str | Path | None = None) -> nn.Module:
@@ -97,10 +101,10 @@ def load_data(source: str, batch_size: int = 32) -> Data:
             raise fail("data", source, "options size, resize, calibration, seed", str(error)) from error
     if kind == "python":
         made = _made(source, _call(name, source), **arguments)
-        if isinstance(made, tuple) and len(made) == 2:
+        if isinstance(made, tuple) and len(made) in (2, 3):
             made = Data(*made)
         if not isinstance(made, Data) or not isinstance(made.calibration, (list, tuple)):
-            expected = "a function that returns (calibration batches in a list, evaluation batches or None)"
+            expected = "a function that returns (calibration batches in a list, evaluation batches or None[, train])"
             raise fail("data", source, expected, type(made).__name__)
         return made
     raise fail("data", "source", DATA, repr(source))
@@ -159,8 +163,9 @@ def image_folder(
 ) -> Data:
     """One folder per class. `calibration` images, drawn with `seed`, come from train/ where it is there.
 
-    Where there is no val/ beside it, the images that were not drawn are the evaluation. The short side is scaled to
-    `resize`, the middle `size` x `size` taken, the values normalized as for ImageNet.
+    Where there is no val/ beside it, the images that were not drawn are the evaluation, and those drawn are all there
+    is to train on. The short side is scaled to `resize`, the middle `size` x `size` taken (to train on a random part,
+    half of the time mirrored), the values normalized as for ImageNet.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -168,28 +173,33 @@ def image_folder(
     train = root / "train" if (root / "train").is_dir() else root
     images = _images(train)
     drawn = set(random.Random(seed).sample(range(len(images)), min(calibration, len(images))))
-    held = [image for i, image in enumerate(images) if i not in drawn]
+    held, chosen = [image for i, image in enumerate(images) if i not in drawn], [images[i] for i in sorted(drawn)]
+    learned = chosen
     if (root / "val").is_dir():
-        held = _images(root / "val")
-    batches = Images([images[i] for i in sorted(drawn)], size, resize, batch_size)
-    return Data([x for x, _ in batches], Images(held, size, resize, batch_size) if held else None)
+        held, learned = _images(root / "val"), images
+    batches = Images(chosen, size, resize, batch_size)
+    train = Images(learned, size, resize, batch_size, augmented=True)
+    return Data([x for x, _ in batches], Images(held, size, resize, batch_size) if held else None, train)
 
 
 @dataclass(frozen=True)
 class Images:
-    """Batches of images read when they are asked for."""
+    """Batches of images read when they are asked for. augmented: in random order, a random part of each, half of them
+    mirrored; torch's random numbers decide."""
 
     files: list[tuple[Path, int]]
     size: int
     resize: int
     batch_size: int
+    augmented: bool = False
 
     def __len__(self) -> int:
         return -(-len(self.files) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.randperm(len(self.files)).tolist() if self.augmented else range(len(self.files))
         for start in range(0, len(self.files), self.batch_size):
-            part = self.files[start : start + self.batch_size]
+            part = [self.files[i] for i in order[start : start + self.batch_size]]
             yield torch.stack([self._read(path) for path, _ in part]), torch.tensor([label for _, label in part])
 
     def _read(self, path: Path) -> Tensor:
@@ -203,6 +213,10 @@ class Images:
         scale = self.resize / min(image.size)
         width, height = (max(self.size, round(n * scale)) for n in image.size)
         left, top = (width - self.size) // 2, (height - self.size) // 2
+        if self.augmented:
+            left, top = (int(torch.randint(2 * side + 1, ())) for side in (left, top))
+            if torch.rand(()) < 0.5:
+                image = image.transpose(image_module.Transpose.FLIP_LEFT_RIGHT)
         image = image.resize((width, height), image_module.Resampling.BILINEAR)
         image = image.crop((left, top, left + self.size, top + self.size))
         x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
@@ -223,7 +237,7 @@ def _digits(batch_size: int) -> Data:
 
     data = digits.load()
     held_out = list(zip(data.test.split(batch_size), data.test_labels.split(batch_size), strict=True))
-    return Data(list(data.train[:512].split(batch_size)), held_out)
+    return Data(list(data.train[:512].split(batch_size)), held_out, digits.Augmented(data, batch_size))
 
 
 def _arguments(text: str) -> tuple[str, dict[str, Any]]:

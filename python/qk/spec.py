@@ -104,17 +104,42 @@ class Plan:
 
 @_refuses_in_words
 @dataclass(frozen=True, config=_strict)
+class Tuning:
+    """How to train with method "lsq", beside Recipe's seed. None follows from the narrowest weights, as in the paper.
+
+    epochs: 90, or 1 where all weights have 8 bits. lr: of weights and steps, 0.01, or 0.001 at 8 bits; a cosine takes
+    it to 0. weight_decay: of weights; by the width of each, 1e-4 from 4 bits on, 0.5e-4 at 3, 0.25e-4 at 2.
+    steps: one for each output "channel" of a weight, or one for the whole "tensor". start: of the steps, "calibrated"
+    or the "paper"'s 2 mean|v| / sqrt(Q_P). count: N of the gradient scale 1 / sqrt(N Q_P) for activations, the
+    "features" of one sample or the "values" of a batch. distill: "none" trains on labels; "soft" on the float model's
+    output too, with equal weight; "features" also on the outputs of its units. patience: epochs without a better score
+    after which training ends.
+    """
+
+    epochs: int | None = Field(default=None, ge=1)
+    lr: float | None = Field(default=None, gt=0)
+    weight_decay: float | None = Field(default=None, ge=0)
+    steps: Literal["channel", "tensor"] = "channel"
+    start: Literal["calibrated", "paper"] = "calibrated"
+    count: Literal["features", "values"] = "features"
+    distill: Literal["none", "soft", "features"] = "none"
+    patience: int | None = Field(default=None, ge=1)
+
+
+@_refuses_in_words
+@dataclass(frozen=True, config=_strict)
 class Recipe:
     """How to quantize. The defaults are BRECQ with learned activation steps.
 
-    weights, activations: widths of every layer but the first and last, which take `first_last` (None: no exception).
+    weights, activations: widths of every layer but the first and the last (of each head, where a model has several),
+    which take `first_last` (None: no exception).
     group_size, symmetric: as in QuantSpec. skip: name patterns (fnmatch) of layers to leave in float. overrides: name
     pattern -> fields of QuantSpec that differ there; the last pattern that matches wins.
     ranges: how a step is chosen before learning. method: "nearest" stops after that; "brecq" learns the rounding;
     "gptq" rounds column by column, with act_order those of large inputs first, for inputs from the "quantized" or the
-    "float" prefix.
-    first_output: width of the first layer's output (the input of the second to run): "plain" is that of every other
-    layer, as in LSQ; "first_last" is `first_last`, as in BRECQ's released code.
+    "float" prefix; "lsq" trains weights and steps on labels, as `tuning` says.
+    first_output: width of the first layer's output, which the second to run reads: "plain" is that of every other
+    layer's, as in LSQ; "first_last" is `first_last`, as in BRECQ's released code.
     granularity: what is reconstructed together: a layer, a block, the blocks at one resolution, the whole net.
     loss: "fisher" weighs errors by squared gradients of the task loss; "fisher_full" lets the errors of a sample act
     together. order: "joint" learns rounding and steps at once; "weights_first" all rounding with float activations,
@@ -141,7 +166,7 @@ class Recipe:
     skip: tuple[str, ...] = ()
     overrides: dict[str, dict[str, Any]] = Field(default_factory=dict)
     ranges: Ranges = "mse"
-    method: Literal["nearest", "brecq", "gptq"] = "brecq"
+    method: Literal["nearest", "brecq", "gptq", "lsq"] = "brecq"
     act_order: bool = True
     prefix: Literal["quantized", "float"] = "quantized"
     first_output: Literal["plain", "first_last"] = "plain"
@@ -159,6 +184,7 @@ class Recipe:
     drop_inside: bool = False
     memory_mb: int = Field(default=1024, ge=1)
     seed: int = Field(default=0, ge=0, lt=2**32)
+    tuning: Tuning = Field(default_factory=Tuning)
     equalize: bool = False
     smooth: float | None = Field(default=None, ge=0, le=1)
     relu6: Literal["keep", "relu"] = "keep"

@@ -26,8 +26,12 @@ def task_loss(found: Tensor, expected: Tensor) -> Tensor:
     """How far the model's output is from the float model's, summed over samples.
 
     [batch, classes] are logits: KL(softmax(expected) || softmax(found)). Anything else has no classes that could be
-    told from its shape: half the squared error.
+    told from its shape: half the squared error. Raises QkError for shapes that differ, as of boxes that were found.
     """
+    if found.shape != expected.shape:
+        got = f"{list(found.shape)} in place of {list(expected.shape)}"
+        advice = "An output that is no fixed tensor needs loss='mse', and ranges other than lapq."
+        raise fail("the task's loss", "the model's output", "of the shape that it has in float", got, advice)
     if found.dim() == 2 and found.shape[1] > 1:
         return F.kl_div(found.log_softmax(1), expected.log_softmax(1), reduction="sum", log_target=True)
     return 0.5 * (found - expected).square().sum()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -123,6 +124,23 @@ def augment(x: Tensor, generator: torch.Generator) -> Tensor:
     bottom = torch.stack([angle.sin(), angle.cos() * scale, dy], 1)
     grid = F.affine_grid(torch.stack([top, bottom], 1), list(x.shape), align_corners=False)
     return F.grid_sample(x - paper, grid, align_corners=False) + paper
+
+
+@dataclass(frozen=True)
+class Augmented:
+    """The training images, in each pass in another order and turned, scaled and moved anew; torch's random numbers
+    decide."""
+
+    data: Digits
+    batch_size: int = Training.batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.data.train) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
+        for index in torch.randperm(len(self.data.train), generator=generator).split(self.batch_size):
+            yield augment(self.data.train[index], generator), self.data.train_labels[index]
 
 
 def train(data: Digits, config: Training) -> DigitsNet:

@@ -70,23 +70,24 @@ def convert(p: Prepared) -> nn.Module:
 def to_integer(name: str, layer: QuantLayer) -> IntegerLayer:
     """The integer layer that computes what `layer` simulates. Raises QkError when it would not."""
     where = f"layer {name or type(layer).__name__}"
-    if layer.codes is None or not layer.input.calibrated:
+    codes, step, zero = layer.integers()
+    if codes is None or not layer.input.calibrated:
         raise fail("qk.convert", where, "calibrated", "no range", "Call qk.calibrate(p, batches) first.")
     if layer.rounding is not None:
         raise fail("qk.convert", where, "done with learning", "an unfinished rounding", "Let qk.reconstruct finish.")
-    n, k = layer.codes.shape[0], layer.codes[0].numel()
+    n, k = codes.shape[0], codes[0].numel()
     tensors = {
-        "packed": ops.pack(layer.codes.reshape(n, k), layer.spec.storage_bits),
-        "weight_step": layer.weight_step.detach().clone(),
-        "weight_zero": layer.weight_zero.clone(),
+        "packed": ops.pack(codes.reshape(n, k), layer.spec.storage_bits),
+        "weight_step": step.detach().clone(),
+        "weight_zero": zero.clone(),
         "bias": None if layer.quantized_bias is None else layer.quantized_bias.detach().to(torch.float32, copy=True),
         "input_step": layer.input.step.detach().clone(),
         "input_zero": layer.input.zero.clone(),
     }
     kind = QLinear if layer.conv_args is None else QConv2d
-    module = kind(tensors, layer.spec, tuple(layer.codes.shape), **(layer.conv_args or {}))
-    codes = ops.unpack(module.packed, module.bits, k).reshape(module.shape)
-    deployed = from_kernel_order(ops.dequantize(codes, module.weight_step, module.weight_zero))
+    module = kind(tensors, layer.spec, tuple(codes.shape), **(layer.conv_args or {}))
+    unpacked = ops.unpack(module.packed, module.bits, k).reshape(module.shape)
+    deployed = from_kernel_order(ops.dequantize(unpacked, module.weight_step, module.weight_zero))
     if not torch.equal(deployed, layer.quantized_weight()):
         moved = int((deployed != layer.quantized_weight()).sum())
         raise fail("qk.convert", where, "equal to its simulated weight", f"{moved} values that differ")

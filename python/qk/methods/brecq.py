@@ -33,6 +33,7 @@ from qk.methods.engine import (
     units_of,
     weighted_square,
 )
+from qk.methods.lsq import ANEW, is_trainable
 from qk.methods.progress import Progress
 from qk.methods.resume import Finished, steps_digest
 from qk.prepare.insert import ActQuantizer, QuantLayer
@@ -100,6 +101,8 @@ def reconstruct(
     recipe = checked_recipe(recipe, STAGE)
     if not p.calibrated:
         raise fail(STAGE, "p", "calibrated", "one that is not", "Call qk.calibrate(p, batches) first.")
+    if is_trainable(p):
+        raise fail(STAGE, "p", "as prepared and calibrated", "one in training", ANEW)
     units, phases = units_of(p, recipe.granularity), phases_of(recipe)
     entries = [replace(unit, name=unit.name + phase.suffix) for phase in phases for unit in units]
     held = hold(batches, STAGE, max_batches, recipe.memory_mb)
@@ -128,6 +131,7 @@ def reconstruct(
                         cache = fill_cache(p, unit, finished, held, room, outputs, mixed=phase.drop < 1)
                         learner = _Unit(p, unit, learned, phase, recipe, generator)
                         p.history[entry.name] = learner.reconstruct(cache, shown)
+                        del cache  # before the next one takes its room
                     if kept and number not in kept.found:
                         kept.add(number)
                     last = p.history[entry.name][-1]

@@ -47,9 +47,14 @@ class Progress:
 
     def end(self, iterations: int, before: float, after: float, kept: str) -> None:
         """The unit is done. kept: learned, or what it had before."""
+        note = "" if kept == "learned" else f" ({kept} kept)"
+        self.finish(iterations, f"loss {before:.4g} -> {after:.4g}", note)
+
+    def finish(self, iterations: int, words: str, note: str = "") -> None:
+        """The unit is done, with this result."""
         self.done += 1
         self.iterations += iterations
         if self.kind == "lines":
             seconds = time.perf_counter() - self._began
-            line = f"[{self.done}/{self.units}] {self.name}: loss {before:.4g} -> {after:.4g} in {seconds:.1f} s"
-            print(line + ("" if kept == "learned" else f" ({kept} kept)"), file=sys.stderr, flush=True)
+            line = f"[{self.done}/{self.units}] {self.name}: {words} in {seconds:.1f} s{note}"
+            print(line, file=sys.stderr, flush=True)

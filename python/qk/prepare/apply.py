@@ -28,7 +28,7 @@ def apply_plan(p: Prepared, plan: Plan) -> None:
             if group not in quantizers:
                 quantizers[group] = ActQuantizer(spec.activations).to(original.weight.device)
             new = QuantLayer(original, spec, quantizers[group]).train(p.model.training)
-        _put(p, name, new)
+        put(p, name, new)
     _record(p, plan)
     p.calibrated, p.history = False, {}
 
@@ -41,11 +41,12 @@ def leave_in_float(p: Prepared, reasons: dict[str, str]) -> None:
     specs = p.plan.layers | {name: float_spec(reason) for name, reason in reasons.items()}
     plan = checked(Plan(specs), p.layers, [], "qk.leave_in_float")  # a link keeps the width that it was calibrated for
     for name in reasons:
-        _put(p, name, p.originals[name])
+        put(p, name, p.originals[name])
     _record(p, plan)
 
 
-def _put(p: Prepared, name: str, module: nn.Module) -> None:
+def put(p: Prepared, name: str, module: nn.Module) -> None:
+    """Puts a module in the place of layer `name`, wherever the model holds that."""
     if name:
         replace_module(p.model, p.model.get_submodule(name), module)
     else:  # the model is itself a layer

@@ -122,6 +122,10 @@ class QuantLayer(nn.Module):
         """The bias that goes with the quantized weight."""
         return self.bias if self.corrected_bias is None else self.corrected_bias
 
+    def integers(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Codes, steps and zeros of the weight, as they are deployed; None before calibration."""
+        return self.codes, self.weight_step, self.weight_zero
+
     def quantized_weight(self) -> Tensor:
         """The weight that the integer kernels see, in the layout of `weight`."""
         assert self.codes is not None, "calibrate before quantizing"

@@ -55,12 +55,14 @@ class Operator:
 class Observation:
     """calls: by module name, in the order in which the modules first started. readers: Value -> the module in which
     each operator read it, "" for the model itself. read: Value -> these operators. results: what the model returned.
+    feeds: Conv2d or Linear -> those that read what operators made of its output, without another one between.
     """
 
     calls: dict[str, list[Call]] = field(default_factory=dict)
     readers: dict[Value, list[str]] = field(default_factory=lambda: defaultdict(list))
     read: dict[Value, list[Operator]] = field(default_factory=lambda: defaultdict(list))
     results: set[Value] = field(default_factory=set)
+    feeds: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
 
 
 def observe(model: nn.Module, example: Any) -> Observation:
@@ -71,11 +73,13 @@ def observe(model: nn.Module, example: Any) -> Observation:
         if isinstance(module, torch.jit.ScriptModule):
             continue  # takes no hooks with keywords; its operators are still seen
 
-        def enter(_module, args, kwargs, name=name):
-            watch.enter(name, args, kwargs)
+        is_layer = isinstance(module, (nn.Conv2d, nn.Linear))
 
-        def leave(_module, _args, _kwargs, result, name=name):
-            watch.leave(name, result)
+        def enter(_module, args, kwargs, name=name, is_layer=is_layer):
+            watch.enter(name, args, kwargs, is_layer)
+
+        def leave(_module, _args, _kwargs, result, name=name, is_layer=is_layer):
+            watch.leave(name, result, is_layer)
 
         handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
         handles.append(module.register_forward_hook(leave, with_kwargs=True))
@@ -100,6 +104,7 @@ class _Watch(TorchDispatchMode):
         self.stack: list[Call] = []
         self.writes: dict[int, int] = defaultdict(int)
         self.held: list[Tensor] = []
+        self.sources: dict[int, frozenset[str]] = {}  # storage -> the layers of whose outputs it was made
 
     def value(self, x: Tensor) -> Value:
         self.held.append(x)
@@ -115,33 +120,46 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         reader = self.stack[-1].module if self.stack else ""
-        given = self.values((args, kwargs))
-        for value in given:
+        read = self.values((args, kwargs))
+        for value in read:
             self.seen.readers[value].append(reader)
         plain_args = tuple(self.value(x) if isinstance(x, Tensor) else x for x in args)
         plain_kwargs = {k: self.value(x) if isinstance(x, Tensor) else x for k, x in kwargs.items()}
         result = func(*args, **kwargs)
+        sources = self.sources_of(read)
         # A tensor's own version counter moves only after this function returned, and not at all in inference mode.
         for i, argument in enumerate(func._schema.arguments if isinstance(func, torch._ops.OpOverload) else ()):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 for written in tensors_in(args[i] if i < len(args) else kwargs.get(argument.name)):
-                    self.writes[self.value(written).storage] += 1
+                    storage = self.value(written).storage
+                    self.writes[storage] += 1
+                    self.sources[storage] = sources
         operator = Operator(func, reader, plain_args, plain_kwargs, self.values(result))
-        for value in dict.fromkeys(given):
+        for value in dict.fromkeys(read):
             self.seen.read[value].append(operator)
+        for value in operator.outputs:
+            self.sources[value.storage] = self.sources.get(value.storage, frozenset()) | sources
         return result
 
-    def enter(self, name: str, args: tuple, kwargs: dict) -> None:
+    def sources_of(self, values: tuple[Value, ...]) -> frozenset[str]:
+        return frozenset().union(*(self.sources.get(value.storage, ()) for value in values))
+
+    def enter(self, name: str, args: tuple, kwargs: dict, is_layer: bool) -> None:
         call = Call(name, tuple(c.module for c in self.stack), self.values((args, kwargs)))
+        if is_layer:
+            for source in self.sources_of(call.inputs):
+                self.seen.feeds[source].add(name)
         first = args[0] if args else next(iter(kwargs.values()), None)
         call.single = isinstance(first, Tensor)
         self.seen.calls.setdefault(name, []).append(call)
         self.stack.append(call)
 
-    def leave(self, name: str, result: Any) -> None:
+    def leave(self, name: str, result: Any, is_layer: bool) -> None:
         while self.stack[-1].module != name:  # calls that ended in an exception which the model caught
             self.stack.pop()
         call = self.stack.pop()
         call.outputs = self.values(result)
+        if is_layer:
+            self.sources |= {value.storage: frozenset({name}) for value in call.outputs}
         first = result[0] if isinstance(result, (tuple, list)) and result else result
         call.single = call.single and isinstance(first, Tensor)

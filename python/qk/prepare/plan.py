@@ -24,11 +24,16 @@ def plan_from(
     _check_patterns("skip", recipe.skip, [*layers, *kept])
     _check_patterns("overrides", recipe.overrides, layers)
     names = list(layers)
-    specs = {n: recipe.spec_for(n, n in (names[0], names[-1]), n in names[1:2]) for n in names}
-    plan = agree(Plan(specs), links)
+    ends = {names[0], *last_layers(layers)}
+    plan = agree(Plan({n: recipe.spec_for(n, n in ends, n in names[1:2]) for n in names}), links)
     long = {n: reason for n in names if (reason := too_long(layers[n], plan[n]))}
     plan = Plan({n: float_spec(long[n]) if n in long else spec for n, spec in plan.layers.items()})
     return checked(plan, layers, links, STAGE)
+
+
+def last_layers(layers: Mapping[str, Layer]) -> list[str]:
+    """Those whose outputs no layer reads; where a loop leaves none, the last to run."""
+    return [name for name, layer in layers.items() if not layer.feeds] or [list(layers)[-1]]
 
 
 def checked(plan: Plan, layers: Mapping[str, Layer], links: list[tuple[str, ...]], stage: str) -> Plan:

@@ -18,7 +18,8 @@ class Layer:
     """A Conv2d or Linear that can be quantized, as it was seen to run on the example.
 
     name: module path. order: place among all layers by first call. macs: multiply-accumulates for the whole example.
-    input_shape, output_shape: of the first call, batch first.
+    input_shape, output_shape: of the first call, batch first. feeds: the layers that read what the model makes of its
+    output; none of a last layer, of which a detector has several.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Layer:
     weight_shape: tuple[int, ...]
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
+    feeds: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -34,14 +34,15 @@ def sort_modules(model: nn.Module, seen: Observation) -> tuple[dict[str, Layer],
         calls = seen.calls.get(name, [])
         reason = _against(module, name, calls, read_by, owners)
         if reason is None:
-            layers[name] = _layer(name, module, len(layers), calls)
+            layers[name] = _layer(name, module, len(layers), seen)
         else:
             kept[name] = reason
     return layers, kept
 
 
-def _layer(name: str, module: nn.Module, order: int, calls: list[Call]) -> Layer:
+def _layer(name: str, module: nn.Module, order: int, seen: Observation) -> Layer:
     weight: Tensor = module.weight
+    calls = seen.calls[name]
     for what, tensor in (("weight", weight), ("bias", module.bias)):
         if tensor is not None and not torch.isfinite(tensor).all():
             where = f"the {what} of {name or 'the model'}"
@@ -56,6 +57,7 @@ def _layer(name: str, module: nn.Module, order: int, calls: list[Call]) -> Layer
         weight_shape=tuple(weight.shape),
         input_shape=calls[0].inputs[0].shape,
         output_shape=outputs[0].shape,
+        feeds=tuple(sorted(seen.feeds[name])),
     )
 
 

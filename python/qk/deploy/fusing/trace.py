@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ def traced(model: nn.Module, example: Any) -> fx.GraphModule:
     entered: list[str] = []
     with evaluating(model), _watched(model, entered), torch.no_grad():
         try:
-            program = torch.export.export(model, args, kwargs, dynamic_shapes=_free(args, kwargs), strict=False)
+            with redirect_stderr(StringIO()):  # where it cannot go on it prints the whole graph
+                program = torch.export.export(model, args, kwargs, dynamic_shapes=_free(args, kwargs), strict=False)
         except Exception as error:
             where = f"{entered[-1]!r} ({type(model.get_submodule(entered[-1])).__name__})" if entered else "the model"
             got = f"{where}, in which it raised {type(error).__name__}: {_first_line(error)}"

@@ -1,0 +1,148 @@
+"""Networks trained on the drawn pictures, quantized: the orderings that the papers claim, and what the default costs.
+
+Each study names recipes that differ in one thing. A row is a network, a recipe and a seed: accuracy in float, of the
+integer model, and whether that agrees with the definition of its operators. Rows are kept; a study goes on where it
+was. --iterations is per unit, for all that learn.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from statistics import mean
+
+import torch
+from torch import nn
+
+import qk
+from pages import fill
+from proof import networks
+from proof.ledger import Ledger, Row
+from qk.deploy import definition
+from qk.spec import Recipe
+from qk.tables import Table
+
+ROOT = Path(__file__).parents[2]
+NEAREST = Recipe(method="nearest")
+LEARNED = Recipe(method="brecq")
+
+
+def widths(weights: int, activations: int, **cases: Recipe) -> dict[str, Recipe]:
+    """The cases at one width, by name."""
+    made = {name: replace(recipe, weights=weights, activations=activations) for name, recipe in cases.items()}
+    return {f"W{weights}A{activations} {name.replace('_', ' ')}": recipe for name, recipe in made.items()}
+
+
+GRANULARITIES = {
+    "nearest": NEAREST,
+    **{name: replace(LEARNED, granularity=name) for name in ("layer", "block", "stage", "net")},
+}
+STUDIES: dict[str, tuple[str, dict[str, Recipe]]] = {
+    "default": (
+        "The default recipe",
+        {f"W{w}A{a}": replace(LEARNED, weights=w, activations=a) for w, a in ((4, 6), (4, 4), (2, 4))},
+    ),
+    "granularity": (
+        "What is reconstructed together",
+        widths(3, 8, **GRANULARITIES) | widths(2, 8, **GRANULARITIES),
+    ),
+    "loss": (
+        "Weights of the errors",
+        widths(2, 4, **{name: replace(LEARNED, loss=name) for name in ("mse", "fisher", "fisher_full")}),
+    ),
+    "order": (
+        "Order and dropping",
+        widths(
+            2,
+            4,
+            weights_first=replace(LEARNED, order="weights_first", drop=1.0),
+            joint=replace(LEARNED, drop=1.0),
+            joint_drop=LEARNED,
+            joint_drop_inside=replace(LEARNED, drop_inside=True),
+        ),
+    ),
+    "ranges": (
+        "Steps without learned rounding",
+        widths(4, 4, **{name: replace(NEAREST, ranges=name) for name in ("minmax", "percentile", "mse", "lapq")}),
+    ),
+}
+
+
+@cache
+def network(name: str) -> nn.Module:
+    return networks.trained(networks.Training(name), ROOT / ".cache" / "proof")
+
+
+def measure(name: str, recipe: Recipe) -> Row:
+    result = qk.quantize(network(name), networks.calibration(), recipe, measure=False, fused=False)
+    batch = networks.test_set().images[:64]
+    with torch.no_grad():
+        found = result.model(batch)
+        with definition():
+            same = torch.equal(found, result.model(batch))
+    return {
+        "accuracy": networks.accuracy(result.model),
+        "equals definition": same,
+        "learning": round(result.report.seconds.get("reconstruct", 0.0), 1),
+    }
+
+
+def study(ledger: Ledger, name: str, cases: dict[str, Recipe], seeds: int) -> Table:
+    """A table of the cases for one network; what does not learn has one seed."""
+    base = ledger.row({"network": name, "case": "float"}, lambda: {"accuracy": networks.accuracy(network(name))})
+    rows = [["float", f"{100 * base['accuracy']:.2f}", "", "", "", ""]]
+    for case, recipe in cases.items():
+        found = [
+            ledger.row(
+                {"network": name, "case": case, "seed": seed, "recipe": replace(recipe, seed=seed).to_dict()},
+                lambda seed=seed, recipe=recipe: measure(name, replace(recipe, seed=seed)),
+            )
+            for seed in range(seeds if recipe.method == "brecq" or recipe.ranges == "lapq" else 1)
+        ]
+        points = [100 * row["accuracy"] for row in found]
+        spread = f"{min(points):.2f} to {max(points):.2f}" if len(points) > 1 else ""
+        same = "yes" if all(row["equals definition"] for row in found) else "NO"
+        lost = f"{mean(points) - 100 * base['accuracy']:+.2f}"
+        rows.append([case, f"{mean(points):.2f}", spread, lost, same, f"{mean(r['learning'] for r in found):.0f}"])
+    head = [name, "accuracy %", "lowest to highest", "points from float", "equals definition", "seconds of learning"]
+    return Table("", head, rows)
+
+
+def section(ledger: Ledger, chosen: list[str], change: Callable[[Recipe], Recipe], name: str, seeds: int) -> str:
+    parts = []
+    for key in chosen:
+        title, cases = STUDIES[key]
+        table = study(ledger, name, {case: change(recipe) for case, recipe in cases.items()}, seeds)
+        parts.append(f"### {title}\n\n{table.markdown()}")
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--network", default="resnet18")
+    parser.add_argument("--studies", default=",".join(STUDIES))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--iterations", type=int, default=Recipe().iterations)
+    parser.add_argument("--weight-lr", type=float, default=Recipe().weight_lr)
+    parser.add_argument("--act-lr", type=float, default=Recipe().act_lr)
+    options = parser.parse_args()
+    ledger = Ledger(ROOT / "benchmarks" / "results" / "proof-pictures.json")
+    learning = {"iterations": options.iterations, "weight_lr": options.weight_lr, "act_lr": options.act_lr}
+
+    def change(recipe: Recipe) -> Recipe:
+        return replace(recipe, **learning) if recipe.method == "brecq" else recipe
+
+    text = section(ledger, options.studies.split(","), change, options.network, options.seeds)
+    facts = ledger.rows[-1]["machine"]
+    note = f"Iterations {options.iterations}, weight_lr {options.weight_lr}, act_lr {options.act_lr}; "
+    note += f"{networks.TESTED_ON} test pictures, 1024 training pictures to calibrate; seeds 0 to {options.seeds - 1}. "
+    note += f"Machine: {facts['cpu']}, threads {facts['threads']}.\n\n"
+    fill(ROOT / "docs" / "results.md", f"pictures {options.network}", note + text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

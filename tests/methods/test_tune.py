@@ -1,0 +1,464 @@
+"""qk.tune: it lowers the loss, keeps the best, goes on after it was killed, and refuses what it cannot use."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+import qk
+from methods.test_resume import content, ends
+from qk.deploy import definition
+from qk.errors import QkError
+from qk.methods import tune as tune_function
+from qk.methods.lsq import is_trainable
+from qk.methods.training_file import FILE, remove
+from qk.methods.tune import cosine, feature_loss, soft_loss
+from qk.prepare import prepare
+from qk.spec import Recipe, Tuning
+from threads import threads
+
+module = sys.modules["qk.methods.tune"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    with threads(1):
+        yield
+
+
+class Unit(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        return torch.relu(x + self.conv2(torch.relu(self.conv1(x))))
+
+
+class Net(nn.Module):
+    """With what makes training depend on the random state and on its mode: dropout, and a norm that stays."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.stem, self.a, self.b = nn.Conv2d(3, 8, 3), Unit(), Unit()
+        self.drop, self.head = nn.Dropout(0.2), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.drop(self.b(self.a(torch.relu(self.stem(self.norm(x))))).mean((2, 3))))
+
+
+def net():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Net().eval()
+
+
+X = torch.randn(36, 3, 7, 7, generator=torch.Generator().manual_seed(1))
+LABELS = X.mean((2, 3)).argmax(1)
+LABELLED = list(zip(X.split(12), LABELS.split(12), strict=True))
+
+
+def shuffled():
+    return DataLoader(TensorDataset(X, LABELS), batch_size=12, shuffle=True)
+
+
+def recipe(**tuning):
+    return Recipe(weights=3, activations=4, method="lsq", tuning=Tuning(**({"epochs": 3} | tuning)))
+
+
+def prepared(model=None):
+    p = prepare(model or net(), X[:4], recipe())
+    qk.calibrate(p, [X])
+    return p
+
+
+def tuned(p=None, train=None, wanted=None, **more):
+    p = p or prepared()
+    tune_function(p, shuffled() if train is None else train, wanted or recipe(), **({"progress": "off"} | more))
+    return p
+
+
+def same(p, other):
+    first, second = p.model.state_dict(), other.model.state_dict()
+    return all(torch.equal(tensor, second[name]) for name, tensor in first.items()) and p.history == other.history
+
+
+class Interrupting:
+    """Cross entropy that is interrupted at a call."""
+
+    def __init__(self, at):
+        self.at, self.calls = at, 0
+
+    def __call__(self, output, labels):
+        self.calls += 1
+        if self.calls == self.at:
+            raise KeyboardInterrupt
+        return nn.functional.cross_entropy(output, labels)
+
+
+# --- mathematics ------------------------------------------------------------------------------------------------------
+
+
+def test_the_rate_falls_with_a_cosine_to_zero():
+    assert [cosine(0.01, done) for done in (0, 0.5, 1)] == pytest.approx([0.01, 0.005, 0])
+
+
+def test_the_soft_loss_is_a_divergence_for_each_sample():
+    one, other = torch.tensor([[0.0, 0.0], [1.0, 2.0]]), torch.tensor([[0.0, 2.0], [1.0, 2.0]])
+    e = torch.softmax(other[0], 0)
+    expected = (e * (e.log() - torch.tensor(0.5).log())).sum() / 2  # the second sample is as it should be
+    assert soft_loss(one, other).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_feature_loss_is_relative():
+    x = torch.tensor([3.0, 4.0])
+    assert feature_loss([x * 1.1, x], [x, x]).item() == pytest.approx(0.005, rel=1e-4)
+    assert feature_loss([x * 110, x], [x * 100, x]).item() == pytest.approx(0.005, rel=1e-4)
+
+
+@pytest.mark.parametrize(("weights", "epochs", "lr"), [(2, 90, 0.01), (4, 90, 0.01), (8, 1, 0.001)])
+def test_epochs_and_rate_follow_from_the_narrowest_weights(weights, epochs, lr):
+    p = prepare(net(), X[:4], Recipe(weights=weights))
+    qk.calibrate(p, [X])
+    run = module._Run(qk.trainable(p) and p, LABELLED, 3, Recipe(), Interrupting(0), None)
+    assert (run.epochs, run.lr) == (epochs, lr)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"steps": "tensor", "start": "paper", "count": "values"}])
+def test_training_lowers_the_loss_and_is_deployed_exactly(options, tmp_path):
+    model = net()
+    before = copy.deepcopy(model.state_dict())
+    p = tuned(prepared(model), wanted=recipe(epochs=12, lr=0.03, **options))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    *records, last = p.history[""]
+    assert [r["epoch"] for r in records] == list(range(1, 13))
+    assert records[-1]["loss"] < 0.8 * records[0]["loss"]
+    assert (last["before"], last["after"], last["kept"]) == (records[0]["loss"], records[-1]["loss"], "learned")
+    assert not any(m.training for m in p.model.modules())
+    integer = qk.convert(p)
+    with torch.no_grad():
+        found = integer(X)
+        with definition():
+            assert torch.equal(found, integer(X))
+        assert (found.argmax(1) == p.model(X).argmax(1)).float().mean() > 0.9
+    assert integer.qk_info.history[""]["iterations"] == 36
+    qk.save(integer, tmp_path)
+    assert torch.equal(qk.load(tmp_path, net())(X), found)
+
+
+def test_same_seed_same_bits_and_the_callers_random_numbers_stay():
+    def drawn():
+        return torch.rand(2).tolist(), np.random.rand(), random.random()
+
+    torch.manual_seed(1), np.random.seed(1), random.seed(1)
+    expected = drawn()
+    torch.manual_seed(1), np.random.seed(1), random.seed(1)
+    first = tuned()
+    assert drawn() == expected
+    assert same(tuned(), first)
+    other = Recipe.from_dict(recipe().to_dict() | {"seed": 1})
+    assert not same(tuned(wanted=other), first)
+
+
+def test_the_best_weights_are_kept():
+    scores = iter([0.1, 0.5, 0.9, 0.3, 0.9])
+    states = []
+
+    def validate(model):
+        assert not model.training
+        assert not torch.is_grad_enabled()
+        states.append(copy.deepcopy(model.state_dict()))
+        return next(scores)
+
+    p = tuned(wanted=recipe(epochs=4), validate=validate)
+    assert all(torch.equal(tensor, states[2][name]) for name, tensor in p.model.state_dict().items())
+    assert (p.history[""][-1]["epoch"], p.history[""][-1]["score"]) == (2, 0.9)
+    assert [record["score"] for record in p.history[""]] == [0.5, 0.9, 0.3, 0.9, 0.9]
+
+
+def test_weights_that_training_did_not_help_stay():
+    start = prepared()
+    qk.trainable(start)
+    before = copy.deepcopy(start.model.state_dict())
+    scores = itertools.count(0, -1)
+    p = tuned(start, validate=lambda _: next(scores))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in p.model.state_dict().items())
+    assert p.history[""][-1]["epoch"] == 0
+
+
+def test_patience_ends_training():
+    scores = iter([0.1, 0.5, 0.4, 0.4])
+    p = tuned(wanted=recipe(epochs=50, patience=2), validate=lambda _: next(scores))
+    assert len(p.history[""]) == 3 + 1
+    assert p.history[""][-1]["epoch"] == 1
+
+
+@pytest.mark.parametrize("distill", ["soft", "features"])
+def test_distillation_draws_towards_the_float_model(distill):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 9, 4)]
+        model = nn.Sequential(*layers).eval()
+    with torch.no_grad():
+        layers[-1].weight.mul_(10)
+        target = model(X)
+    p = prepare(model, X[:4], Recipe(weights=2, activations=2))
+    qk.calibrate(p, [X])
+    with p.quantized() as simulated, torch.no_grad():
+        before = soft_loss(simulated(X), target)
+    # A loss that says nothing: what is learned comes from the teacher.
+    tuned(p, LABELLED, recipe(distill=distill, epochs=15), loss=lambda y, _: 0 * y.sum())
+    with torch.no_grad():
+        assert soft_loss(p.model(X), target) < 0.7 * before
+    assert not any(m._forward_hooks for m in p.model.modules())
+
+
+def test_a_teacher_is_the_float_model_before_training():
+    p = prepared()
+    with p.quantized(set()) as model, torch.no_grad():
+        expected = model(X)
+    qk.trainable(p)
+    teacher = module.Teacher(p, [])
+    with torch.no_grad():
+        p.model.stem.weight.mul_(2)
+        assert torch.equal(teacher.model(X), expected)
+        assert teacher.loss(expected, [], X).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_inputs_may_be_tuples_or_dicts_and_the_loss_any():
+    train = [({"x": x}, {"class": labels}) for x, labels in LABELLED]
+    p = tuned(train=train, loss=lambda y, labels: nn.functional.cross_entropy(y, labels["class"]))
+    assert same(p, tuned(train=LABELLED))
+
+
+# --- going on ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("every", [None, 1, 2])
+@pytest.mark.parametrize("at", [2, 6])  # in the first epoch, and at the end of the second
+def test_an_interrupted_training_goes_on_to_the_same_bits(tmp_path, every, at):
+    wanted = recipe(distill="soft")
+    whole = tuned(wanted=wanted, validate=lambda model: float(model(X).sum()), loss=Interrupting(0))
+    p = prepared()
+    qk.trainable(p)
+    before = copy.deepcopy(p.model.state_dict())
+    more = {"wanted": wanted, "folder": tmp_path, "every": every, "validate": lambda model: float(model(X).sum())}
+    with pytest.raises(KeyboardInterrupt):
+        tuned(p, loss=Interrupting(at), **more)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in p.model.state_dict().items())
+    done = {None: 3 * ((at - 1) // 3), 1: at - 1, 2: (at - 1) // 3 * 3 + (at - 1) % 3 // 2 * 2}[every]
+    rest = Interrupting(0)
+    assert same(tuned(loss=rest, **more), whole)  # in another process p is made anew
+    assert rest.calls == 9 - done
+    assert same(tuned(p, loss=rest, **more), whole)  # nothing is left to learn
+    assert rest.calls == 9 - done
+
+
+@pytest.mark.parametrize(
+    ("words", "change"),
+    [
+        ("recipe.seed 0 instead of 1", {"wanted": Recipe.from_dict(recipe().to_dict() | {"seed": 1})}),
+        ("recipe.tuning", {"wanted": recipe(lr=0.5)}),
+        ("other batches", {"train": [(x + 1, y) for x, y in LABELLED]}),
+        ("other batches", {"train": [(x, 3 - y) for x, y in LABELLED]}),
+        ("batches in an epoch 3 instead of 2", {"train": LABELLED[:2]}),
+        ("loss 'cross_entropy' instead of", {"loss": lambda y, labels: nn.functional.cross_entropy(y, labels)}),
+        ("threads 1 instead of 2", {"threads": 2}),
+    ],
+)
+def test_what_another_training_left_is_refused(tmp_path, words, change):
+    tuned(train=LABELLED, folder=tmp_path)
+    held = content(tmp_path)
+    count = change.pop("threads", 1)
+    with threads(count), pytest.raises(QkError) as error:
+        tuned(folder=tmp_path, **({"train": LABELLED} | change))
+    assert words in str(error.value)
+    assert "Delete the folder" in str(error.value)
+    assert content(tmp_path) == held
+
+
+def test_another_model_is_refused(tmp_path):
+    tuned(folder=tmp_path)
+    other = net()
+    with torch.no_grad():
+        other.stem.weight[0, 0, 0, 0] += 1
+    with pytest.raises(QkError, match=r"other model"):
+        tuned(prepared(other), folder=tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
+def test_a_damaged_file_is_refused(tmp_path, damage):
+    tuned(folder=tmp_path)
+    path = tmp_path / FILE
+    whole = bytearray(path.read_bytes())
+    whole[-1] ^= 1
+    path.write_bytes({"cut": whole[:-5], "flipped": whole, "empty": b""}[damage])
+    with pytest.raises(QkError, match=r"qk.tune: .*training.safetensors must be .*Delete the folder"):
+        tuned(folder=tmp_path)
+
+
+def test_what_is_taken_away_is_ours_alone(tmp_path):
+    (tmp_path / ".qk-abc").write_text("half")
+    (tmp_path / "mine.txt").write_text("")
+    tuned(folder=tmp_path)
+    remove(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    remove(tmp_path / "not there")
+
+
+def test_killed_it_ends_in_the_same_bytes(tmp_path):
+    def start(folder):
+        script = Path(__file__).with_name("killed_training.py")
+        return subprocess.Popen([sys.executable, str(script), str(folder)], stderr=subprocess.PIPE)
+
+    whole = start(tmp_path / "whole")
+    process = start(tmp_path / "killed")
+    while not (tmp_path / "killed" / "unfinished" / FILE).exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    assert not ends(process, 0)
+    assert (tmp_path / "killed" / "unfinished").is_dir()
+    assert ends(start(tmp_path / "killed"))
+    assert ends(whole)
+    assert content(tmp_path / "whole") == content(tmp_path / "killed")
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        yield from LABELLED
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        (iter(LABELLED), r"train must be pairs that can be read in every epoch, got list_iterator"),
+        (X, r"train must be pairs that can be read in every epoch, got Tensor"),
+        (DataLoader(Endless(), batch_size=None), r"train must be of a known length"),
+        ([], r"train must be at least one batch"),
+        ([X[:12]], r"batch 0 of train must be a pair \(inputs, labels\)"),
+        ([(X[:12], LABELS[:12]), X[:12]], r"batch 1 of train must be a pair"),
+        ([(X[:12, :2], LABELS[:12])], r"batch 0 must be input that the model accepts"),
+        ([(X[:12], LABELS[:5])], r"the labels of batch 0 must be what loss takes, got int64 \[5\]"),
+        ([(X[:12] * torch.nan, LABELS[:12])], r"the inputs of batch 0 must be finite"),
+    ],
+)
+def test_bad_data_is_refused(train, message):
+    p = prepared()
+    with pytest.raises(QkError, match=message):
+        tuned(p, train)
+    assert p.history == {}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"loss": 3}, r"loss must be a function, got int"),
+        (
+            {"loss": lambda y, labels: y},
+            r"loss must be a function that returns one number with a gradient, got float32",
+        ),
+        ({"loss": lambda y, labels: y.sum().detach()}, r"got one without a gradient"),
+        ({"loss": lambda y, labels: 1.0}, r"one number with a gradient, got float"),
+        ({"validate": 3}, r"validate must be a function, got int"),
+        ({"validate": lambda _: None}, r"validate must be a function that returns a number, got None"),
+        ({"validate": lambda _: torch.nan}, r"validate must be a function that returns a number, got nan"),
+        ({"every": 0}, r"every must be at least 1"),
+        ({"progress": "loud"}, r"progress must be one of"),
+        ({"wanted": recipe(lr=1e6)}, r"the loss of batch \d in epoch \d must be finite.* A smaller tuning.lr"),
+    ],
+)
+def test_bad_arguments_are_refused_and_nothing_is_trained(more, message):
+    p = prepared()
+    qk.trainable(p)
+    before = copy.deepcopy(p.model.state_dict())
+    with pytest.raises(QkError, match=message):
+        tuned(p, **more)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in p.model.state_dict().items())
+
+
+def test_weights_that_are_no_numbers_are_refused_though_their_codes_are():
+    p = prepared()
+    p.model.a.conv1.weight.register_hook(lambda grad: grad * torch.nan)
+    with pytest.raises(QkError, match=r"weights after epoch 1 must be finite, got NaN or infinity in a.conv1.weight"):
+        tuned(p)
+
+
+def test_what_is_not_ready_is_refused(tmp_path):
+    p = prepare(net(), X[:4], recipe())
+    with pytest.raises(QkError, match=r"p must be calibrated"):
+        tuned(p)
+    with pytest.raises(QkError, match=r"p must be the result of qk.prepare"):
+        tuned(net())
+    p = prepared()
+    with torch.inference_mode(), pytest.raises(QkError, match=r"outside torch.inference_mode"):
+        tuned(p)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(QkError, match=r"must be a folder that can be written"):
+        tuned(p, folder=tmp_path / "file")
+
+
+def test_lines_of_progress_say_loss_and_score(capfd):
+    tuned(progress="lines", validate=lambda _: 0.25)
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert lines[1].startswith("[2/3] epoch 2: loss ")
+    assert ", score 0.25 in " in lines[1]
+
+
+# --- in the whole flow ------------------------------------------------------------------------------------------------
+
+
+def test_quantize_trains_where_the_recipe_says_lsq(tmp_path):
+    result = qk.quantize(
+        net(),
+        [X],
+        recipe(),
+        train=shuffled(),
+        validate=lambda model: float((model(X).argmax(1) == LABELS).float().mean()),
+        evaluate=lambda model: float((model(X).argmax(1) == LABELS).float().mean()),
+        out=tmp_path,
+        latency_batches=(1,),
+        progress=False,
+    )
+    assert is_trainable(result.prepared)
+    assert not (tmp_path / "unfinished").exists()
+    assert result.report.seconds["tune"] > 0
+    assert [point["iteration"] for point in result.report.losses[""]] == [3, 6, 9]
+    assert result.report.title.endswith("W3A4, lsq")
+    assert all(layer.sqnr_db > 3 for layer in result.report.layers if layer.weights)
+    with torch.no_grad():
+        assert torch.equal(qk.load(tmp_path, net())(X), result.model(X))
+        by_operators = qk.deploy.unfused(result.model, [X[:12]])
+        assert result.fused(X).shape == by_operators(X).shape
+
+
+@pytest.mark.parametrize(
+    ("wanted", "more", "message"),
+    [
+        (recipe(), {}, r"qk.quantize: train must be pairs .* for method 'lsq'.*qk.tune"),
+        (Recipe(iterations=2), {"train": LABELLED}, r"train must be left out, got one with method 'brecq'"),
+        (Recipe(method="nearest"), {"validate": len}, r"validate must be left out"),
+        (Recipe(method="lsq", bias_correction=True), {"train": LABELLED}, r"recipe.bias_correction must be false"),
+    ],
+)
+def test_quantize_refuses_training_that_does_not_fit(wanted, more, message):
+    with pytest.raises(QkError, match=message):
+        qk.quantize(net(), [X], wanted, **more)
