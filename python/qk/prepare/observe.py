@@ -56,6 +56,7 @@ class Observation:
     """calls: by module name, in the order in which the modules first started. readers: Value -> the module in which
     each operator read it, "" for the model itself. read: Value -> these operators. results: what the model returned.
     feeds: Conv2d or Linear -> those that read what operators made of its output, without another one between.
+    held: every tensor that was seen, so that no address means another one as long as this is in use.
     """
 
     calls: dict[str, list[Call]] = field(default_factory=dict)
@@ -63,6 +64,7 @@ class Observation:
     read: dict[Value, list[Operator]] = field(default_factory=lambda: defaultdict(list))
     results: set[Value] = field(default_factory=set)
     feeds: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    held: list[Tensor] = field(default_factory=list, repr=False)
 
 
 def observe(model: nn.Module, example: Any) -> Observation:
@@ -94,7 +96,7 @@ def observe(model: nn.Module, example: Any) -> Observation:
 
 
 class _Watch(TorchDispatchMode):
-    """Sees every operator. Holds each tensor that it saw, so that no address is used twice while it watches."""
+    """Sees every operator."""
 
     supports_higher_order_operators = True  # each is one operator that reads its arguments
 
@@ -103,11 +105,10 @@ class _Watch(TorchDispatchMode):
         self.seen = Observation()
         self.stack: list[Call] = []
         self.writes: dict[int, int] = defaultdict(int)
-        self.held: list[Tensor] = []
         self.sources: dict[int, frozenset[str]] = {}  # storage -> the layers of whose outputs it was made
 
     def value(self, x: Tensor) -> Value:
-        self.held.append(x)
+        self.seen.held.append(x)
         try:
             storage, offset, stride = x.untyped_storage()._cdata, x.storage_offset(), tuple(x.stride())
         except (RuntimeError, NotImplementedError):  # sparse, nested: no storage to compare

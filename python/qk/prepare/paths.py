@@ -80,12 +80,12 @@ def _check_source(model: nn.Module, seen: Observation, name: str) -> None:
             raise Blocked("its weight is not of one axis")
         if has_hooks(module) or "forward" in vars(module):
             raise Blocked("it has hooks or its own forward")
-        parameters = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
-        own = [p for p in module._parameters.values() if p is not None]
-        places = {p.untyped_storage()._cdata for p in own}
-        readers = {r for value, names in seen.readers.items() if value.storage in places for r in names}
-        if any(parameters[id(p)] > 1 for p in own) or readers - {name}:
-            raise Blocked("its weight is read elsewhere too")
+    own = [p for p in module._parameters.values() if p is not None]
+    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values())
+    places = {p.untyped_storage()._cdata for p in own}
+    others = {r for value, readers in seen.readers.items() if value.storage in places for r in readers} - {name}
+    if others or any(owners[id(p)] > 1 for p in own):
+        raise Blocked("its weight or bias is read elsewhere too")
 
 
 def _numbers(module: nn.Module, value: Value) -> Tensor:
