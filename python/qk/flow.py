@@ -221,7 +221,7 @@ def _scale_channels(p: Prepared, held: list[Any], recipe: Recipe) -> list[str]:
     if recipe.equalize:
         notes += equalize(p).notes("Equalized")
     if recipe.smooth is not None:
-        notes += smooth(p, held, recipe.smooth).notes("Smoothed")
+        notes += smooth(p, held, recipe.smooth, memory_mb=recipe.memory_mb).notes("Smoothed")
     return notes
 
 

@@ -18,6 +18,7 @@ WeightBits = Literal[2, 3, 4, 8]  # as the kernels store them; 3 lies in 4
 ActivationBits = Literal[2, 3, 4, 5, 6, 7, 8]
 Ranges = Literal["minmax", "percentile", "mse", "kl", "lapq"]
 Exponent = Annotated[float, Field(ge=1)]  # of the rounding penalty; below 1 its slope has no bound
+Alpha = Annotated[float, Field(ge=0, le=1)]
 _strict = ConfigDict(extra="forbid", strict=False, allow_inf_nan=False)
 Kind = TypeVar("Kind", bound=type)
 
@@ -149,8 +150,8 @@ class Recipe:
     the unit's input comes from the quantized prefix instead of the float one (QDrop); 1.0 is BRECQ's. drop_inside: the
     same at every quantizer inside the unit.
     equalize: qk.quantize scales channels so that weights on both sides of them have one range. smooth: alpha; it scales
-    channels so that activations lose range to weights, the more the nearer alpha is to 1. relu6: "relu" puts ReLU where
-    a ReLU6 keeps either from scaling.
+    channels so that activations lose range to weights, the more the nearer alpha is to 1; "search" finds one for each
+    place, or none. relu6: "relu" puts ReLU where a ReLU6 keeps either from scaling.
     memory_mb: for the cached inputs and outputs of a unit; beyond it they go to a file. seed: same seed, same bits.
     bias_correction: qk.quantize gives every layer a bias with which its mean output is the float model's.
     only_faster: qk.quantize times each layer on this machine, at the shape of the example, and leaves it in float where
@@ -186,7 +187,7 @@ class Recipe:
     seed: int = Field(default=0, ge=0, lt=2**32)
     tuning: Tuning = Field(default_factory=Tuning)
     equalize: bool = False
-    smooth: float | None = Field(default=None, ge=0, le=1)
+    smooth: Alpha | Literal["search"] | None = None
     relu6: Literal["keep", "relu"] = "keep"
     bias_correction: bool = False
     only_faster: bool = False

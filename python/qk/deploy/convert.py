@@ -83,6 +83,7 @@ def to_integer(name: str, layer: QuantLayer) -> IntegerLayer:
         "bias": None if layer.quantized_bias is None else layer.quantized_bias.detach().to(torch.float32, copy=True),
         "input_step": layer.input.step.detach().clone(),
         "input_zero": layer.input.zero.clone(),
+        "input_scale": None if layer.input_scale is None else layer.input_scale.clone(),
     }
     kind = QLinear if layer.conv_args is None else QConv2d
     module = kind(tensors, layer.spec, tuple(codes.shape), **(layer.conv_args or {}))

@@ -218,7 +218,7 @@ def moments_of(p: Prepared, name: str, prefix: set[str] | None, batches: list) -
     moments, once = Moments(layer), p.layers[name].calls == 1
 
     def see(_: QuantLayer, args: tuple, kwargs: dict) -> None:
-        x = args[0] if args else kwargs["input"]
+        x = layer.taken(args[0] if args else kwargs["input"])
         moments.add(x if prefix is None else layer.input(x))
         if once:
             raise Stop

@@ -67,13 +67,15 @@ class QuantLayer(nn.Module):
     quantized False: the float layer. True: input through `input`, weights from `codes`, or, while rounding is learned,
     from `rounding`, which gives them in the layout of `weight`. `weight` and `bias` stay as they were; `codes` uint8 in
     kernel order, `weight_step` float32 and `weight_zero` int32 [N] or [N, groups along K] are what is deployed, with
-    `corrected_bias` in place of `bias` where there is one (qk.calibrate.bias).
+    `corrected_bias` in place of `bias` where there is one (qk.calibrate.bias). `input_scale` float32 [K]: what a Linear
+    multiplies its input with before anything else, quantized or not, where smoothing gave it a share of the weights.
     """
 
     codes: Tensor | None
     weight_step: Tensor | None
     weight_zero: Tensor | None
     corrected_bias: Tensor | None
+    input_scale: Tensor | None
 
     def __init__(self, layer: nn.Conv2d | nn.Linear, spec: QuantSpec, quantizer: ActQuantizer) -> None:
         super().__init__()
@@ -88,7 +90,7 @@ class QuantLayer(nn.Module):
         self.input = quantizer
         self.quantized = False
         self.rounding: Callable[[], Tensor] | None = None
-        for name in ("codes", "weight_step", "weight_zero", "corrected_bias"):
+        for name in ("codes", "weight_step", "weight_zero", "corrected_bias", "input_scale"):
             self.register_buffer(name, None)
 
     @property
@@ -133,8 +135,19 @@ class QuantLayer(nn.Module):
             return from_kernel_order(ops.dequantize(self.codes, self.weight_step, self.weight_zero))
         return self.rounding()
 
+    def divide_input(self, factor: Tensor) -> None:
+        """Of a Linear: inputs are divided by factor, [K], float64, and the weight, now its own, takes it up."""
+        by = factor.reshape(1, -1)
+        self.weight = nn.Parameter((self.weight.detach() * by).float(), self.weight.requires_grad)
+        before = 1.0 if self.input_scale is None else self.input_scale
+        self.input_scale = (before / factor).float()
+
+    def taken(self, x: Tensor) -> Tensor:
+        """What the layer makes of its input before it is quantized."""
+        return x if self.input_scale is None else x * self.input_scale
+
     def forward(self, input: Tensor) -> Tensor:  # the name of the float layer's argument: some models use it
-        x, weight, bias = input, self.weight, self.bias
+        x, weight, bias = self.taken(input), self.weight, self.bias
         if self.quantized:
             x, weight, bias = self.input(x), self.quantized_weight(), self.quantized_bias
         if self.conv_args is None:

@@ -54,14 +54,9 @@ def usable_paths(p: Prepared, stage: str) -> tuple[list[Path], dict[str, str]]:
     return usable, skipped
 
 
-def module_of(p: Prepared, name: str) -> nn.Module:
-    """The float layer, which shares its parameters with the one that simulates it; any other module itself."""
-    return p.originals[name] if name in p.originals else p.model.get_submodule(name)
-
-
 def made_ranges(p: Prepared, path: Path) -> Tensor:
     """max of |w| and |b| of what makes each channel: a row of a layer, an entry of a norm; float64."""
-    source = module_of(p, path.source)
+    source = _modules(p, path.source)[-1]
     found = source.weight.detach().double().abs().reshape(path.channels, -1).amax(1)
     bias = getattr(source, "bias", None)
     return found if bias is None else found.maximum(bias.detach().double().abs())
@@ -69,10 +64,11 @@ def made_ranges(p: Prepared, path: Path) -> Tensor:
 
 def read_ranges(p: Prepared, path: Path) -> Tensor:
     """max |w| of what the readers multiply with each channel of the source; float64, 0 for one that none reads."""
-    found = torch.zeros(path.channels, dtype=torch.float64, device=module_of(p, path.source).weight.device)
+    ranges = {name: by_input(_modules(p, name)[-1]).double().abs().amax((1, 3)).flatten() for name in path.readers}
+    device = next(iter(ranges.values())).device
+    found = torch.zeros(path.channels, dtype=torch.float64, device=device)
     for name, channels in path.readers.items():
-        ranges = by_input(module_of(p, name)).double().abs().amax((1, 3)).flatten()
-        found.scatter_reduce_(0, channels.to(found.device), ranges, "amax")
+        found.scatter_reduce_(0, channels.to(device), ranges[name], "amax")
     return found
 
 
@@ -82,19 +78,30 @@ def by_input(layer: nn.Module) -> Tensor:
     return layer.weight.detach().reshape(groups, len(layer.weight) // groups, layer.weight.shape[1], -1)
 
 
+def times_input(layer: nn.Module, factor: Tensor) -> Tensor:
+    """The weight with what is multiplied with input channel c times factor[c]; computed in the type of factor."""
+    weight = by_input(layer)
+    groups, _, inputs, _ = weight.shape
+    return (weight * factor.reshape(groups, 1, inputs, 1)).reshape(layer.weight.shape)
+
+
 @torch.no_grad()
 def scale(p: Prepared, path: Path, factor: Tensor) -> None:
     """Divides channel i of the source by factor[i] and multiplies what reads it: nothing changes but roundings.
 
     factor: [channels], float64, positive. Each weight and bias is computed in float64 and rounded once.
     """
-    source = module_of(p, path.source)
-    for parameter in (source.weight, getattr(source, "bias", None)):
-        if parameter is not None:
-            parameter.copy_(parameter.double() / factor.reshape(-1, *[1] * (parameter.dim() - 1)))
+    own = [t for module in _modules(p, path.source) for t in (module.weight, getattr(module, "bias", None))]
+    for parameter in {id(t): t for t in own if t is not None}.values():
+        parameter.copy_(parameter.double() / factor.reshape(-1, *[1] * (parameter.dim() - 1)))
     for name, channels in path.readers.items():
-        layer = module_of(p, name)
-        weight = by_input(layer)
-        groups, _, inputs, _ = weight.shape
-        by = factor[channels.to(factor.device)].reshape(groups, 1, inputs, 1)
-        layer.weight.copy_((weight.double() * by).reshape(layer.weight.shape))
+        by = factor[channels.to(factor.device)]
+        for layer in {id(module.weight): module for module in _modules(p, name)}.values():
+            layer.weight.copy_(times_input(layer, by))
+
+
+def _modules(p: Prepared, name: str) -> list[nn.Module]:
+    """What holds the weights of a layer or norm: of a layer the float one, and the one that simulates it, last. They
+    share their parameters unless the latter divides its input."""
+    inside = p.model.get_submodule(name)
+    return [p.originals[name], inside] if name in p.originals else [inside]

@@ -31,7 +31,7 @@ def unclip(p: Prepared, batches: Iterable[Any]) -> float:
     check_not_calibrated(p, STAGE)
     held = list(batches)
     before = [_outputs(p, batch) for batch in held]
-    for name in {clip for path in p.paths for clip in path.clips}:
+    for name in dict.fromkeys(clip for path in p.paths for clip in path.clips):
         old = p.model.get_submodule(name)
         names = [n for n, module in p.model.named_modules(remove_duplicate=False) if module is old]
         replace_module(p.model, old, nn.ReLU(inplace=old.inplace).train(old.training))
