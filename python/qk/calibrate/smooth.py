@@ -21,7 +21,7 @@ from qk.inputs import device_of, evaluating
 from qk.ops import dequantize, quantize
 from qk.prepare.insert import ActQuantizer, QuantLayer, to_kernel_order
 from qk.prepare.prepared import Path, Prepared
-from qk.prepare.scaling import Scaled, read_ranges, scale, times_input, usable_paths
+from qk.prepare.scaling import Scaled, divide_inputs, read_ranges, scale, times_input, usable_paths
 
 STAGE = "qk.smooth"
 SEARCHED = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -49,7 +49,7 @@ def output_error(layer: QuantLayer, x: Tensor, factor: Tensor) -> float:
     rows = _rounded(rows, layer.spec.weights, layer.spec.weight_symmetric)
     weight = rows.reshape(to_kernel_order(layer.weight).shape)
     weight = weight.permute(0, 3, 1, 2) if weight.dim() == 4 else weight
-    expected = product(x, layer.weight)
+    expected = product(x, layer.weight.detach())
     change = product(x_rounded, weight) - expected
     return float(change.square().sum() / expected.square().sum().clamp(min=1e-30))
 
@@ -92,8 +92,7 @@ def smooth(
         if place in paths:
             scale(p, place, tried[chosen])
         else:
-            for name in place.readers:
-                p.quant_layers()[name].divide_input(tried[chosen])
+            divide_inputs([p.quant_layers()[name] for name in place.readers], tried[chosen])
         done[f"{place.source} (alpha {chosen:g})"] = tuple(place.readers)
     return Scaled(done, skipped)
 

@@ -8,7 +8,7 @@ from math import isfinite
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qk import ops
 from qk.deploy.modules import IntegerLayer, QConv2d, QLinear
@@ -51,6 +51,10 @@ def convert(p: Prepared) -> nn.Module:
     if not p.calibrated:
         raise fail("qk.convert", "p", "calibrated", "no ranges", "Call qk.calibrate(p, batches) first.")
     integer = {id(layer): to_integer(name, layer) for name, layer in layers.items()}
+    scales: dict[int, Tensor] = {}  # layers that read one tensor still share the factors on it
+    for layer in layers.values():
+        if layer.input_scale is not None:
+            integer[id(layer)].input_scale = scales.setdefault(id(layer.input_scale), layer.input_scale.clone())
     # deepcopy takes what its memo holds for an object, so every place that holds a layer gets the same integer one.
     model = copy.deepcopy(p.model, dict(integer))
     model.eval()

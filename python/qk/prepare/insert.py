@@ -135,13 +135,6 @@ class QuantLayer(nn.Module):
             return from_kernel_order(ops.dequantize(self.codes, self.weight_step, self.weight_zero))
         return self.rounding()
 
-    def divide_input(self, factor: Tensor) -> None:
-        """Of a Linear: inputs are divided by factor, [K], float64, and the weight, now its own, takes it up."""
-        by = factor.reshape(1, -1)
-        self.weight = nn.Parameter((self.weight.detach() * by).float(), self.weight.requires_grad)
-        before = 1.0 if self.input_scale is None else self.input_scale
-        self.input_scale = (before / factor).float()
-
     def taken(self, x: Tensor) -> Tensor:
         """What the layer makes of its input before it is quantized."""
         return x if self.input_scale is None else x * self.input_scale

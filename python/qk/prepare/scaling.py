@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qk.errors import fail
+from qk.prepare.insert import QuantLayer
 from qk.prepare.prepared import Path, Prepared, check_prepared
 
 
@@ -105,3 +106,14 @@ def _modules(p: Prepared, name: str) -> list[nn.Module]:
     share their parameters unless the latter divides its input."""
     inside = p.model.get_submodule(name)
     return [p.originals[name], inside] if name in p.originals else [inside]
+
+
+@torch.no_grad()
+def divide_inputs(layers: list[QuantLayer], factor: Tensor) -> None:
+    """Of Linear layers that read one tensor: it is divided by factor, [K], float64, where they take it in, and their
+    weights, from now on their own, take that up. They share what they multiply with: a fused model does so once."""
+    before = layers[0].input_scale
+    inverse = ((1.0 if before is None else before) / factor).float()
+    for layer in layers:
+        layer.weight = nn.Parameter(times_input(layer, factor).float(), layer.weight.requires_grad)
+        layer.input_scale = inverse
