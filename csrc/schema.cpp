@@ -46,10 +46,12 @@ STABLE_TORCH_LIBRARY(qk, m) {
   // with zero bits. bits 2, 4 or 8. A code that does not fit is an error on the CPU and loses its high bits on CUDA.
   m.def("pack(Tensor codes, int bits) -> Tensor");
   m.def("unpack(Tensor packed, int bits, int cols) -> Tensor");
-  // codes [..., cols] uint8, 8 bits with zero 0 -> the same shape: each value cut to its window of `bits` bits at the
-  // smallest allowed shift (a multiple of stride, at most 8 - bits) that keeps its top bit; with pairs, a value whose
-  // partner (2i, 2i + 1 along cols) is 0 gets a window of 2 * bits bits.
-  m.def("sparq(Tensor codes, int bits, int stride=1, bool round=True, bool pairs=True) -> Tensor");
+  // codes [..., cols] uint8 of 8 bits -> the same shape: each value cut to its window of `bits` bits at the smallest
+  // allowed shift (a multiple of stride, at most 8 - bits) that keeps its top bit; with pairs, a value whose partner
+  // (2i, 2i + 1 along cols) is 0 gets a window of 2 * bits bits. zero: int32, one value, the code that is the value 0;
+  // what is cut is the distance from it.
+  m.def(
+      "sparq(Tensor codes, int bits, int stride=1, bool round=True, bool pairs=True, Tensor? zero=None) -> Tensor");
 
   // --- integer -------------------------------------------------------------------------------------------------------
 

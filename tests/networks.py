@@ -124,7 +124,9 @@ def random_step(net: Net, rnd: random.Random, values: list[int]) -> int:
         return net.step("reshape", x, shape=(0, 0, 0, -1))
     activation = rnd.choice(("none", "relu", "relu6"))
     same = [v for v in values if net.shape[v] == net.shape[x]]
-    op = rnd.choice(("conv2d", "conv2d", "depthwise", "gemm", "add", "multiply", "max", "average", "lookup", "concat"))
+    op = rnd.choice(
+        ("conv2d", "conv2d", "depthwise", "gemm", "add", "multiply", "max", "average", "lookup", "sparq", "concat")
+    )
     if op == "conv2d":
         side = rnd.choice((1, 3))
         stride, n = rnd.choice(((1, 1), (2, 2))), rnd.choice((c, c, 5, 33))
@@ -150,6 +152,9 @@ def random_step(net: Net, rnd: random.Random, values: list[int]) -> int:
         return net.step("pool", x, mode=op, **window, scale=None if op == "max" else scale)
     if op == "lookup":
         return net.step("lookup", x, table=net.table(scale), **out)
+    if op == "sparq":
+        family = rnd.choice(("5opt", "3opt", "2opt", "6opt", "7opt"))
+        return net.step("sparq", x, family=family, round=rnd.choice((0, 1)), pairs=rnd.choice((0, 1)))
     alike = [v for v in values if net.scales[v] is not None and net.shape[v][:3] == net.shape[x][:3]]
     return net.step("concat", *rnd.choices(alike, k=rnd.choice((1, 2, 3))), scale=net.new_scale())
 

@@ -15,7 +15,7 @@ RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 
 
 def test_there_are_recipes():
-    assert {path.parent.name for path in RECIPES} >= {"adaround", "brecq", "lapq", "qdrop"}
+    assert {path.parent.name for path in RECIPES} >= {"adaround", "brecq", "lapq", "lsq", "qdrop"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -51,6 +51,22 @@ def test_set() -> shapes.Pictures:
 def calibration(count: int = 1024, rows: int = 64) -> list[Tensor]:
     """The first training pictures, in batches."""
     return list(training_set().images[:count].split(rows))
+
+
+@dataclass(frozen=True)
+class Augmented:
+    """The training pictures and their labels for qk.tune, in each pass in another order, mirrored and moved anew."""
+
+    batch_size: int = Training.batch_size
+
+    def __len__(self) -> int:
+        return -(-len(training_set()) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        data = training_set()
+        generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))  # of the caller's seed
+        for index in torch.randperm(len(data), generator=generator).split(self.batch_size):
+            yield shapes.augment(data.images[index], generator), data.labels[index]
 
 
 @torch.no_grad()

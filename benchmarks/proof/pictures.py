@@ -22,12 +22,13 @@ from pages import fill
 from proof import networks
 from proof.ledger import Ledger, Row
 from qk.deploy import definition
-from qk.spec import Recipe
+from qk.spec import Recipe, Tuning
 from qk.tables import Table
 
 ROOT = Path(__file__).parents[2]
 NEAREST = Recipe(method="nearest")
 LEARNED = Recipe(method="brecq")
+TUNED = Recipe(method="lsq", tuning=Tuning(epochs=3))
 
 
 def widths(weights: int, activations: int, **cases: Recipe) -> dict[str, Recipe]:
@@ -64,6 +65,10 @@ STUDIES: dict[str, tuple[str, dict[str, Recipe]]] = {
             joint_drop_inside=replace(LEARNED, drop_inside=True),
         ),
     ),
+    "labels": (
+        "Training on labels, three epochs",
+        widths(4, 4, brecq=LEARNED, lsq=TUNED) | widths(3, 3, brecq=LEARNED, lsq=TUNED) | widths(2, 2, lsq=TUNED),
+    ),
     "ranges": (
         "Steps without learned rounding",
         widths(4, 4, **{name: replace(NEAREST, ranges=name) for name in ("minmax", "percentile", "mse", "lapq")}),
@@ -77,7 +82,9 @@ def network(name: str) -> nn.Module:
 
 
 def measure(name: str, recipe: Recipe) -> Row:
-    result = qk.quantize(network(name), networks.calibration(), recipe, measure=False, fused=False)
+    train = networks.Augmented() if recipe.method == "lsq" else None
+    result = qk.quantize(network(name), networks.calibration(), recipe, train=train, measure=False, fused=False)
+    seconds = result.report.seconds
     batch = networks.test_set().images[:64]
     with torch.no_grad():
         found = result.model(batch)
@@ -86,7 +93,7 @@ def measure(name: str, recipe: Recipe) -> Row:
     return {
         "accuracy": networks.accuracy(result.model),
         "equals definition": same,
-        "learning": round(result.report.seconds.get("reconstruct", 0.0), 1),
+        "learning": round(seconds.get("reconstruct", 0.0) + seconds.get("tune", 0.0), 1),
     }
 
 
@@ -100,7 +107,7 @@ def study(ledger: Ledger, name: str, cases: dict[str, Recipe], seeds: int) -> Ta
                 {"network": name, "case": case, "seed": seed, "recipe": replace(recipe, seed=seed).to_dict()},
                 lambda seed=seed, recipe=recipe: measure(name, replace(recipe, seed=seed)),
             )
-            for seed in range(seeds if recipe.method == "brecq" or recipe.ranges == "lapq" else 1)
+            for seed in range(seeds if recipe.method != "nearest" or recipe.ranges == "lapq" else 1)
         ]
         points = [100 * row["accuracy"] for row in found]
         spread = f"{min(points):.2f} to {max(points):.2f}" if len(points) > 1 else ""

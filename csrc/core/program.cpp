@@ -35,6 +35,9 @@ enum Key : uint32_t {
   shape = 1 << 17,
   out_scale = 1 << 18,
   out_bits = 1 << 19,
+  family = 1 << 20,
+  round = 1 << 21,
+  pairs = 1 << 22,
 };
 constexpr std::string_view key_names[] = {"weight",
                                           "weight_step",
@@ -55,7 +58,10 @@ constexpr std::string_view key_names[] = {"weight",
                                           "count_include_pad",
                                           "shape",
                                           "out_scale",
-                                          "out_bits"};
+                                          "out_bits",
+                                          "family",
+                                          "round",
+                                          "pairs"};
 constexpr uint32_t matrix = weight | weight_step | bits | n | k_groups, window = kernel | stride | padding | dilation,
                    scale = out_scale | out_bits;
 
@@ -73,6 +79,7 @@ constexpr Signature signatures[] = {
     {"multiply", StepOp::multiply, 2, 2, activation, scale},
     {"pool", StepOp::pool, 1, 1, mode | window | ceil_mode | count_include_pad, scale},
     {"lookup", StepOp::lookup, 1, 1, table, scale},
+    {"sparq", StepOp::sparq, 1, 1, family | round | pairs, 0},
     {"concat", StepOp::concat, 1, 4096, scale, 0},
     {"reshape", StepOp::reshape, 1, 1, shape, 0},
     {"dequantize", StepOp::dequantize, 1, 1, 0, 0},
@@ -181,6 +188,9 @@ struct Parser {
       case shape: s.shape = list(value, -1, name); break;
       case out_scale: s.scale.index = static_cast<int>(number(value, 0, max_id - 1, name)); break;
       case out_bits: s.scale.bits = static_cast<int>(number(value, 2, 8, name)); break;
+      case family: s.family = choice(value, {"5opt", "3opt", "2opt", "6opt", "7opt"}, name); break;
+      case round: s.round = choice(value, {"0", "1"}, name); break;
+      case pairs: s.pairs = choice(value, {"0", "1"}, name); break;
       default: wrong(quoted(name) + " is not known");
     }
     return bit;
@@ -244,7 +254,7 @@ struct Parser {
     keys(words, at, signature.needed, signature.optional, s);
     for (int v : s.in) p.values[p.values[v].root].last = index;
     const Value first = p.values[s.in[0]];
-    const bool keeps = s.op == StepOp::reshape || (s.op == StepOp::pool && s.max);
+    const bool keeps = s.op == StepOp::reshape || s.op == StepOp::sparq || (s.op == StepOp::pool && s.max);
     check_kinds(s, first.scale.codes(), keeps);
     s.out = define(words[1], keeps ? first.scale : s.scale, index);
     if (s.op == StepOp::reshape) p.values[s.out].root = first.root;

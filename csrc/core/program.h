@@ -10,7 +10,7 @@
 
 namespace qk {
 
-enum class StepOp { quantize, conv2d, gemm, add, multiply, pool, lookup, concat, reshape, dequantize };
+enum class StepOp { quantize, conv2d, gemm, add, multiply, pool, lookup, sparq, concat, reshape, dequantize };
 
 // Of codes: which step and zero, and the width. bits 0: float32, no scale.
 struct Scale {
@@ -34,6 +34,8 @@ struct Step {
   Activation activation = Activation::none;
   bool channels_first = false;  // quantize's input
   bool max = false, ceil_mode = false, count_include_pad = false;
+  int family = 0;  // of sparq: which of program.cpp's list
+  bool round = false, pairs = false;
   std::vector<int64_t> shape;
 };
 

@@ -38,36 +38,66 @@ inline uint8_t cut(uint8_t value, bool wide) {
   return static_cast<uint8_t>(kept + (up ? unit : 0));
 }
 
-template <int N, int Stride, bool Round>
-void cut_all(const uint8_t* __restrict codes, uint8_t* __restrict out, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) out[i] = cut<N, Stride, Round>(codes[i], false);
+// Codes whose zero is 0.
+struct Unsigned {
+  static constexpr uint8_t zero = 0;
+
+  template <int N, int Stride, bool Round>
+  uint8_t moved(uint8_t code, bool wide) const {
+    return cut<N, Stride, Round>(code, wide);
+  }
+};
+
+// The distance from zero is cut, and cut off where rounding would leave the codes on that side.
+struct Signed {
+  uint8_t zero;
+
+  template <int N, int Stride, bool Round>
+  uint8_t moved(uint8_t code, bool wide) const {
+    const bool above = code >= zero;
+    const uint8_t distance = static_cast<uint8_t>(above ? code - zero : zero - code);
+    uint8_t kept = cut<N, Stride, Round>(distance, wide);
+    if constexpr (Round) {
+      const uint8_t room = above ? static_cast<uint8_t>(255 - zero) : zero;
+      kept = kept > room ? cut<N, Stride, false>(distance, wide) : kept;
+    }
+    return static_cast<uint8_t>(above ? zero + kept : zero - kept);
+  }
+};
+
+template <int N, int Stride, bool Round, class Sign>
+void cut_all(const uint8_t* __restrict codes, uint8_t* __restrict out, int64_t n, Sign sign) {
+  for (int64_t i = 0; i < n; ++i) out[i] = sign.template moved<N, Stride, Round>(codes[i], false);
 }
 
-template <int N, int Stride, bool Round>
-void cut_pairs(const uint8_t* __restrict codes, uint8_t* __restrict out, int64_t n) {
+template <int N, int Stride, bool Round, class Sign>
+void cut_pairs(const uint8_t* __restrict codes, uint8_t* __restrict out, int64_t n, Sign sign) {
   for (int64_t i = 0; i < n / 2; ++i) {
     const uint8_t a = codes[2 * i], b = codes[2 * i + 1];
-    out[2 * i] = cut<N, Stride, Round>(a, b == 0);
-    out[2 * i + 1] = cut<N, Stride, Round>(b, a == 0);
+    out[2 * i] = sign.template moved<N, Stride, Round>(a, b == sign.zero);
+    out[2 * i + 1] = sign.template moved<N, Stride, Round>(b, a == sign.zero);
   }
-  if (n % 2) out[n - 1] = cut<N, Stride, Round>(codes[n - 1], true);
+  if (n % 2) out[n - 1] = sign.template moved<N, Stride, Round>(codes[n - 1], true);
 }
 
-template <int N, int Stride, bool Round>
-void run(const SparqArgs& a) {
+template <int N, int Stride, bool Round, class Sign>
+void run(const SparqArgs& a, Sign sign) {
   static_assert(sum_chunk % 2 == 0, "a chunk never splits a pair");
   const bool joined = !a.pairs || a.cols % 2 == 0;  // no pair ends at a row's end: one long row
   each_chunk(joined ? 1 : a.rows, joined ? a.rows * a.cols : a.cols, [&](int64_t, int64_t at, int64_t n, int64_t) {
     if (a.pairs)
-      cut_pairs<N, Stride, Round>(a.codes + at, a.out + at, n);
+      cut_pairs<N, Stride, Round>(a.codes + at, a.out + at, n, sign);
     else
-      cut_all<N, Stride, Round>(a.codes + at, a.out + at, n);
+      cut_all<N, Stride, Round>(a.codes + at, a.out + at, n, sign);
   });
 }
 
 template <int N, int Stride>
 void run(const SparqArgs& a) {
-  a.round ? run<N, Stride, true>(a) : run<N, Stride, false>(a);
+  const auto with_sign = [&](auto sign) {
+    a.round ? run<N, Stride, true>(a, sign) : run<N, Stride, false>(a, sign);
+  };
+  a.zero && *a.zero ? with_sign(Signed{static_cast<uint8_t>(*a.zero)}) : with_sign(Unsigned{});
 }
 
 }  // namespace

@@ -20,13 +20,23 @@ __device__ inline uint8_t window(int value, int bits, int stride, bool round) {
 }
 
 // With pairs, a value whose partner is 0 may use the bits of both: at any shift, whatever the stride.
-__device__ inline uint8_t trim(int value, int partner, const SparqArgs& a) {
-  if (a.pairs && partner == 0) return 2 * a.bits >= 8 ? value : window(value, 2 * a.bits, 1, a.round);
-  return window(value, a.bits, a.stride, a.round);
+__device__ inline uint8_t trim(int value, bool alone, bool round, const SparqArgs& a) {
+  if (a.pairs && alone) return 2 * a.bits >= 8 ? value : window(value, 2 * a.bits, 1, round);
+  return window(value, a.bits, a.stride, round);
+}
+
+// The distance from zero is cut, and cut off where rounding would leave the codes on that side.
+__device__ inline uint8_t moved(int code, int partner, int zero, const SparqArgs& a) {
+  const bool above = code >= zero, alone = partner == zero;
+  const int distance = above ? code - zero : zero - code, room = above ? 255 - zero : zero;
+  int kept = trim(distance, alone, a.round, a);
+  if (kept > room) kept = trim(distance, alone, false, a);
+  return static_cast<uint8_t>(above ? zero + kept : zero - kept);
 }
 
 template <int team>
 __global__ void sparq_kernel(SparqArgs a) {
+  const int zero = a.zero ? *a.zero & 255 : 0;
   each_chunk<team>(a.rows, a.cols, [&](int64_t row, int64_t at, int64_t count, int64_t) {
     const uint8_t* codes = a.codes + at;
     uint8_t* out = a.out + at;
@@ -36,11 +46,11 @@ __global__ void sparq_kernel(SparqArgs a) {
       auto v = load<width>(codes + i);
       if constexpr (width == 1) {
         const int64_t partner = i ^ 1;  // chunks are even, so pairs never cross them
-        v.v[0] = trim(v.v[0], partner < count ? codes[partner] : 0, a);
+        v.v[0] = moved(v.v[0], partner < count ? codes[partner] : zero, zero, a);
       } else {
         const auto original = v;
 #pragma unroll
-        for (int j = 0; j < width; ++j) v.v[j] = trim(original.v[j], original.v[j ^ 1], a);
+        for (int j = 0; j < width; ++j) v.v[j] = moved(original.v[j], original.v[j ^ 1], zero, a);
       }
       store(out + i, v);
     });

@@ -124,6 +124,11 @@ struct Runner {
       k.table = a.constants.bytes + step.table;
     QK_DEVICE::lookup(k);
   }
+  void operator()(SparqArgs& k) const {
+    k.codes = a.at<uint8_t>(step.in[0]), k.out = a.at<uint8_t>(step.out);
+    k.zero = a.zero(in(0).scale);
+    QK_DEVICE::sparq(k);
+  }
   void operator()(Concat& k) const {
     for (size_t i = 0; i < k.parts.size(); ++i) {
       const Operand part = a.operand(in(static_cast<int>(i)), step.in[i]);

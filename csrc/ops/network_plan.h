@@ -19,6 +19,7 @@
 #include "ops/multiply.h"
 #include "ops/pool.h"
 #include "ops/quantize.h"
+#include "ops/sparq.h"
 
 namespace qk {
 namespace {
@@ -33,7 +34,7 @@ struct Concat {
 struct Nothing {};  // a step without work: reshape, or an empty result
 
 using StepArgs = std::variant<Nothing, QuantizeArgs, QuantizeTransposedArgs, Conv2dArgs, GemmArgs, AddArgs,
-                              MultiplyArgs, PoolArgs, LookupArgs, Concat, DequantizeArgs>;
+                              MultiplyArgs, PoolArgs, LookupArgs, SparqArgs, Concat, DequantizeArgs>;
 
 // The four tensors of constants.
 struct Constants {
@@ -164,6 +165,7 @@ class Planner {
         a.floats = !s.scale.codes();
         return a;
       }
+      case StepOp::sparq: return sparq(s, x, out);
       case StepOp::concat: return concat(s, x, out);
       case StepOp::reshape: out = reshaped(s, x); return Nothing{};
       case StepOp::dequantize: {
@@ -308,6 +310,18 @@ class Planner {
     a.oh = window("H of x", x[1], kernel[0], s.stride[0], s.padding[0], s.dilation[0], s.ceil_mode);
     a.ow = window("W of x", x[2], kernel[1], s.stride[1], s.padding[1], s.dilation[1], s.ceil_mode);
     out = {x[0], a.oh, a.ow, x[3]};
+    return a;
+  }
+
+  StepArgs sparq(const Step& s, const Sizes& x, Sizes& out) const {
+    demand(!x.empty(), "the input", "[..., cols]", x);
+    constexpr int bits[] = {4, 4, 4, 3, 2}, strides[] = {1, 2, 4, 1, 1};  // as program.cpp lists the families
+    out = x;
+    SparqArgs a{};
+    a.cols = s.pairs ? x.back() : count(x);
+    a.rows = a.cols ? count(x) / a.cols : 0;
+    a.bits = bits[s.family], a.stride = strides[s.family];
+    a.round = s.round, a.pairs = s.pairs;
     return a;
   }
 

@@ -11,6 +11,7 @@ struct SparqArgs {
   int64_t rows, cols;    // without pairs rows is 1
   int bits, stride;      // 4 with 1, 2 or 4; 3 or 2 with 1
   bool round, pairs;
+  const int32_t* zero;  // one code, or nullptr for 0
 };
 
 }  // namespace qk

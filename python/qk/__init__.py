@@ -2,17 +2,26 @@
 
 from qk import ops
 from qk._native import active_isa, build_facts, force_isa, usable_isas
-from qk.calibrate import calibrate, correct_bias
+from qk.calibrate import calibrate, correct_bias, match_statistics
 from qk.calibrate.smooth import smooth
 from qk.deploy import convert, fuse, load, load_table, quantize_embedding, quantize_table_file, save
 from qk.errors import QkError
 from qk.flow import Result, quantize
-from qk.methods import param_groups, reconstruct, trainable, tune
+from qk.methods import (
+    choose_windows,
+    input_statistics,
+    multipoint,
+    param_groups,
+    reconstruct,
+    set_windows,
+    trainable,
+    tune,
+)
 from qk.methods.gptq import gptq
 from qk.prepare import prepare
 from qk.prepare.equalize import equalize
 from qk.prepare.unclip import unclip
-from qk.spec import Plan, QuantSpec, Recipe, Tuning
+from qk.spec import Plan, QuantSpec, Recipe, Sparq, Tuning
 
 # qk.prepare and qk.calibrate are the functions; `from qk.prepare.links import ...` still finds the folders.
 __all__ = [
@@ -21,18 +30,23 @@ __all__ = [
     "QuantSpec",
     "Recipe",
     "Result",
+    "Sparq",
     "Tuning",
     "active_isa",
     "build_facts",
     "calibrate",
+    "choose_windows",
     "convert",
     "correct_bias",
     "equalize",
     "force_isa",
     "fuse",
     "gptq",
+    "input_statistics",
     "load",
     "load_table",
+    "match_statistics",
+    "multipoint",
     "ops",
     "param_groups",
     "prepare",
@@ -41,6 +55,7 @@ __all__ = [
     "quantize_table_file",
     "reconstruct",
     "save",
+    "set_windows",
     "smooth",
     "trainable",
     "tune",

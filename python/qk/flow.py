@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qk import machine, timing
-from qk.calibrate import calibrate, correct_bias
+from qk.calibrate import calibrate, correct_bias, match_statistics
 from qk.calibrate.batches import hold
 from qk.calibrate.smooth import smooth
 from qk.deploy import (
@@ -31,7 +31,16 @@ from qk.deploy import (
 from qk.errors import QkError, fail
 from qk.files import writable_folder
 from qk.inputs import copied_to, device_of, evaluating, feed, map_tensors
-from qk.methods import reconstruct, resume, training_file, tune
+from qk.methods import (
+    choose_windows,
+    input_statistics,
+    multipoint,
+    overhead,
+    reconstruct,
+    resume,
+    training_file,
+    tune,
+)
 from qk.methods.gptq import gptq
 from qk.methods.tune import Loss, Score
 from qk.prepare import Prepared, leave_in_float, prepare
@@ -120,6 +129,14 @@ def quantize(
             report.accuracy["float"] = _share(evaluate, model)
     with _timed(seconds, "calibrate"):
         calibrate(p, held, ranges=recipe.ranges, seed=recipe.seed, memory_mb=recipe.memory_mb)
+    asked = recipe.points_error is not None or recipe.points_budget is not None
+    if asked or any(spec.points > 1 for spec in p.plan.layers.values()):
+        with _timed(seconds, "choose points"):
+            limits = {"error": recipe.points_error, "budget": recipe.points_budget}
+            multipoint(p, held, **limits, memory_mb=recipe.memory_mb)
+    if recipe.sparq_bits is not None:
+        with _timed(seconds, "choose windows"):
+            choose_windows(p, held, recipe.sparq_bits, memory_mb=recipe.memory_mb)
     if recipe.only_faster:
         with _timed(seconds, "time layers"):
             _leave_slower_in_float(p)
@@ -134,6 +151,9 @@ def quantize(
     if recipe.method == "lsq":
         with _timed(seconds, "tune"):
             tune(p, train, recipe, loss=loss, validate=validate, folder=folder, progress=shown)
+    if recipe.match_statistics:
+        with _timed(seconds, "match statistics"):
+            match_statistics(p, held)
     if recipe.bias_correction:
         with _timed(seconds, "correct biases"):
             correct_bias(p, held)
@@ -154,6 +174,7 @@ def quantize(
     with _timed(seconds, "measure"):
         measured = measure_layers(p, integer, held[:MEASURED_BATCHES]) if measure else []
         report.latency = [latency(model, integer, example, n, fast) for n in latency_batches] if measure else []
+    report.inputs = input_statistics(p, held[:MEASURED_BATCHES])
     report.losses = {  # without the last entry, which is of another kind: over all data, with weights rounded
         unit: [{"iteration": s["iteration"], "loss": s["loss"]} for s in h[:-1]] for unit, h in p.history.items()
     }
@@ -280,12 +301,14 @@ def _share(evaluate: Callable[[nn.Module], float], model: nn.Module) -> float:
 
 def _layers(p: Prepared, measured: list[LayerMeasure]) -> list[LayerReport]:
     """Every layer that prepare found, then every other module with weights and why it stays in float."""
-    by_name = {m.name: m for m in measured}
+    by_name, quantized = {m.name: m for m in measured}, p.quant_layers()
     rows = []
     for name, layer in p.layers.items():
         spec, m = p.plan[name], by_name.get(name)
         values = (m.sqnr_db, m.float_bytes, m.integer_bytes, m.times.float_ms, m.times.integer_ms) if m else ()
-        rows.append(LayerReport(name, layer.kind, spec.weights, spec.activations, p.kept.get(name, ""), *values))
+        about = (spec.weights, spec.activations, p.kept.get(name, ""))
+        more = 0 if spec.is_float else quantized[name].extra_rows
+        rows.append(LayerReport(name, layer.kind, *about, *values, rows=layer.weight_shape[0], extra_rows=more))
     others = [name for name in p.kept if name not in p.layers]
     return rows + [LayerReport(n, type(p.model.get_submodule(n)).__name__, reason=p.kept[n]) for n in others]
 
@@ -293,6 +316,11 @@ def _layers(p: Prepared, measured: list[LayerMeasure]) -> list[LayerReport]:
 def _notes(p: Prepared, measured: list[LayerMeasure]) -> list[str]:
     """What the tables do not say aloud."""
     notes = []
+    extra = overhead(p)
+    if extra is not None:
+        text = f"{extra.extra_rows} rows more than the {extra.rows} of the layers that may have several points"
+        text += f": {100 * extra.extra_macs:.1f} % more multiply-adds there, {extra.bits:.2f} bits a weight on average."
+        notes.append(text)
     slower = [m.name for m in measured if m.times.is_slower]
     if slower:
         advice = "the recipe's only_faster leaves such layers in float"

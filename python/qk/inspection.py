@@ -80,8 +80,10 @@ def of_checkpoint(folder: Path) -> tuple[dict[str, Any], list[Table]]:
     for name, spec in manifest.plan.layers.items():
         config = manifest.layers.get(name)
         shape = config.weight_shape if config else None
-        packed = None if shape is None else shape[0] * row_bytes(prod(shape[1:]), spec.storage_bits)
-        layers.append({"name": name, "kind": config and config.kind, "width": spec.describe(), "weight": shape})
+        extra = config.extra_rows if config else 0
+        packed = None if shape is None else (shape[0] + extra) * row_bytes(prod(shape[1:]), spec.storage_bits)
+        width = spec.describe() + (f", {extra} of {shape[0]} rows more" if extra else "")
+        layers.append({"name": name, "kind": config and config.kind, "width": width, "weight": shape})
         layers[-1] |= {"bytes": packed, "reason": spec.reason}
     facts = {
         "format": manifest.format,

@@ -12,6 +12,7 @@ from typing import Any
 from qk import tables
 from qk.errors import fail
 from qk.files import replace_file
+from qk.methods.sparq import InputStatistics
 from qk.page import figures, page
 from qk.tables import Table
 
@@ -22,7 +23,8 @@ class LayerReport:
 
     weights, activations: bits; None for a layer left in float, and `reason` says why. sqnr_db: power of the float
     output over power of the error of the integer one, on calibration data. *_bytes: of the weight (with its steps and
-    zeros). *_ms: median time of one call at the shapes that were seen.
+    zeros). *_ms: median time of one call at the shapes that were seen. rows: output channels; extra_rows: what is
+    added to some of them (qk.multipoint).
     """
 
     name: str
@@ -35,11 +37,19 @@ class LayerReport:
     integer_bytes: int | None = None
     float_ms: float | None = None
     integer_ms: float | None = None
+    rows: int | None = None
+    extra_rows: int = 0
 
     @property
     def width(self) -> str:
-        """W4A8, or float."""
-        return "float" if self.weights is None else f"W{self.weights}A{self.activations}"
+        """W4A8, or float; with extra rows what they make of it: W4A8, 6 of 64 rows more, 4.4 bits."""
+        if self.weights is None:
+            return "float"
+        width = f"W{self.weights}A{self.activations}"
+        if not self.extra_rows:
+            return width
+        bits = self.weights * (1 + self.extra_rows / self.rows)
+        return f"{width}, {self.extra_rows} of {self.rows} rows more, {bits:.1f} bits"
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,7 @@ class Latency:
 class Report:
     """accuracy: "float", "simulated", "integer", "fused" -> share of labels met.
 
+    inputs: of layers whose plan has windows (SPARQ).
     losses: unit -> [{"iteration", "loss"}]. size_bytes: "float", "integer" -> bytes on disk. seconds: by stage.
     """
 
@@ -74,6 +85,7 @@ class Report:
     recipe: dict[str, Any] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    inputs: dict[str, InputStatistics] = field(default_factory=dict)
 
     def summary(self) -> Table:
         """The whole model, before and after."""
@@ -114,6 +126,18 @@ class Report:
             rows.append([layer.name, layer.kind, layer.width, error, *sizes, *times])
         return Table("", headers, rows)
 
+    def inputs_table(self) -> Table:
+        """Layers whose inputs SPARQ cuts: the window, and the shares that say what it costs."""
+        headers = ["input of", "window", "bits", "zeros", "pairs with one 0", "below 16", "wide", "shifts", "SQNR (dB)"]
+        rows = []
+        for name, x in self.inputs.items():
+            shifts = " ".join(f"{s}:{100 * share:.0f}" for s, share in x.shifts.items())
+            shares = [tables.percent(share) for share in (x.zeros, x.one_zero, x.small, x.wide)]
+            error = None if x.sqnr_db in (None, inf) else f"{x.sqnr_db:.1f}"
+            window = x.window if not x.reason else f"whole: {x.reason}"
+            rows.append([name, window, f"{x.bits:g}", *shares, shifts, error])
+        return Table("", headers, rows)
+
     def kept_table(self) -> Table:
         """Layers in float and why."""
         return Table("", ["left in float", "why"], [[x.name, x.reason] for x in self.layers if x.weights is None])
@@ -121,7 +145,8 @@ class Report:
     def tables(self) -> list[Table]:
         """What a terminal shows: the model, its layers, what stayed in float, notes."""
         notes = Table("", ["notes"], [[note] for note in self.notes])
-        return [t for t in (self.summary(), self.layer_table(), self.kept_table(), notes) if t.rows]
+        shown = (self.summary(), self.layer_table(), self.inputs_table(), self.kept_table(), notes)
+        return [t for t in shown if t.rows]
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: what is not finite (the error ratio of a layer without error) is None."""
@@ -134,12 +159,15 @@ class Report:
         data["layers"] = [LayerReport(**x) for x in data.get("layers", [])]
         data["latency"] = [Latency(**x) for x in data.get("latency", [])]
         data["links"] = [tuple(x) for x in data.get("links", [])]
+        data["inputs"] = {name: InputStatistics.of(x) for name, x in data.get("inputs", {}).items()}
         return Report(**data)
 
     def section(self) -> str:
         """The report as HTML to put into a page."""
         parts = [self.summary().html() if self.summary().rows else "", figures(self)]
         parts += [f"<h2>Layers</h2>{self.layer_table().html()}" if self.layers else ""]
+        if self.inputs:
+            parts.append(f"<h2>Inputs cut by SPARQ (shares in %)</h2>{self.inputs_table().html()}")
         if self.kept_table().rows:
             parts.append(f"<h2>Left in float</h2>{self.kept_table().html()}")
         if self.notes:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from qk.errors import QkError, fail
@@ -17,6 +17,8 @@ from qk.errors import QkError, fail
 WeightBits = Literal[2, 3, 4, 8]  # as the kernels store them; 3 lies in 4
 ActivationBits = Literal[2, 3, 4, 5, 6, 7, 8]
 Ranges = Literal["minmax", "percentile", "mse", "kl", "lapq"]
+Points = Literal[1, 2, 3]
+Window = Literal["5opt", "3opt", "2opt", "6opt", "7opt"]
 Exponent = Annotated[float, Field(ge=1)]  # of the rounding penalty; below 1 its slope has no bound
 Alpha = Annotated[float, Field(ge=0, le=1)]
 _strict = ConfigDict(extra="forbid", strict=False, allow_inf_nan=False)
@@ -40,22 +42,64 @@ def _refuses_in_words(kind: Kind) -> Kind:
 
 @_refuses_in_words
 @dataclass(frozen=True, config=_strict)
+class Sparq:
+    """SPARQ: the 8-bit codes of a layer's input cut to windows of fewer bits (docs/methods/sparq.md).
+
+    window: "5opt", "3opt" and "2opt" keep 4 bits at 5, 3 or 2 shifts, "6opt" keeps 3 bits, "7opt" 2. round: to the
+    nearest value of the window; else what lies below it is cut off.
+    pairs: which two values share their bits, so that one beside a 0 keeps twice as many. "channels": neighbours 2i and
+    2i + 1 along the channels. "weights": those that the at most two weights other than 0 among each four read (2:4
+    sparse weights). "none": no pairs, to see what they are worth.
+    signed: also where the code of 0 is not code 0; distances from it are cut. Else such a layer keeps its whole codes.
+    """
+
+    window: Window = "5opt"
+    round: bool = True
+    pairs: Literal["channels", "weights", "none"] = "channels"
+    signed: bool = False
+
+
+def _named_window(value: Any) -> Any:
+    """The name of a window alone stands for a Sparq with that window."""
+    return {"window": value} if isinstance(value, str) else value
+
+
+Cutting = Annotated[Sparq | None, BeforeValidator(_named_window)]
+
+
+@_refuses_in_words
+@dataclass(frozen=True, config=_strict)
 class QuantSpec:
     """Widths of one layer. Both None: the layer stays in float, and `reason` says why.
 
     group_size: weights that share a step along K (K in the order kh, kw, C for a convolution); None is per output
     channel. symmetric: zero in the middle of the weight's codes; 8-bit weights always are, as their kernels need it.
+    points: how many rows of codes an output channel may be a sum of (qk.multipoint); above 1 only for symmetric weights
+    of 2 to 4 bits without groups.
+    sparq: windows for the codes of the input, which have 8 bits then; the name of a window stands for its defaults.
     """
 
     weights: WeightBits | None = 8
     activations: ActivationBits | None = 8
     group_size: int | None = Field(default=None, gt=0)
     symmetric: bool = False
+    points: Points = 1
     reason: str = ""
+    sparq: Cutting = None
 
     def __post_init__(self) -> None:
         if (self.weights is None) != (self.activations is None):
             raise ValueError("weights and activations must both be widths, or both be null for a float layer")
+        single = self.weights in (None, 8) or not self.symmetric or self.group_size is not None
+        if self.points > 1 and single:
+            raise ValueError("points above 1 need symmetric weights of 2 to 4 bits without group_size")
+        if self.sparq is None:
+            return
+        if self.activations != 8:
+            raise ValueError(f"activations must be 8 with sparq, which cuts codes of 8 bits, got {self.activations}")
+        if self.sparq.pairs == "weights" and (self.group_size is not None or self.points > 1):
+            expected = "group_size must be null and points 1 with sparq.pairs weights, which need another order along K"
+            raise ValueError(expected)
 
     @property
     def is_float(self) -> bool:
@@ -75,7 +119,11 @@ class QuantSpec:
 
     def describe(self) -> str:
         """Widths in short: W4A8, or float."""
-        return "float" if self.is_float else f"W{self.weights}A{self.activations}"
+        widths = f"W{self.weights}A{self.activations}"
+        if self.is_float:
+            return "float"
+        points = "" if self.points == 1 else f" in up to {self.points} points"
+        return widths + ("" if self.sparq is None else f" {self.sparq.window}") + points
 
 
 def float_spec(reason: str) -> QuantSpec:
@@ -152,8 +200,15 @@ class Recipe:
     equalize: qk.quantize scales channels so that weights on both sides of them have one range. smooth: alpha; it scales
     channels so that activations lose range to weights, the more the nearer alpha is to 1; "search" finds one for each
     place, or none. relu6: "relu" puts ReLU where a ReLU6 keeps either from scaling.
+    points: as in QuantSpec, for layers of 2 to 4 bits, whose weights become symmetric. points_error: channels get
+    points while their output's mean squared error is above this part of its mean square. points_budget: at most this
+    part more multiply-adds and weights, spent where they lower the error most; 0.1 where neither is given.
     memory_mb: for the cached inputs and outputs of a unit; beyond it they go to a file. seed: same seed, same bits.
     bias_correction: qk.quantize gives every layer a bias with which its mean output is the float model's.
+    sparq: windows for the inputs of all layers but the first and last (QuantSpec); overrides may name others.
+    sparq_bits: qk.quantize chooses the window of each of these layers by the error that it makes, so that an activation
+    takes this many bits on average, with what says where its window lies (qk.choose_windows).
+    match_statistics: qk.quantize gives layers that took up a BatchNorm the output mean and variance of the float model.
     only_faster: qk.quantize times each layer on this machine, at the shape of the example, and leaves it in float where
     its integer call is slower by more than the noise. Off, because a layer alone pays for quantizing its input and
     giving back float, which a fused network will not; and on, equal bits need equal timings.
@@ -183,6 +238,9 @@ class Recipe:
     beta: tuple[Exponent, Exponent] = (20.0, 2.0)
     drop: float = Field(default=0.5, ge=0, le=1)
     drop_inside: bool = False
+    points: Points = 1
+    points_error: float | None = Field(default=None, gt=0)
+    points_budget: float | None = Field(default=None, gt=0)
     memory_mb: int = Field(default=1024, ge=1)
     seed: int = Field(default=0, ge=0, lt=2**32)
     tuning: Tuning = Field(default_factory=Tuning)
@@ -190,7 +248,16 @@ class Recipe:
     smooth: Alpha | Literal["search"] | None = None
     relu6: Literal["keep", "relu"] = "keep"
     bias_correction: bool = False
+    sparq: Cutting = None
+    sparq_bits: float | None = Field(default=None, gt=0)
+    match_statistics: bool = False
     only_faster: bool = False
+
+    def __post_init__(self) -> None:
+        if self.sparq is not None and self.activations != 8:
+            raise ValueError(f"activations must be 8 with sparq, which cuts codes of 8 bits, got {self.activations}")
+        if self.sparq_bits is not None and self.sparq is None:
+            raise ValueError("sparq must be there with sparq_bits, which chooses its windows")
 
     def spec_for(self, name: str, is_first_or_last: bool, is_second: bool = False) -> QuantSpec:
         """The widths of one layer, before linked layers are made to agree."""
@@ -202,13 +269,18 @@ class Recipe:
             "group_size": self.group_size,
             "symmetric": self.symmetric,
         }
-        if is_first_or_last and self.first_last is not None:
+        is_exception = is_first_or_last and self.first_last is not None
+        if is_exception:
             fields |= {"weights": self.first_last, "activations": self.first_last}
         elif is_second and self.first_last is not None and self.first_output == "first_last":
             fields |= {"activations": self.first_last}
         for pattern, changed in self.overrides.items():
             if fnmatchcase(name, pattern):
                 fields |= changed
+        fields.setdefault("points", 1 if fields["weights"] in (None, 8) else self.points)
+        if fields["points"] != 1:
+            fields["symmetric"] = True
+        fields.setdefault("sparq", None if is_exception or fields["activations"] != 8 else self.sparq)
         return _parse(QuantSpec, fields, f"recipe: overrides for {name}")
 
     def to_dict(self) -> dict[str, Any]:

@@ -278,6 +278,7 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(tmp_path, every, at):
         ("other batches", {"train": [(x, 3 - y) for x, y in LABELLED]}),
         ("batches in an epoch 3 instead of 2", {"train": LABELLED[:2]}),
         ("loss 'cross_entropy' instead of", {"loss": lambda y, labels: nn.functional.cross_entropy(y, labels)}),
+        ("validate None instead of 'len'", {"validate": len}),
         ("threads 1 instead of 2", {"threads": 2}),
     ],
 )
@@ -381,6 +382,7 @@ def test_bad_data_is_refused(train, message):
         ({"validate": lambda _: None}, r"validate must be a function that returns a number, got None"),
         ({"validate": lambda _: torch.nan}, r"validate must be a function that returns a number, got nan"),
         ({"every": 0}, r"every must be at least 1"),
+        ({"wanted": recipe(patience=2)}, r"validate must be a function of the model where tuning.patience"),
         ({"progress": "loud"}, r"progress must be one of"),
         ({"wanted": recipe(lr=1e6)}, r"the loss of batch \d in epoch \d must be finite.* A smaller tuning.lr"),
     ],

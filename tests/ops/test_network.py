@@ -120,6 +120,15 @@ def lookup(net):
     yield net.step("lookup", x, table=net.table())
 
 
+def sparq(net):
+    for shape in ((3, 5, 7), (2, 3, 3, 6)):
+        x, _ = coded(net, *shape)
+        y = net.step("lookup", x, table=net.table(scale := net.new_scale()), scale=scale)
+        for family, round, pairs in (("5opt", 1, 1), ("3opt", 0, 1), ("2opt", 1, 0), ("6opt", 0, 0), ("7opt", 1, 1)):
+            yield net.step("sparq", y, family=family, round=round, pairs=pairs)
+    yield net.layer("conv2d", y, shape=(5, 3, 3, 6))
+
+
 def concat(net):
     (a, s), (b, _), (c, _) = coded(net, 2, 3, 3, 5), coded(net, 2, 3, 3, 16, bits=5), coded(net, 2, 3, 3, 1)
     yield net.step("concat", a, b, c, a, scale=net.new_scale(6))
@@ -144,7 +153,8 @@ def dequantize(net):
 
 KINDS = [
     quantize_nchw, quantize_channels_last, quantize_other_strides, quantize_both_ways, quantize_rows_and_sequences,
-    quantize_between, conv2d, conv2d_with_residual, gemm, add, multiply, pool, lookup, concat, reshape, dequantize,
+    quantize_between, conv2d, conv2d_with_residual, gemm, add, multiply, pool, lookup, sparq, concat, reshape,
+    dequantize,
 ]  # fmt: skip
 
 

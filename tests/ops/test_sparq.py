@@ -4,10 +4,9 @@ import pytest
 import torch
 
 import qk
-from qk.ops.sparq import reference, window
+from qk.ops.sparq import FAMILIES, reference, window
 
 sparq = torch.ops.qk.sparq
-FAMILIES = {"5opt": (4, 1), "3opt": (4, 2), "2opt": (4, 4), "6opt": (3, 1), "7opt": (2, 1)}
 family = pytest.mark.parametrize("family", FAMILIES)
 
 # a -> (cut off, rounded), each value alone in its window
@@ -107,6 +106,30 @@ def test_every_pair_of_bytes_equals_the_definition(family, round, pairs, device)
     assert torch.equal(sparq(codes, *FAMILIES[family], round, pairs), reference(codes, *FAMILIES[family], round, pairs))
 
 
+@pytest.mark.parametrize("zero", [1, 35, 128])
+@pytest.mark.parametrize("round", [False, True])
+@family
+def test_distances_from_a_zero_that_is_not_code_0_are_cut(family, round, zero, device):
+    byte = torch.arange(256, dtype=torch.uint8, device=device)
+    at = torch.tensor([zero], dtype=torch.int32, device=device)
+    codes = torch.cartesian_prod(byte, at.to(torch.uint8) + torch.arange(-2, 1, device=device).to(torch.uint8))
+    for pairs in (False, True):
+        found = sparq(codes, *FAMILIES[family], round, pairs, at)
+        assert torch.equal(found, reference(codes, *FAMILIES[family], round, pairs, at))
+        distance, kept = (codes.int() - zero), (found.int() - zero)
+        assert ((kept.sign() == distance.sign()) | (kept == 0)).all()
+        plain = sparq(distance.abs().to(torch.uint8), *FAMILIES[family], round, pairs).int()
+        cut_off = sparq(distance.abs().to(torch.uint8), *FAMILIES[family], False, pairs).int()
+        fits = plain <= torch.where(distance < 0, zero, 255 - zero)
+        assert torch.equal(kept.abs(), torch.where(fits, plain, cut_off))  # never past the last code
+
+
+def test_a_code_that_is_zero_leaves_its_partner_whole(device):
+    codes = torch.tensor([[128, 255, 255, 254]], dtype=torch.uint8, device=device)
+    zero = torch.tensor([128], dtype=torch.int32, device=device)
+    assert sparq(codes, 4, 1, True, True, zero).tolist() == [[128, 255, 248, 248]]
+
+
 def problem(shape, device, seed=0):
     """Half of the values are 0, as after a ReLU."""
     g = torch.Generator().manual_seed(seed)
@@ -152,6 +175,8 @@ def test_window_values_have_no_more_significant_bits_than_the_window(family, rou
 @pytest.mark.parametrize("shape", [(5, 67), (0, 3)])
 def test_registration(shape, device):
     torch.library.opcheck(sparq.default, (problem(shape, device), 4, 2, True, True))
+    zero = torch.tensor([7], dtype=torch.int32, device=device)
+    torch.library.opcheck(sparq.default, (problem(shape, device), 3, 1, False, True, zero))
 
 
 def test_bad_input_is_named():
@@ -163,6 +188,9 @@ def test_bad_input_is_named():
         ((codes, 3, 2), "stride must be 1, or with 4 bits 1, 2 or 4, got 2"),
         ((codes, 4, 3), "stride must be 1, or with 4 bits 1, 2 or 4, got 3"),
         ((codes, 4, 0), "stride must be"),
+        ((codes, 4, 1, True, True, torch.ones(1)), "zero must be Int, got Float"),
+        ((codes, 4, 1, True, True, torch.ones(2, dtype=torch.int32)), "zero must be one value"),
+        ((codes, 4, 1, True, True, torch.tensor([256], dtype=torch.int32)), "zero must be a code from 0 to 255"),
     ]:
         with pytest.raises(RuntimeError, match=message):
             qk.ops.sparq(*args)

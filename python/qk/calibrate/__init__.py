@@ -14,12 +14,13 @@ from qk.calibrate.batches import call, hold, take
 from qk.calibrate.bias import correct_bias
 from qk.calibrate.lapq import Loss, search
 from qk.calibrate.observe import HistogramObserver, Observer
+from qk.calibrate.statistics import match_statistics
 from qk.errors import fail
 from qk.prepare.insert import ActQuantizer, QuantLayer
 from qk.prepare.prepared import Prepared, check_prepared, float_activations
 from qk.spec import Ranges
 
-__all__ = ["RANGES", "calibrate", "calibrate_activations", "correct_bias"]
+__all__ = ["RANGES", "calibrate", "calibrate_activations", "correct_bias", "match_statistics"]
 
 RANGES = get_args(Ranges)
 STAGE = "qk.calibrate"

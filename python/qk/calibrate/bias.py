@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,11 +42,11 @@ def correct_bias(p: Prepared, batches: Iterable, max_batches: int | None = None,
             layer.corrected_bias = None
         with evaluating(p.model):
             with p.quantized(set()):
-                expected = _means(p, list(layers), held)
+                expected = moments(p, list(layers), held, STAGE)
             for name, layer in layers.items():
                 with p.quantized():
-                    found = _means(p, [name], held)
-                change = (expected[name] - found[name]).to(layer.weight.device, torch.float32)
+                    found = moments(p, [name], held, STAGE)
+                change = (expected[name].mean - found[name].mean).to(layer.weight.device, torch.float32)
                 if not torch.isfinite(change).all():
                     raise fail(STAGE, f"the mean output of {name}", "finite", "NaN or infinity")
                 layer.corrected_bias = change if layer.bias is None else layer.bias.detach().float() + change
@@ -55,10 +56,18 @@ def correct_bias(p: Prepared, batches: Iterable, max_batches: int | None = None,
         raise
 
 
-def _means(p: Prepared, names: list[str], batches: list) -> dict[str, Tensor]:
-    """float64 [channels]: of each layer's output over all batches, as the model stands; a single layer ends a pass."""
+class Moments(NamedTuple):
+    """float64 [channels]."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+def moments(p: Prepared, names: list[str], batches: list, stage: str) -> dict[str, Moments]:
+    """Of each layer's output over all batches, as the model stands; a single layer ends a pass."""
     layers = p.quant_layers()
     total: dict[str, Tensor] = {}
+    squares: dict[str, Tensor] = {}
     count = dict.fromkeys(names, 0)
     ends = len(names) == 1 and p.layers[names[0]].calls == 1
 
@@ -67,6 +76,7 @@ def _means(p: Prepared, names: list[str], batches: list) -> dict[str, Tensor]:
             rows = output.movedim(1 if layer.kind == "conv2d" and output.dim() == 4 else -1, -1)
             rows = rows.reshape(-1, rows.shape[-1]).double()
             total[name] = total.get(name, 0) + rows.sum(0)
+            squares[name] = squares.get(name, 0) + rows.square().sum(0)
             count[name] += len(rows)
             if ends:
                 raise Stop
@@ -78,8 +88,9 @@ def _means(p: Prepared, names: list[str], batches: list) -> dict[str, Tensor]:
             stack.callback(layers[name].register_forward_hook(watch(name)).remove)
         for index, batch in enumerate(batches):
             with suppress(Stop):
-                call(p, batch, index, STAGE)
+                call(p, batch, index, stage)
     missing = next((name for name in names if not count[name]), None)
     if missing is not None:
-        raise fail(STAGE, "batches", f"data that reaches {missing}", "none that does")
-    return {name: total[name] / count[name] for name in names}
+        raise fail(stage, "batches", f"data that reaches {missing}", "none that does")
+    means = {name: total[name] / count[name] for name in names}
+    return {name: Moments(m, (squares[name] / count[name] - m.square()).clamp(min=0)) for name, m in means.items()}

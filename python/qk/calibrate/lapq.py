@@ -23,7 +23,7 @@ from qk.calibrate.observe import Observer
 from qk.calibrate.prefix import PrefixCache
 from qk.errors import fail
 from qk.inputs import describe, evaluating, map_tensors, tensors_in
-from qk.prepare.insert import ActQuantizer, QuantLayer
+from qk.prepare.insert import DEPLOYED, ActQuantizer, QuantLayer
 from qk.prepare.prepared import Prepared
 
 STAGE = "qk.calibrate"
@@ -274,8 +274,7 @@ class Steps:
 
 @contextmanager
 def _unchanged_on_error(layers: dict[str, QuantLayer]) -> Iterator[None]:
-    names = ("codes", "weight_step", "weight_zero", "corrected_bias")
-    weights = [(layer, {name: getattr(layer, name) for name in names}) for layer in layers.values()]
+    weights = [(layer, {name: getattr(layer, name) for name in DEPLOYED}) for layer in layers.values()]
     inputs = [(q, q.step.detach().clone(), q.zero.clone(), q.calibrated) for q in {x.input for x in layers.values()}]
     try:
         yield

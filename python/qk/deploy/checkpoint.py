@@ -151,11 +151,12 @@ def _is_dense(value: Any) -> bool:
 
 
 def _config(layer: IntegerLayer) -> LayerConfig:
-    shape, bias = list(layer.shape), layer.bias is not None
+    extra = 0 if layer.tail_owners is None else len(layer.tail_owners)
+    common = {"weight_shape": list(layer.shape), "bias": layer.bias is not None, "extra_rows": extra}
     if isinstance(layer, QLinear):
-        return LayerConfig(kind="linear", weight_shape=shape, bias=bias)
+        return LayerConfig(kind="linear", **common)
     conv = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
-    return LayerConfig(kind="conv2d", weight_shape=shape, bias=bias, **conv)
+    return LayerConfig(kind="conv2d", **common, **conv)
 
 
 def _classes(model: nn.Module) -> dict[str, str]:
@@ -248,6 +249,9 @@ def _build(path: Path, manifest: Manifest, tensors: dict[str, Tensor], model: nn
         if config.bias == (own["bias"] is None):
             expected = "there" if config.bias else "absent"
             raise fail(STAGE, f"{path}: {_join(name, 'bias')}", expected, "the opposite", ASK_AGAIN)
+        rows = 0 if own["tail_owners"] is None else own["tail_owners"].numel()
+        if rows != config.extra_rows:
+            raise fail(STAGE, f"{path}: {_join(name, 'tail_owners')}", f"{config.extra_rows} rows", rows, ASK_AGAIN)
         try:
             layer = KINDS[config.kind][1](own, manifest.plan[name], tuple(config.weight_shape), **config.conv_args())
             new[id(there[name])] = layer.to(there[name].weight.device)

@@ -15,6 +15,7 @@ from qk.deploy.modules import IntegerLayer, QConv2d, QLinear
 from qk.errors import fail
 from qk.inputs import digest
 from qk.prepare.insert import QuantLayer, from_kernel_order
+from qk.prepare.points import add_to_owners
 from qk.prepare.prepared import Prepared, check_prepared
 from qk.spec import Plan
 
@@ -89,14 +90,26 @@ def to_integer(name: str, layer: QuantLayer) -> IntegerLayer:
         "input_zero": layer.input.zero.clone(),
         "input_scale": None if layer.input_scale is None else layer.input_scale.clone(),
     }
+    if layer.tail_owners is not None:
+        rows = layer.tail_codes.reshape(-1, k)
+        tensors |= {"tail_packed": ops.pack(rows, layer.spec.storage_bits), "tail_step": layer.tail_step.clone()}
+        tensors["tail_owners"] = layer.tail_owners.clone()
     kind = QLinear if layer.conv_args is None else QConv2d
     module = kind(tensors, layer.spec, tuple(codes.shape), **(layer.conv_args or {}))
-    unpacked = ops.unpack(module.packed, module.bits, k).reshape(module.shape)
-    deployed = from_kernel_order(ops.dequantize(unpacked, module.weight_step, module.weight_zero))
+    deployed = from_kernel_order(deployed_weight(module))
     if not torch.equal(deployed, layer.quantized_weight()):
         moved = int((deployed != layer.quantized_weight()).sum())
         raise fail("qk.convert", where, "equal to its simulated weight", f"{moved} values that differ")
     return module
+
+
+def deployed_weight(module: IntegerLayer) -> Tensor:
+    """The weight that the integer layer stands for, in kernel order: float32, points of a channel summed in order."""
+    weight = ops.dequantize(module.weight_codes(), module.weight_step, module.weight_zero)
+    if module.tail_owners is None:
+        return weight
+    zeros = module.weight_zero[module.tail_owners.long()]
+    return add_to_owners(weight, ops.dequantize(module.tail_codes(), module.tail_step, zeros), module.tail_owners)
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -117,8 +117,8 @@ def _repacked(model: nn.Module, constants: Constants) -> Any:
 
     def repacked(node: fx.Node, image: tuple[int, int, int]) -> fx.Node | None:
         layer = _layer(model, node)
-        if layer is None or layer.weight_step.dim() != 1:  # groups along K are of neighbours
-            return None
+        if layer is None or layer.weight_step.dim() != 1 or layer.tail_owners is not None:
+            return None  # groups along K are of neighbours, and a tail reads the same columns
         height, width, channels = image
         codes = layer.weight_codes().reshape(-1, channels, height, width).permute(0, 2, 3, 1).reshape(-1, layer.k)
         packed = ops.pack(codes.contiguous(), layer.bits)

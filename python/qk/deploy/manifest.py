@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from qk.errors import fail
+from qk.prepare.points import MOST
 from qk.spec import Plan
 
 FORMAT = 1
@@ -26,7 +27,8 @@ ASK_AGAIN = "The file was cut short or changed: copy it anew, or save the model 
 
 @dataclass(frozen=True, config=_strict)
 class LayerConfig:
-    """weight_shape: in kernel order, [N, K] or [N, kh, kw, C / groups]. The last four are a convolution's."""
+    """weight_shape: in kernel order, [N, K] or [N, kh, kw, C / groups]. stride to groups are a convolution's.
+    extra_rows: of the tail, that are added to channels of the weight."""
 
     kind: Literal["linear", "conv2d"]
     weight_shape: list[int]
@@ -35,6 +37,7 @@ class LayerConfig:
     padding: Pair | None = None
     dilation: Pair | None = None
     groups: int | None = None
+    extra_rows: int = 0
 
     def __post_init__(self) -> None:
         conv = self.kind == "conv2d"
@@ -45,6 +48,8 @@ class LayerConfig:
             raise ValueError("stride, padding, dilation and groups must be there for conv2d and only there")
         if conv and (min(*self.stride, *self.dilation, self.groups) < 1 or min(self.padding) < 0):
             raise ValueError("stride, dilation and groups must be positive and padding not negative")
+        if not 0 <= self.extra_rows <= (MOST - 1) * self.weight_shape[0]:
+            raise ValueError(f"extra_rows must be from 0 to {MOST - 1} for each row of the weight")
 
     def conv_args(self) -> dict[str, Any]:
         """The arguments of QConv2d beyond the weight's shape; none for a linear layer."""
@@ -93,6 +98,8 @@ class Manifest:
         for name, layer in self.layers.items():
             if name not in self.plan.layers or self.plan[name].is_float:
                 raise ValueError(f"layers names {name}, for which the plan has no widths")
+            if layer.extra_rows and self.plan[name].points == 1:
+                raise ValueError(f"{name} has extra_rows, for which the plan has no points")
             if self.modules.get(name) != {"linear": "QLinear", "conv2d": "QConv2d"}[layer.kind]:
                 raise ValueError(f"layers and modules do not agree on {name}")
         if not self.layers:

@@ -15,13 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from qk import ops
+from qk.deploy.tail import TAIL, check_tail, padded, prepacked, slots_for
 from qk.errors import fail
 from qk.ops.conv2d import reference as conv2d_definition
 from qk.ops.gemm import reference as gemm_definition
 from qk.ops.pack import row_bytes
 from qk.ops.quantize import reference as quantize_definition
+from qk.ops.sparq import reference as sparq_definition
 from qk.ops.unpack import reference as unpack_definition
-from qk.spec import QuantSpec
+from qk.prepare.points import parts_of
+from qk.prepare.windows import cut_codes, spread, why_whole
+from qk.spec import QuantSpec, Sparq
 
 
 class _Mode(threading.local):
@@ -47,11 +51,12 @@ class IntegerLayer(nn.Module):
     packed: uint8 [N, bytes of a row], codes of the weight along K. weight_step float32, weight_zero int32: [N] or
     [N, groups along K]. bias: float32 [N] or None. input_step float32, input_zero int32: [1]. input_scale: float32 [K]
     of a QLinear that multiplies its input with it first (qk.smooth), or None. shape: of the weight in kernel order,
-    [N, K] or [N, kh, kw, C / groups]. spec: the widths.
+    [N, K] or [N, kh, kw, C / groups]. spec: the widths. tail_packed uint8 [T, bytes of a row], tail_step float32 and
+    tail_owners int32 [T], or None: rows that are added to those of their owners (qk.prepare.points).
 
     Inputs are float32. float16 and bfloat16 are widened to float32 and the result is cast back. `half()` and the like
-    move the layer but leave its numbers in float32. After changing `packed` or `weight_zero` in place, call `prepack`;
-    `load_state_dict`, `to`, copies and pickles do it themselves.
+    move the layer but leave its numbers in float32. After changing `packed`, `weight_zero` or the tail in place, call
+    `prepack`; `load_state_dict`, `to`, copies and pickles do it themselves.
     """
 
     packed: Tensor
@@ -61,6 +66,9 @@ class IntegerLayer(nn.Module):
     input_step: Tensor
     input_zero: Tensor
     input_scale: Tensor | None
+    tail_packed: Tensor | None
+    tail_step: Tensor | None
+    tail_owners: Tensor | None
     prepacked: Tensor | None
 
     def __init__(
@@ -74,32 +82,101 @@ class IntegerLayer(nn.Module):
         self.bits, self.input_bits = spec.storage_bits, spec.activations
         self.out_features, self.k = shape[0], prod(shape[1:])
         self.algorithm = "direct"  # of the kernel: see qk.deploy.tune
+        self.cuts: Sparq | None = None  # how codes of the input are cut; prepack knows, from their zero
+        self.cuts_distance = False  # from a zero that is not code 0
         _check_tensors(type(self).__name__, tensors, spec, self.out_features, self.k)
+        check_tail(type(self).__name__, tensors, spec, self.out_features, self.k)
         for name in TENSORS:
             self.register_buffer(name, tensors.get(name))
-        self.register_buffer("prepacked", None, persistent=False)
+        for name in MADE:
+            self.register_buffer(name, None, persistent=False)
         self.prepack()
 
     def prepack(self) -> Tensor:
-        """Makes the kernel's layout from `packed`."""
+        """Makes the kernel's layout from `packed`, and that of the tail."""
+        if self.tail_packed is not None and not self.tail_packed.is_meta:
+            self._prepack_tail()
         algorithm = self.algorithm if self.packed.device.type == "cpu" else "direct"
-        self.prepacked = ops.prepack(self.packed, self.weight_zero, self.bits, self.shape, self.groups, algorithm)
+        packed, shape = self.packed, self.shape
+        if not self.input_zero.is_meta:
+            sparq, zero = self.spec.sparq, int(self.input_zero)
+            self.cuts = None if sparq is None or why_whole(sparq, zero, self.shape[-1]) else sparq
+            self.cuts_distance = zero != 0
+        if self._pairs_by_weights:
+            codes = self.multiplied_codes()
+            packed, shape = ops.pack(codes.reshape(len(codes), -1), self.bits), tuple(codes.shape)
+        self.prepacked = ops.prepack(packed, self.weight_zero, self.bits, shape, self.groups, algorithm)
         return self.prepacked
+
+    def _prepack_tail(self) -> None:
+        slots = slots_for(self.tail_owners, self.out_features, self.groups, self.shape[-1])
+        nothing = 2 ** (self.spec.weights - 1)
+        codes, self.tail_steps = padded(self.tail_codes(), self.tail_step, slots, nothing)
+        self.tail_prepacked = prepacked(codes, self.bits, nothing, slots.groups)
+        self.tail_reads, self.tail_places = slots.reads, slots.places
+        self.tail_groups, self.tail_parts = slots.groups, parts_of(self.tail_owners)
 
     def weight_codes(self) -> Tensor:
         """uint8 in kernel order."""
         return unpack_definition(self.packed, self.bits, self.k).reshape(self.shape)
 
+    def tail_codes(self) -> Tensor:
+        """uint8 [T, ...] in kernel order."""
+        return unpack_definition(self.tail_packed, self.bits, self.k).reshape(-1, *self.shape[1:])
+
+    def _add_tail(self, y: Tensor, rows: Tensor) -> Tensor:
+        """y [..., N] with the results of the tail [..., T] added: those of the second points, then of the third."""
+        owners = self._buffers["tail_owners"]
+        if len(self.tail_parts) == 1:
+            return y.index_add_(-1, owners, rows)
+        for part in self.tail_parts:
+            y = y.index_add_(-1, owners[part], rows[..., part])
+        return y
+
+    def _by_parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """For the definition: owners of a part of the tail, and a weight of N rows that are 0 but for theirs: codes,
+        zeros, steps."""
+        if self.tail_owners is None:
+            return
+        nothing, codes = 2 ** (self.spec.weights - 1), self.tail_codes()
+        for part in parts_of(self.tail_owners):
+            owners = self.tail_owners[part].long()
+            whole = codes.new_full(self.shape, nothing)
+            steps = self.tail_step.new_ones(self.out_features)
+            whole[owners], steps[owners] = codes[part], self.tail_step[part]
+            yield owners, whole, torch.full_like(self.weight_zero, nothing), steps
+
+    def multiplied_codes(self) -> Tensor:
+        """The weight's codes as the kernel gets them: with pairs by weights, each at its activation's partner."""
+        codes = self.weight_codes()
+        if not self._pairs_by_weights:
+            return codes
+        return spread(codes, self.weight_zero)
+
+    @property
+    def _pairs_by_weights(self) -> bool:
+        return self.cuts is not None and self.cuts.pairs == "weights"
+
+    def _cut(self, codes: Tensor) -> Tensor:
+        """The codes of the input as they are multiplied."""
+        if self.cuts is None:
+            return codes
+        cut = sparq_definition if _mode.definition else ops.sparq
+        return cut_codes(
+            codes, self.cuts, self.groups, self._buffers["input_zero"] if self.cuts_distance else None, cut
+        )
+
     def _apply(self, fn: Any, recurse: bool = True) -> IntegerLayer:
         device = self.packed.device
         before = {name: tensor for name in TENSORS if (tensor := self._buffers[name]) is not None}
-        made, self.prepacked = self.prepacked, None
+        made = {name: self._buffers[name] for name in MADE}
+        self._buffers.update(dict.fromkeys(MADE))
         super()._apply(fn, recurse)
         for name, tensor in before.items():
             if self._buffers[name].dtype != tensor.dtype:
                 self._buffers[name] = tensor.to(self._buffers[name].device)
         if self.packed.device == device:
-            self.prepacked = made
+            self._buffers.update(made)
         elif device.type != "meta":  # what comes from meta has no values before load_state_dict
             self.prepack()
         return self
@@ -109,7 +186,7 @@ class IntegerLayer(nn.Module):
         self.prepack()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_buffers": self._buffers | {"prepacked": None}}
+        return self.__dict__ | {"_buffers": self._buffers | dict.fromkeys(MADE)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -137,20 +214,20 @@ class QLinear(IntegerLayer):
         b = self._buffers  # as attributes they would cost as much as a small product
         weight = b["prepacked"] if b["prepacked"] is not None else self.prepack()
         step, zero = b["input_step"], b["input_zero"]
-        codes = ops.quantize(x, step, zero, self.input_bits)
-        return ops.gemm(codes, step, zero, weight, b["weight_step"], b["bias"], self.bits, self.input_bits)
+        codes = self._cut(ops.quantize(x, step, zero, self.input_bits))
+        y = ops.gemm(codes, step, zero, weight, b["weight_step"], b["bias"], self.bits, self.input_bits)
+        if b["tail_packed"] is None:
+            return y
+        tail = b["tail_prepacked"]
+        return self._add_tail(y, ops.gemm(codes, step, zero, tail, b["tail_steps"], None, self.bits, self.input_bits))
 
     def _by_definition(self, x: Tensor) -> Tensor:
-        codes = quantize_definition(x, self.input_step, self.input_zero, self.input_bits)
-        return gemm_definition(
-            codes,
-            self.input_step,
-            self.input_zero,
-            self.weight_codes(),
-            self.weight_zero,
-            self.weight_step,
-            self.bias,
-        )
+        step, zero = self.input_step, self.input_zero
+        codes = self._cut(quantize_definition(x, step, zero, self.input_bits))
+        y = gemm_definition(codes, step, zero, self.multiplied_codes(), self.weight_zero, self.weight_step, self.bias)
+        for owners, *weight in self._by_parts():
+            y[..., owners] += gemm_definition(codes, step, zero, *weight)[..., owners]
+        return y
 
     def extra_repr(self) -> str:
         return f"{self.k}, {self.out_features}, bias={self.bias is not None}, {_widths(self.spec)}"
@@ -185,38 +262,41 @@ class QConv2d(IntegerLayer):
             return self._by_definition(x)
         b = self._buffers
         weight = b["prepacked"] if b["prepacked"] is not None else self.prepack()
-        step, zero = b["input_step"], b["input_zero"]
-        y = ops.conv2d(
-            ops.quantize(x, step, zero, self.input_bits),
-            step,
-            zero,
+        codes = self._cut(ops.quantize(x, b["input_step"], b["input_zero"], self.input_bits))
+        y = self._convolved(codes, weight, b["weight_step"], b["bias"], self.groups)
+        if b["tail_packed"] is not None:
+            reads, places = b["tail_reads"], b["tail_places"]
+            codes = codes if reads is None else codes.index_select(-1, reads)
+            rows = self._convolved(codes, b["tail_prepacked"], b["tail_steps"], None, self.tail_groups)
+            y = self._add_tail(y, rows if places is None else rows.index_select(-1, places))
+        return y.permute(0, 3, 1, 2)
+
+    def _convolved(self, codes: Tensor, weight: Tensor, steps: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+        b = self._buffers
+        return ops.conv2d(
+            codes,
+            b["input_step"],
+            b["input_zero"],
             weight,
-            b["weight_step"],
-            b["bias"],
+            steps,
+            bias,
             self.bits,
             self.kernel_size,
             self.stride,
             self.padding,
             self.dilation,
-            self.groups,
+            groups,
             self.input_bits,
         )
-        return y.permute(0, 3, 1, 2)
 
     def _by_definition(self, x: Tensor) -> Tensor:
-        y = conv2d_definition(
-            quantize_definition(x, self.input_step, self.input_zero, self.input_bits),
-            self.input_step,
-            self.input_zero,
-            self.weight_codes(),
-            self.weight_zero,
-            self.weight_step,
-            self.bias,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-        )
+        step, zero = self.input_step, self.input_zero
+        codes = self._cut(quantize_definition(x, step, zero, self.input_bits))
+        places = (self.stride, self.padding, self.dilation, self.groups)
+        weight = (self.multiplied_codes(), self.weight_zero, self.weight_step)
+        y = conv2d_definition(codes, step, zero, *weight, self.bias, *places)
+        for owners, *weight in self._by_parts():
+            y[..., owners] += conv2d_definition(codes, step, zero, *weight, None, *places)[..., owners]
         return y.permute(0, 3, 1, 2)
 
     def extra_repr(self) -> str:
@@ -233,7 +313,8 @@ def integer_layers(model: nn.Module) -> dict[str, IntegerLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, IntegerLayer)}
 
 
-TENSORS = ("packed", "weight_step", "weight_zero", "bias", "input_step", "input_zero", "input_scale")
+TENSORS = ("packed", "weight_step", "weight_zero", "bias", "input_step", "input_zero", "input_scale", *TAIL)
+MADE = ("prepacked", "tail_prepacked", "tail_steps", "tail_reads", "tail_places")  # by prepack, never stored
 
 
 def _widths(spec: QuantSpec) -> str:

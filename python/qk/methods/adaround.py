@@ -26,20 +26,28 @@ class Rounding:
     """The v of one layer while it is learned, and what follows from it.
 
     With one step for each output channel everything stays in the layout of the layer's weight: a row is the same set of
-    weights in either order, and the convolution needs no copy. Groups along K need the kernels' order.
+    weights in either order, and the convolution needs no copy. Groups along K need the kernels' order. Of a channel
+    with several points the last one is learned: it rounds what those before it leave of the weight.
     """
 
     def __init__(self, layer: QuantLayer) -> None:
         self.layer = layer
         self.kernel_order = layer.groups_along_k > 1
-        weight = layer.weight.detach()
+        self.fixed = layer.fixed_weight()
+        weight = layer.weight.detach() if self.fixed is None else layer.weight.detach() - self.fixed
         self.weight = to_kernel_order(weight) if self.kernel_order else weight.contiguous()
-        self.step, self.zero, self.bits = layer.weight_step, layer.weight_zero, layer.spec.weights
+        self.step, self.zero, self.bits = layer.last_step, layer.weight_zero, layer.spec.weights
+        sparse = layer.spec.sparq is not None and layer.spec.sparq.pairs == "weights"
+        self.stays_zero = self.weight == 0 if sparse else None  # 2:4 sparse it remains
         self.v = start(self.weight, self.step).requires_grad_()
 
     def soft(self) -> Tensor:
         """The weight with h(v) added to its floor, in the layout of layer.weight. Differentiable in v."""
         soft = ops.soft_round(self.weight, self.v, self.step, self.zero, self.bits)
+        if self.fixed is not None:
+            return self.fixed + soft
+        if self.stays_zero is not None:
+            soft = soft.masked_fill(self.stays_zero, 0.0)
         return from_kernel_order(soft).contiguous() if self.kernel_order else soft
 
     @torch.no_grad()
@@ -47,5 +55,7 @@ class Rounding:
         """Up where h(v) >= 0.5, that is v >= 0; uint8 in the kernels' order."""
         decided = torch.where(self.v >= 0, DECIDED, -DECIDED).to(self.v.dtype)
         hard = ops.soft_round(self.weight, decided, self.step, self.zero, self.bits)
+        if self.stays_zero is not None:
+            hard = hard.masked_fill(self.stays_zero, 0.0)
         codes = ops.quantize(hard, self.step, self.zero, self.bits)
         return codes if self.kernel_order else to_kernel_order(codes)

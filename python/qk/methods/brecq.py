@@ -231,7 +231,7 @@ class _Unit:
 
     def reconstruct(self, cache: Cache, shown: Progress) -> list[dict]:
         """The history. Whatever goes wrong, the unit is left as it was."""
-        start = [layer.codes for layer in self.layers], [q.step.detach().clone() for q in self.quantizers]
+        start = [layer.last_codes for layer in self.layers], [q.step.detach().clone() for q in self.quantizers]
         with self.p.quantized(self.names):
             before = self._loss(cache)
             try:
@@ -256,14 +256,14 @@ class _Unit:
                 if i % max(1, iterations // RECORDS) == 0:
                     history.append({"iteration": i, "loss": fit.item()})
                     shown.at(i, history[-1]["loss"])
-            codes = [r.codes() for r in learner.roundings] or [layer.codes for layer in self.layers]
+            codes = [r.codes() for r in learner.roundings] or [layer.last_codes for layer in self.layers]
         self._commit(codes, [q.step for q in self.quantizers])
         return history
 
     @torch.no_grad()
     def _commit(self, codes: list[Tensor], steps: list[Tensor]) -> None:
         for layer, one in zip(self.layers, codes, strict=True):
-            layer.codes = one
+            layer.last_codes = one
         for quantizer, step in zip(self.quantizers, steps, strict=True):
             quantizer.step.copy_(step)
 

@@ -6,6 +6,7 @@ qk.methods.tune, or the user's own. Differences from the paper are in docs/metho
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qk import ops
-from qk.calibrate import weight_range
+from qk.calibrate import ranges as find
 from qk.calibrate.batches import call
 from qk.calibrate.ranges import SMALLEST_STEP
 from qk.errors import fail
@@ -27,7 +28,7 @@ from qk.spec import Plan, QuantSpec, Tuning
 STAGE = "qk.trainable"
 DECAY = {2: 0.25e-4, 3: 0.5e-4, 4: 1e-4, 8: 1e-4}  # weight decay by the weight's width (table 1 and section 3)
 FLOAT_DECAY = DECAY[8]  # of weights that stay in float
-ANEW = "Its steps are being trained: call qk.prepare and qk.calibrate anew."
+ANEW = "Call qk.prepare and qk.calibrate anew."
 
 
 def middle(bits: int) -> int:
@@ -78,10 +79,13 @@ class LearnedActivation(ActQuantizer):
         """Refused."""
         raise fail("qk.calibrate", "p", "as prepared", "one in training", ANEW)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cut: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None) -> Tensor:
+        """cut: as of ActQuantizer."""
         n = x.numel() if self.count == "values" else x.numel() // max(1, x.shape[0])
         scale = grad_scale_for(max(1, n), top(self.bits, int(self.zero)))
-        return ops.lsq(x.float(), self.step, self.zero, self.bits, scale)  # float32, whatever autocast made of x
+        x = x.float()  # whatever autocast made of it
+        quantized = ops.lsq(x, self.step, self.zero, self.bits, scale)
+        return quantized if cut is None else cut(x, quantized)[1]
 
 
 class LsqLayer(QuantLayer):
@@ -126,7 +130,8 @@ def trainable(p: Prepared, tuning: Tuning | None = None, first: Any = None) -> n
     first: a batch of inputs, for start="paper". Nothing is set later, at a first call: the state dict is complete, and
     fits the trainable model of any equally prepared p. Steps are named raw_step; param_groups sorts the parameters.
     A p that is trainable already is left as it is.
-    Raises QkError for p that is not calibrated, and for start="paper" without a batch; p is unchanged then.
+    Raises QkError for p that is not calibrated, has channels of several points or pairs by sparse weights, and for
+    start="paper" without a batch; p is unchanged then.
     """
     check_prepared(p, STAGE)
     tuning = tuning or Tuning()
@@ -135,6 +140,13 @@ def trainable(p: Prepared, tuning: Tuning | None = None, first: Any = None) -> n
         raise fail(STAGE, "p", "calibrated", "one that is not", "Call qk.calibrate(p, batches) first.")
     if is_trainable(p):
         return p.model
+    several = [name for name, layer in layers.items() if layer.extra_rows]
+    if several:
+        raise fail(STAGE, "p", "with one row for each channel", f"several points in {', '.join(several)}", ANEW)
+    sparse = [name for name, layer in layers.items() if layer.spec.sparq and layer.spec.sparq.pairs == "weights"]
+    if sparse:
+        got = f"sparq.pairs weights in {', '.join(sparse)}"
+        raise fail(STAGE, "p", "without pairs by sparse weights, which training would fill", got)
     means = None
     if tuning.start == "paper":
         if first is None:
@@ -147,7 +159,6 @@ def trainable(p: Prepared, tuning: Tuning | None = None, first: Any = None) -> n
             activation.raw_step.copy_(first_step(means[quantizer], q_p))
     specs = {name: replace(layer.spec, symmetric=True) for name, layer in layers.items()}
     for name, layer in layers.items():
-        layer.spec = specs[name]
         step = _weight_step(layer, tuning)
         new = LsqLayer(p.originals[name], specs[name], learned[layer.input], step).train(layer.training)
         new.weight, new.input_scale = layer.weight, layer.input_scale  # the original's, or what smoothing made of it
@@ -186,17 +197,17 @@ def param_groups(model: nn.Module, weight_decay: float | None = None) -> list[di
 
 
 def _weight_step(layer: QuantLayer, tuning: Tuning) -> Tensor:
-    """Where a weight's steps start: [N], [N, groups along K] or [1]."""
-    bits, weight = layer.spec.weights, layer.weight.detach()
-    rows = layer.weight_rows() if tuning.steps == "channel" else weight.reshape(1, -1)
+    """Where a weight's steps start: [N], [N, groups along K] or [1]. What was calibrated with other zeros than the
+    middle one, or for rows where one step is wanted, is found anew (mse)."""
+    bits, per_channel = layer.spec.weights, tuning.steps == "channel"
+    if tuning.start == "calibrated" and per_channel and layer.spec.weight_symmetric:
+        return layer.weight_step.clone()
+    rows = layer.weight_rows() if per_channel else layer.weight.detach().reshape(1, -1)
     if tuning.start == "paper":
         step = first_step(rows.abs().mean(1), top(bits, middle(bits)))
     else:
-        step = weight_range(layer, "mse")[0]
-        step = step if tuning.steps == "channel" else step.mean().reshape(1)
-    if tuning.steps == "channel" and layer.groups_along_k > 1:
-        return step.reshape(weight.shape[0], -1)
-    return step
+        step = find.mse(rows, bits, symmetric=True)[0]
+    return step.reshape(layer.weight_step.shape) if per_channel else step
 
 
 def _mean_magnitudes(p: Prepared, batch: Any) -> dict[ActQuantizer, Tensor]:

@@ -65,7 +65,7 @@ class Finished:
         with torch.no_grad():
             for name in self.units[number].layers:
                 layer = layers[name]
-                layer.codes = tensors[f"{name}.codes"].to(layer.weight.device)
+                layer.last_codes = tensors[f"{name}.codes"].to(layer.weight.device)
                 layer.input.step.copy_(tensors[f"{name}.step"])
         self.p.history[self.units[number].name] = history
         return True
@@ -75,7 +75,7 @@ class Finished:
         unit, layers = self.units[number], self.p.quant_layers()
         tensors = {}
         for name in unit.layers:
-            tensors[f"{name}.codes"] = layers[name].codes.cpu()
+            tensors[f"{name}.codes"] = layers[name].last_codes.cpu()
             tensors[f"{name}.step"] = layers[name].input.step.detach().cpu().clone()  # linked layers share it
         header = {"format": FORMAT, "unit": unit.name, "run": self.run, "history": self.p.history[unit.name]}
         header["content"] = digest(sorted(tensors.items()))
@@ -144,7 +144,7 @@ def steps_digest(p: Prepared) -> str:
 
 
 def _is_learned(name: str) -> bool:
-    return name.endswith((".codes", ".input.step")) or name in ("codes", "input.step")
+    return name.rpartition(".")[2] in ("codes", "tail_codes") or f".{name}".endswith(".input.step")
 
 
 def differences(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:

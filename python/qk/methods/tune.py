@@ -26,7 +26,7 @@ from qk.methods.lsq import param_groups, trainable
 from qk.methods.progress import Progress
 from qk.methods.training_file import Place, TrainingFile, random_state, set_random_state, set_values, values_of
 from qk.prepare.insert import QuantLayer
-from qk.prepare.prepared import Prepared, check_prepared
+from qk.prepare.prepared import Prepared, Unit, check_prepared
 from qk.spec import Recipe, checked_recipe
 
 STAGE = "qk.tune"
@@ -95,6 +95,8 @@ def tune(
             raise fail(STAGE, name, "a function", type(given).__name__)
     if every is not None and every < 1:
         raise fail(STAGE, "every", "at least 1, or None", every)
+    if recipe.tuning.patience is not None and validate is None:
+        raise fail(STAGE, "validate", "a function of the model where tuning.patience waits for its score", "none")
     if torch.is_inference_mode_enabled():
         raise fail(STAGE, "the call", "outside torch.inference_mode", "inside it", "Learning needs gradients.")
     with _own_random_numbers(p.model), torch.enable_grad():
@@ -104,7 +106,7 @@ def tune(
         run = _Run(p, train, length, recipe, loss or cross_entropy, validate)
         kept = None
         if folder is not None:
-            more = {"batches in an epoch": length, "loss": getattr(loss or cross_entropy, "__qualname__", "an object")}
+            more = {"batches in an epoch": length, "loss": _name(loss or cross_entropy), "validate": _name(validate)}
             kept = TrainingFile(folder, STAGE, p, recipe, first, more)
         start = values_of(p.model)
         try:
@@ -127,8 +129,8 @@ class _Run:
         narrowest = min(layer.spec.weights for layer in p.quant_layers().values())
         self.epochs, self.lr = tuning.epochs or EPOCHS[narrowest], tuning.lr or LR[narrowest]
         self.optimizer = torch.optim.SGD(param_groups(p.model, tuning.weight_decay), lr=self.lr, momentum=MOMENTUM)
-        units = [unit.name for unit in p.units] if tuning.distill == "features" else []
-        self.teacher = None if tuning.distill == "none" else Teacher(p, units)
+        self.units = p.units if tuning.distill == "features" else []
+        self.teacher = None if tuning.distill == "none" else Teacher(p, self.units)
         self.place = Place()
         self.best: dict[str, Tensor] = {}
 
@@ -187,7 +189,7 @@ class _Run:
         done = (self.place.epoch * self.length + index) / (self.epochs * self.length)
         for group in self.optimizer.param_groups:
             group["lr"] = cosine(self.lr, done)
-        with outputs_inside(self.model, self.teacher.units if self.teacher else []) as features:
+        with outputs_of_units(self.model, self.units) as features:
             output = call(self.p, inputs, index, STAGE)
         loss = self._loss(output, copied_to(labels, device_of(self.model)), index)
         if self.teacher is not None:
@@ -244,7 +246,7 @@ class _Run:
 class Teacher:
     """The float model as it was when training began, in eval mode. units: whose outputs are matched too."""
 
-    def __init__(self, p: Prepared, units: list[str]) -> None:
+    def __init__(self, p: Prepared, units: list[Unit]) -> None:
         self.model, self.units = copy.deepcopy(p.model).eval().requires_grad_(False), units
         for module in self.model.modules():
             if isinstance(module, QuantLayer):
@@ -253,7 +255,7 @@ class Teacher:
     @torch.no_grad()
     def loss(self, output: Any, features: list[Tensor], inputs: Any) -> Tensor:
         """How far the trained model's output, and those of its units, are from the teacher's on the same inputs."""
-        with outputs_inside(self.model, self.units) as expected_features:
+        with outputs_of_units(self.model, self.units) as expected_features:
             expected = feed(self.model, copied_to(inputs, device_of(self.model)))
         with torch.enable_grad():
             loss = soft_loss(output, expected)
@@ -261,14 +263,14 @@ class Teacher:
 
 
 @contextmanager
-def outputs_inside(model: nn.Module, names: list[str]) -> Iterator[list[Tensor]]:
-    """The outputs of these modules, in the order in which they run, while the block runs the model."""
+def outputs_of_units(model: nn.Module, units: list[Unit]) -> Iterator[list[Tensor]]:
+    """Filled, while the block runs the model, with the units' outputs in the order in which they come."""
     seen: list[Tensor] = []
 
     def see(_: nn.Module, args: tuple, output: Any) -> None:
         seen.append(first_tensor(output, STAGE))
 
-    handles = [model.get_submodule(name).register_forward_hook(see) for name in names]
+    handles = [unit.modules(model)[-1].register_forward_hook(see) for unit in units]
     try:
         yield seen
     finally:
@@ -305,6 +307,11 @@ def _seed(seed: int, epoch: int) -> None:
     torch.manual_seed(of_epoch)
     random.seed(of_epoch)
     np.random.seed(of_epoch)
+
+
+def _name(function: Callable | None) -> str | None:
+    """What can be told of a function in another process."""
+    return function and getattr(function, "__qualname__", type(function).__qualname__)
 
 
 # --- data -------------------------------------------------------------------------------------------------------------

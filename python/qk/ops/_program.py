@@ -33,6 +33,8 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+from qk.ops.sparq import FAMILIES
+
 Shape = Sequence[Any]  # of int or SymInt
 Attribute = int | str | tuple[int, ...]
 
@@ -140,6 +142,8 @@ SIGNATURES: dict[str, Signature] = {
     ),
     # codes -> table[codes]: table uint8 [256] with a scale, float32 [256] without.
     "lookup": Signature((1, 1), ("table",)),
+    # codes -> codes of the same scale: as torch.ops.qk.sparq, relative to the scale's zero. round and pairs are 0 or 1.
+    "sparq": Signature((1, 1), attributes={"family": tuple(FAMILIES), "round": "int", "pairs": "int"}),
     # codes of one shape but for the last axis, put together along it, each requantized to the scale of the result.
     "concat": Signature((1, 4096), scale="codes"),
     # no copy. shape: 0 is the size of the input there, one may be -1.
@@ -151,7 +155,7 @@ SIGNATURES: dict[str, Signature] = {
 
 def keeps_scale(step: Step) -> bool:
     """Whether the result has the scale of the first input."""
-    return step.op == "reshape" or (step.op == "pool" and step.attributes.get("mode") == "max")
+    return step.op in ("reshape", "sparq") or (step.op == "pool" and step.attributes.get("mode") == "max")
 
 
 # --- text -----------------------------------------------------------------------------------------------------------
@@ -323,7 +327,7 @@ def _check_attribute(demand: Any, name: str, kind: str | tuple[str, ...], value:
         return demand(1 <= len(numbers) <= 8 and numbers.count(-1) <= 1, f"{name} must be 1 to 8 sizes, one of them -1")
     least = 1 if name in ("stride", "dilation", "groups", "n", "k_groups") else 0
     demand(min(numbers) >= least, f"{name} must be {least} or more")
-    if name in ("ceil_mode", "count_include_pad"):
+    if name in ("ceil_mode", "count_include_pad", "round", "pairs"):
         demand(value in (0, 1), f"{name} must be 0 or 1")
     if name == "bits":
         demand(value in (2, 4, 8), "bits must be 2, 4 or 8")
@@ -405,6 +409,8 @@ def step_shape(step: Step, ins: list[tuple[Any, ...]]) -> tuple[Any, ...]:
             if not _same(other[:-1], x[:-1]):
                 raise _misfit(step, f"the inputs must agree but for the last size, got {list(x)} and {list(other)}")
         return (*x[:-1], sum(other[-1] for other in ins))
+    if step.op == "sparq" and not x:
+        raise _misfit(step, "the input must be [..., cols], got []")
     if step.op == "reshape":
         return _reshaped(step, x)
     return x

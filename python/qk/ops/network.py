@@ -19,6 +19,8 @@ from qk.ops.lookup import reference as lookup
 from qk.ops.multiply import reference as multiply
 from qk.ops.pool import reference as pool
 from qk.ops.quantize import reference as quantize
+from qk.ops.sparq import FAMILIES
+from qk.ops.sparq import reference as sparq
 
 _cached = lru_cache(maxsize=64)(decode)
 
@@ -98,6 +100,8 @@ def _define(step: Step, operands: list[Operand], constants: Sequence[Tensor], we
         return pool(*operands[0], a["mode"], *window, None, "none", *out)
     if step.op == "lookup":
         return lookup(x, (floats if step.scale is None else codes)[step.constants["table"] :][:256])
+    if step.op == "sparq":
+        return sparq(x, *FAMILIES[a["family"]], bool(a["round"]), bool(a["pairs"]), x_zero)
     if step.op == "concat":
         return concat(*map(list, zip(*operands, strict=True)), *out)
     if step.op == "reshape":

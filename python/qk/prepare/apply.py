@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import nn
 
 from qk.prepare.blocks import quantized_units
-from qk.prepare.insert import ActQuantizer, QuantLayer
+from qk.prepare.insert import ActQuantizer, QuantLayer, to_kernel_order
 from qk.prepare.plan import checked
 from qk.prepare.prepared import Prepared
 from qk.prepare.tree import replace_module
+from qk.prepare.windows import check_sparse
 from qk.spec import Plan, float_spec
 
 
@@ -16,9 +17,11 @@ def apply_plan(p: Prepared, plan: Plan) -> None:
     """Gives the model of `p` the widths of `plan`. Steps and codes start anew: calibrate afterwards.
 
     Raises QkError, before anything changes, for a plan that names an unknown layer, leaves one out, quantizes nothing,
-    or asks for what no kernel can run.
+    asks for what no kernel can run, or pairs activations by weights that are not 2:4 sparse.
     """
     plan = checked(plan, p.layers, p.links, "qk.apply_plan")
+    by_weights = [name for name, spec in plan.layers.items() if spec.sparq and spec.sparq.pairs == "weights"]
+    check_sparse({name: to_kernel_order(p.originals[name].weight.detach()) for name in by_weights}, "qk.apply_plan")
     group_of = {name: group for group in p.links for name in group}
     quantizers: dict[tuple[str, ...], ActQuantizer] = {}
     for name, original in p.originals.items():

@@ -14,7 +14,12 @@ from torch import Tensor, nn
 
 from qk import ops
 from qk.ops.lsq import grad_scale_for
-from qk.spec import QuantSpec
+from qk.prepare.points import Tail, add_to_owners, last_of, with_last
+from qk.prepare.windows import fake_cut, repeated, spread, why_whole
+from qk.spec import QuantSpec, Sparq
+
+# What is deployed of a layer beside its float bias and the input's step.
+DEPLOYED = ("codes", "weight_step", "weight_zero", "tail_codes", "tail_step", "tail_owners", "corrected_bias")
 
 
 def to_kernel_order(weight: Tensor) -> Tensor:
@@ -52,12 +57,15 @@ class ActQuantizer(nn.Module):
             self.zero.copy_(zero.reshape(1))
         self.calibrated = True
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cut: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None) -> Tensor:
+        """cut: what SPARQ makes of the input and the quantized input before they are mixed."""
         if self.passes:
             return x
         features = max(1, x.numel() // max(1, x.shape[0]))
         top = 2**self.bits - 1 - int(self.zero)
         quantized = ops.lsq(x, self.step, self.zero, self.bits, grad_scale_for(features, max(1, top)))
+        if cut is not None:
+            x, quantized = cut(x, quantized)
         return quantized if self.mix is None else self.mix(x, quantized)
 
 
@@ -67,13 +75,18 @@ class QuantLayer(nn.Module):
     quantized False: the float layer. True: input through `input`, weights from `codes`, or, while rounding is learned,
     from `rounding`, which gives them in the layout of `weight`. `weight` and `bias` stay as they were; `codes` uint8 in
     kernel order, `weight_step` float32 and `weight_zero` int32 [N] or [N, groups along K] are what is deployed, with
-    `corrected_bias` in place of `bias` where there is one (qk.calibrate.bias). `input_scale` float32 [K]: what a Linear
-    multiplies its input with before anything else, quantized or not, where smoothing gave it a share of the weights.
+    `corrected_bias` in place of `bias` where there is one (qk.calibrate.bias). `tail_codes`, `tail_step` and
+    `tail_owners` are rows that are added to channels' first ones (qk.prepare.points); None: there are none.
+    `input_scale` float32 [K]: what a Linear multiplies its input with before anything else, quantized or not, where
+    smoothing gave it a share of the weights.
     """
 
     codes: Tensor | None
     weight_step: Tensor | None
     weight_zero: Tensor | None
+    tail_codes: Tensor | None
+    tail_step: Tensor | None
+    tail_owners: Tensor | None
     corrected_bias: Tensor | None
     input_scale: Tensor | None
 
@@ -90,7 +103,7 @@ class QuantLayer(nn.Module):
         self.input = quantizer
         self.quantized = False
         self.rounding: Callable[[], Tensor] | None = None
-        for name in ("codes", "weight_step", "weight_zero", "corrected_bias", "input_scale"):
+        for name in (*DEPLOYED, "input_scale"):
             self.register_buffer(name, None)
 
     @property
@@ -113,11 +126,61 @@ class QuantLayer(nn.Module):
         shape = (self.weight.shape[0],) if self.groups_along_k == 1 else (self.weight.shape[0], self.groups_along_k)
         self.weight_step = step.reshape(shape).to(torch.float32)
         self.weight_zero = zero.reshape(shape).to(torch.int32)
-        self.corrected_bias = None
+        self.corrected_bias = self.tail_codes = self.tail_step = self.tail_owners = None
         assert self.spec.weights is not None
         self.codes = ops.quantize(
             to_kernel_order(self.weight.detach()), self.weight_step, self.weight_zero, self.spec.weights
         )
+
+    def set_weight_points(self, codes: Tensor, step: Tensor, tail: Tail | None) -> None:
+        """codes: uint8 [N, K] of the first points; step: [N]. Zeros become the middle code, the bias the float one."""
+        shape = to_kernel_order(self.weight).shape
+        self.codes, self.weight_step = codes.reshape(shape), step.to(torch.float32)
+        self.weight_zero = torch.full_like(self.weight_step, 2 ** (self.spec.weights - 1), dtype=torch.int32)
+        self.corrected_bias = self.tail_codes = self.tail_step = self.tail_owners = None
+        if tail is not None:
+            self.tail_codes, self.tail_step = tail.codes.reshape(-1, *shape[1:]), tail.step.to(torch.float32)
+            self.tail_owners = tail.owners.to(torch.int32)
+
+    @property
+    def extra_rows(self) -> int:
+        """Rows of the tail."""
+        return 0 if self.tail_owners is None else len(self.tail_owners)
+
+    @property
+    def last_codes(self) -> Tensor:
+        """`codes`, with those of the last point of channels that have several: what learned rounding may change."""
+        return self.codes if self.tail_owners is None else last_of(self.codes, self.tail_codes, self.tail_owners)
+
+    @last_codes.setter
+    def last_codes(self, codes: Tensor) -> None:
+        if self.tail_owners is None:
+            self.codes = codes
+        else:
+            self.codes, self.tail_codes = with_last(self.codes, self.tail_codes, self.tail_owners, codes)
+
+    @property
+    def last_step(self) -> Tensor:
+        """The step that goes with last_codes."""
+        return (
+            self.weight_step
+            if self.tail_owners is None
+            else last_of(self.weight_step, self.tail_step, self.tail_owners)
+        )
+
+    def fixed_weight(self) -> Tensor | None:
+        """What the points before each channel's last sum to, in the layout of `weight`; None without a tail."""
+        if self.tail_owners is None:
+            return None
+        nothing = self.weight_zero.to(torch.uint8).reshape(-1, *[1] * (self.codes.dim() - 1)).expand_as(self.codes)
+        return self._summed(*with_last(self.codes, self.tail_codes, self.tail_owners, nothing))
+
+    def _summed(self, codes: Tensor, tail_codes: Tensor | None) -> Tensor:
+        weight = ops.dequantize(codes, self.weight_step, self.weight_zero)
+        if self.tail_owners is not None:
+            rows = ops.dequantize(tail_codes, self.tail_step, self.weight_zero[self.tail_owners.long()])
+            weight = add_to_owners(weight, rows, self.tail_owners)
+        return from_kernel_order(weight)
 
     @property
     def quantized_bias(self) -> Tensor | None:
@@ -132,17 +195,39 @@ class QuantLayer(nn.Module):
         """The weight that the integer kernels see, in the layout of `weight`."""
         assert self.codes is not None, "calibrate before quantizing"
         if self.rounding is None:
-            return from_kernel_order(ops.dequantize(self.codes, self.weight_step, self.weight_zero))
+            return self._summed(self.codes, self.tail_codes)
         return self.rounding()
 
     def taken(self, x: Tensor) -> Tensor:
         """What the layer makes of its input before it is quantized."""
         return x if self.input_scale is None else x * self.input_scale
 
+    @property
+    def cuts(self) -> Sparq | None:
+        """How the codes of the input are cut, with the range that it has now; None where they stay whole."""
+        sparq = self.spec.sparq
+        whole = sparq is None or why_whole(sparq, int(self.input.zero), self.weight.shape[1])
+        return None if whole else sparq
+
+    def _cut(self, x: Tensor, quantized: Tensor) -> tuple[Tensor, Tensor]:
+        """The input and its cut codes' values, as they are multiplied."""
+        groups, channels = (1, -1) if self.conv_args is None else (self.conv_args["groups"], -3)
+        sparq = self.spec.sparq
+        values = fake_cut(quantized, self.input.step, self.input.zero, sparq, groups, channels)
+        return repeated(x, groups, channels) if sparq.pairs == "weights" else x, values
+
+    def _at_partners(self, weight: Tensor) -> Tensor:
+        """The weight as it is multiplied where its values pair those of the input."""
+        is_used = self.codes != self.weight_zero.reshape(-1, *[1] * (self.codes.dim() - 1))
+        return from_kernel_order(spread(to_kernel_order(weight), is_used=is_used))
+
     def forward(self, input: Tensor) -> Tensor:  # the name of the float layer's argument: some models use it
         x, weight, bias = self.taken(input), self.weight, self.bias
         if self.quantized:
-            x, weight, bias = self.input(x), self.quantized_weight(), self.quantized_bias
+            sparq = None if self.input.passes else self.cuts
+            x, weight, bias = self.input(x, sparq and self._cut), self.quantized_weight(), self.quantized_bias
+            if sparq is not None and sparq.pairs == "weights":
+                weight = self._at_partners(weight)
         if self.conv_args is None:
             return F.linear(x, weight, bias)
         return F.conv2d(x, weight, bias, **self.conv_args)

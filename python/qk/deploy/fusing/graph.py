@@ -16,6 +16,7 @@ aten, qk = torch.ops.aten, torch.ops.qk
 QUANTIZE, DEQUANTIZE = qk.quantize.default, qk.dequantize.default
 CONV2D, GEMM = qk.conv2d.default, qk.gemm.default
 LAYERS = (CONV2D, GEMM)
+SPARQ = qk.sparq.default
 RELU, HARDTANH = aten.relu.default, aten.hardtanh.default
 ADD, MUL, CAT = aten.add.Tensor, aten.mul.Tensor, aten.cat.default
 POOLS = (nhwc.avg_pool, nhwc.adaptive_avg_pool, nhwc.mean)
@@ -140,7 +141,7 @@ def grid_of(node: fx.Node) -> Grid | None:
         return node.meta.get("grid")
     if is_call(node, qk.pool.default) and node.kwargs["mode"] == "max":
         return grid_of(node.kwargs["x"])
-    if is_call(node, *MOVES):
+    if is_call(node, *MOVES, SPARQ):
         return grid_of(node.args[0])
     if node.op == "call_function" and node.kwargs.get("out_step") is not None:
         return Grid(node.kwargs["out_step"], node.kwargs["out_zero"], node.kwargs["out_bits"])

@@ -15,6 +15,7 @@ from qk.deploy.fusing.graph import (
     GEMM,
     LAYERS,
     QUANTIZE,
+    SPARQ,
     Constants,
     Grid,
     aten,
@@ -25,6 +26,7 @@ from qk.deploy.fusing.graph import (
     shape_of,
 )
 from qk.deploy.program import Builder, encode
+from qk.ops.sparq import FAMILIES
 
 LOOKUP, POOL, CONCAT = qk.lookup.default, qk.pool.default, qk.concat.default
 SUM, PRODUCT = qk.add.default, qk.multiply.default
@@ -82,6 +84,9 @@ def _in_programs(node: fx.Node, constants: Constants) -> bool:
         return node.kwargs["x_step"] is not None and len(shape_of(node)) == 4
     if is_call(node, LOOKUP):
         return grid_of(node.args[0]) is not None
+    if is_call(node, SPARQ):
+        grid, zero = grid_of(node.args[0]), node.args[5]
+        return grid is not None and (zero is grid.zero or (zero is None and not constants.tensor(grid.zero).any()))
     if is_call(node, FLATTEN):
         return grid_of(node.args[0]) is not None and list(node.args[1:]) == [1]
     return is_call(node, SUM, CONCAT)
@@ -151,7 +156,7 @@ class _Writer:
         inputs = [self._id(n) for n in self._read(node)]
         op, named = self._step(node)
         grid = grid_of(node)
-        keeps = op == "reshape" or (op == "pool" and named["mode"] == "max")
+        keeps = op in ("reshape", "sparq") or (op == "pool" and named["mode"] == "max")
         scale = None if grid is None or keeps else self._scale(grid)
         self.ids[node] = self.builder.step(op, *inputs, scale=scale, **named)
         self.steps.append((op, node.meta.get("module", "")))
@@ -201,6 +206,10 @@ class _Writer:
             return "reshape", {"shape": (0, -1)}
         if is_call(node, LOOKUP):
             return "lookup", {"table": self._tensor(node.args[1])}
+        if is_call(node, SPARQ):
+            _, bits, stride, round, pairs, _ = node.args
+            family = next(name for name, window in FAMILIES.items() if window == (bits, stride))
+            return "sparq", {"family": family, "round": int(round), "pairs": int(pairs)}
         if is_call(node, CONCAT):
             return "concat", {}
         k = node.kwargs

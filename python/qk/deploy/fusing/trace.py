@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qk.deploy.fusing import nhwc
-from qk.deploy.fusing.graph import ADD, CAT, FUNCTIONS, HARDTANH, LAYERS, MUL, QUANTIZE, RELU, Constants, aten
+from qk.deploy.fusing.graph import ADD, CAT, FUNCTIONS, HARDTANH, LAYERS, MUL, QUANTIZE, RELU, SPARQ, Constants, aten
 from qk.deploy.fusing.inplace import NOTHING, functional
 from qk.errors import fail
 from qk.inputs import copied_to, device_of, evaluating, map_tensors
@@ -140,6 +140,7 @@ class _Canonical:
             return self._binary
         return {
             QUANTIZE: self._quantize,
+            SPARQ: self._sparq,
             LAYERS[0]: self._layer,
             LAYERS[1]: self._layer,
             CAT: self._cat,
@@ -190,6 +191,12 @@ class _Canonical:
         if step.op != "get_attr" or step.meta["val"].numel() != 1:
             return False
         self.plain[node] = self.graph.call_function(QUANTIZE, (self._plain(x), *self._grid(step, zero), bits))
+        return True
+
+    def _sparq(self, node: fx.Node) -> bool:
+        codes, *family, zero = _with_defaults(node, (None, None, 1, True, True, None))
+        at = None if zero is None else self.constants.scalar(self.constants.tensor(zero))
+        self.plain[node] = self.graph.call_function(SPARQ, (self._plain(codes), *family, at))
         return True
 
     def _layer(self, node: fx.Node) -> bool:
