@@ -50,8 +50,12 @@ STABLE_TORCH_LIBRARY(qk, m) {
   // allowed shift (a multiple of stride, at most 8 - bits) that keeps its top bit; with pairs, a value whose partner
   // (2i, 2i + 1 along cols) is 0 gets a window of 2 * bits bits. zero: int32, one value, the code that is the value 0;
   // what is cut is the distance from it.
-  m.def(
-      "sparq(Tensor codes, int bits, int stride=1, bool round=True, bool pairs=True, Tensor? zero=None) -> Tensor");
+  m.def("sparq(Tensor codes, int bits, int stride=1, bool round=True, bool pairs=True, Tensor? zero=None) -> Tensor");
+  // codes [rows, cols] uint8, cut by sparq with zero 0 -> [rows, row_bytes] uint8: windows, shifts and, with pairs,
+  // which pairs give all of their bits to one value, in blocks of 16 values (docs/format.md). A code that is none of
+  // the windows' is an error on the CPU and loses its low bits on CUDA.
+  m.def("sparq_pack(Tensor codes, int bits, int stride=1, bool pairs=True) -> Tensor");
+  m.def("sparq_unpack(Tensor packed, int cols, int bits, int stride=1, bool pairs=True) -> Tensor");
 
   // --- integer -------------------------------------------------------------------------------------------------------
 

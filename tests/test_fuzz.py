@@ -132,6 +132,19 @@ def sparq(rnd, schema):
     return like_any(rnd, schema) | {"bits": rnd.choice((2, 3, 4))}
 
 
+def sparq_pack(rnd, schema):
+    bits, stride = rnd.choice(((4, 1), (4, 2), (4, 4), (3, 1), (2, 1)))
+    pairs = rnd.random() < 0.5
+    codes = values(rnd, [rnd.choice((0, 1, 3)), rnd.choice((0, 1, 16, 37))], torch.uint8)
+    return {"codes": qk.ops.sparq(codes, bits, stride, True, pairs), "bits": bits, "stride": stride, "pairs": pairs}
+
+
+def sparq_unpack(rnd, schema):
+    made = sparq_pack(rnd, schema)
+    codes = made.pop("codes")
+    return made | {"packed": qk.ops.sparq_pack(codes, **made), "cols": codes.shape[1]}
+
+
 def packed_weight(rnd, kernel):
     """bits, the packed codes of a weight [N, *kernel, C / groups], its zeros and steps (per channel or by groups)."""
     bits, groups = rnd.choice((2, 4, 8)), rnd.choice((1, 1, 2, 3))
@@ -293,7 +306,7 @@ def embedding_bag(rnd, schema):
 
 LIKELY = {"pack": pack, "unpack": unpack, "sparq": sparq, "prepack": prepack, "gemm": gemm, "conv2d": conv2d}
 LIKELY |= {"network": network, "add": pointwise, "multiply": pointwise, "pool": pool, "lookup": lookup}
-LIKELY |= {"concat": concat, "embedding_bag": embedding_bag}
+LIKELY |= {"sparq_pack": sparq_pack, "sparq_unpack": sparq_unpack, "concat": concat, "embedding_bag": embedding_bag}
 
 
 def described(value):

@@ -94,9 +94,7 @@ void run(const SparqArgs& a, Sign sign) {
 
 template <int N, int Stride>
 void run(const SparqArgs& a) {
-  const auto with_sign = [&](auto sign) {
-    a.round ? run<N, Stride, true>(a, sign) : run<N, Stride, false>(a, sign);
-  };
+  const auto with_sign = [&](auto sign) { a.round ? run<N, Stride, true>(a, sign) : run<N, Stride, false>(a, sign); };
   a.zero && *a.zero ? with_sign(Signed{static_cast<uint8_t>(*a.zero)}) : with_sign(Unsigned{});
 }
 

@@ -2,6 +2,7 @@
 
 #include "core/check.h"
 #include "core/register.h"
+#include "ops/sparq_check.h"
 
 namespace qk {
 
@@ -10,9 +11,7 @@ Tensor sparq(const Tensor& codes, int64_t bits, int64_t stride, bool round, bool
              const std::optional<Tensor>& zero) {
   check_dtype("sparq", "codes", codes, ScalarType::Byte);
   check_tensor(codes.dim() >= 1, "sparq", "codes", "[..., cols]", codes, "A single value has no partner.");
-  check(bits >= 2 && bits <= 4, "sparq", "bits", "2, 3 or 4", bits);
-  check(stride == 1 || (bits == 4 && (stride == 2 || stride == 4)), "sparq", "stride", "1, or with 4 bits 1, 2 or 4",
-        stride);
+  check_sparq_family("sparq", bits, stride);
   if (zero) {
     check_device("sparq", codes, {{"zero", &*zero}});
     check_dtype("sparq", "zero", *zero, ScalarType::Int);

@@ -109,6 +109,10 @@ def quantize(
     example = held[0] if example is None else example
     with _timed(seconds, "prepare"):
         p = prepare(model, example, recipe, blocks=blocks)
+    several = [name for name, spec in p.plan.layers.items() if spec.points > 1]
+    if several and recipe.method == "lsq":
+        got = f"more for {', '.join(several[:5])}"
+        raise fail(STAGE, "points", "1 with the method lsq, which trains one row for each channel", got)
     if out is not None:
         check_state(model, STAGE)
     if measure:
@@ -129,11 +133,10 @@ def quantize(
             report.accuracy["float"] = _share(evaluate, model)
     with _timed(seconds, "calibrate"):
         calibrate(p, held, ranges=recipe.ranges, seed=recipe.seed, memory_mb=recipe.memory_mb)
-    asked = recipe.points_error is not None or recipe.points_budget is not None
-    if asked or any(spec.points > 1 for spec in p.plan.layers.values()):
+    error, budget = recipe.points_error, recipe.points_budget
+    if several or error is not None or budget is not None:
         with _timed(seconds, "choose points"):
-            limits = {"error": recipe.points_error, "budget": recipe.points_budget}
-            multipoint(p, held, **limits, memory_mb=recipe.memory_mb)
+            multipoint(p, held, error=error, budget=budget, memory_mb=recipe.memory_mb)
     if recipe.sparq_bits is not None:
         with _timed(seconds, "choose windows"):
             choose_windows(p, held, recipe.sparq_bits, memory_mb=recipe.memory_mb)
@@ -142,12 +145,10 @@ def quantize(
             _leave_slower_in_float(p)
     folder = None if out is None else Path(out) / UNFINISHED
     shown = "auto" if progress else "off"
-    if recipe.method == "brecq":
+    if recipe.method in ("brecq", "gptq"):
+        learn = reconstruct if recipe.method == "brecq" else gptq
         with _timed(seconds, "reconstruct"):
-            reconstruct(p, held, recipe, progress=shown, folder=folder)
-    if recipe.method == "gptq":
-        with _timed(seconds, "gptq"):
-            gptq(p, held, recipe, progress=shown, folder=folder)
+            learn(p, held, recipe, progress=shown, folder=folder)
     if recipe.method == "lsq":
         with _timed(seconds, "tune"):
             tune(p, train, recipe, loss=loss, validate=validate, folder=folder, progress=shown)

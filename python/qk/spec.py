@@ -185,8 +185,8 @@ class Recipe:
     group_size, symmetric: as in QuantSpec. skip: name patterns (fnmatch) of layers to leave in float. overrides: name
     pattern -> fields of QuantSpec that differ there; the last pattern that matches wins.
     ranges: how a step is chosen before learning. method: "nearest" stops after that; "brecq" learns the rounding;
-    "gptq" rounds column by column, with act_order those of large inputs first, for inputs from the "quantized" or the
-    "float" prefix; "lsq" trains weights and steps on labels, as `tuning` says.
+    "lsq" trains weights and steps on labels, as `tuning` says; "gptq" rounds column by column, with act_order those of
+    large inputs first, for inputs from the "quantized" or the "float" prefix.
     first_output: width of the first layer's output, which the second to run reads: "plain" is that of every other
     layer's, as in LSQ; "first_last" is `first_last`, as in BRECQ's released code.
     granularity: what is reconstructed together: a layer, a block, the blocks at one resolution, the whole net.
@@ -222,7 +222,7 @@ class Recipe:
     skip: tuple[str, ...] = ()
     overrides: dict[str, dict[str, Any]] = Field(default_factory=dict)
     ranges: Ranges = "mse"
-    method: Literal["nearest", "brecq", "gptq", "lsq"] = "brecq"
+    method: Literal["nearest", "brecq", "lsq", "gptq"] = "brecq"
     act_order: bool = True
     prefix: Literal["quantized", "float"] = "quantized"
     first_output: Literal["plain", "first_last"] = "plain"

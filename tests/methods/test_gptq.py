@@ -387,3 +387,17 @@ def test_bad_input_is_refused_before_anything_changes():
         assert all(a is b for a, b in zip(before, codes(p), strict=True))
     with pytest.raises(QkError, match=r"prefix must be 'quantized' or 'float'"):
         Recipe(prefix="none")
+
+
+@pytest.mark.parametrize("kind", ["points", "training"])
+def test_what_has_more_than_one_rounding_is_refused(kind):
+    torch.manual_seed(0)
+    model, batches = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), [torch.randn(16, 8)]
+    more = {"points": 2, "points_error": 0.0} if kind == "points" else {}
+    recipe = Recipe(weights=3, activations=8, first_last=None, method="gptq", **more)
+    p = qk.prepare(model, batches[0], recipe)
+    qk.calibrate(p, batches)
+    qk.multipoint(p, batches, error=0.0) if kind == "points" else qk.trainable(p)
+    said = "several points" if kind == "points" else "in training"
+    with pytest.raises(QkError, match=f"qk.gptq: p must be .* got 0, .*{said}"):
+        qk.gptq(p, batches, recipe, progress="off")

@@ -378,7 +378,7 @@ def test_reconstruction_learns_the_last_point_alone(tmp_path):
         moved += int((layer.last_codes != last).sum())
         if layer.tail_owners is None:
             continue
-        owners = layer.tail_owners.long()
+        owners = layer.tail_owners
         assert torch.equal(layer.codes[owners], codes[owners])
         third = owners[torch.arange(len(owners)) >= len(owners.unique())]
         seconds = torch.isin(owners[: len(owners.unique())], third)
@@ -411,6 +411,16 @@ def test_what_does_not_fit_is_refused_and_changes_nothing():
         multipoint(prepared(points=1), batches())
     with pytest.raises(QkError, match="p must be calibrated"):
         multipoint(prepare(nn.Linear(3, 2), torch.zeros(1, 3), Recipe()), [torch.zeros(1, 3)])
+
+
+def test_training_is_refused():
+    p = prepared()
+    multipoint(p, batches())
+    with pytest.raises(QkError, match="p must be with one row for each channel, got several points in"):
+        qk.trainable(p)
+    train = [(x, torch.zeros(len(x), dtype=torch.int64)) for x in batches()]
+    with pytest.raises(QkError, match="points must be 1 with the method lsq"):
+        qk.quantize(residual_net(), batches(), Recipe(method="lsq", points=2), train=train)
 
 
 def test_specs_that_no_points_fit_are_refused():

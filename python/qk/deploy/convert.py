@@ -108,7 +108,7 @@ def deployed_weight(module: IntegerLayer) -> Tensor:
     weight = ops.dequantize(module.weight_codes(), module.weight_step, module.weight_zero)
     if module.tail_owners is None:
         return weight
-    zeros = module.weight_zero[module.tail_owners.long()]
+    zeros = module.weight_zero[module.tail_owners]
     return add_to_owners(weight, ops.dequantize(module.tail_codes(), module.tail_step, zeros), module.tail_owners)
 
 

@@ -52,7 +52,7 @@ class IntegerLayer(nn.Module):
     [N, groups along K]. bias: float32 [N] or None. input_step float32, input_zero int32: [1]. input_scale: float32 [K]
     of a QLinear that multiplies its input with it first (qk.smooth), or None. shape: of the weight in kernel order,
     [N, K] or [N, kh, kw, C / groups]. spec: the widths. tail_packed uint8 [T, bytes of a row], tail_step float32 and
-    tail_owners int32 [T], or None: rows that are added to those of their owners (qk.prepare.points).
+    tail_owners int64 [T], or None: rows that are added to those of their owners (qk.prepare.points).
 
     Inputs are float32. float16 and bfloat16 are widened to float32 and the result is cast back. `half()` and the like
     move the layer but leave its numbers in float32. After changing `packed`, `weight_zero` or the tail in place, call
@@ -140,7 +140,7 @@ class IntegerLayer(nn.Module):
             return
         nothing, codes = 2 ** (self.spec.weights - 1), self.tail_codes()
         for part in parts_of(self.tail_owners):
-            owners = self.tail_owners[part].long()
+            owners = self.tail_owners[part]
             whole = codes.new_full(self.shape, nothing)
             steps = self.tail_step.new_ones(self.out_features)
             whole[owners], steps[owners] = codes[part], self.tail_step[part]

@@ -19,6 +19,7 @@ from qk.calibrate.batches import Stop, call, hold
 from qk.calibrate.moments import patches
 from qk.errors import fail
 from qk.methods.engine import frozen, units_of
+from qk.methods.lsq import LsqLayer
 from qk.methods.progress import Progress
 from qk.methods.resume import Finished, steps_digest
 from qk.prepare.insert import QuantLayer, to_kernel_order
@@ -171,12 +172,16 @@ def gptq(
     p.history[layer] gets "before" with nearest rounding, "after", and what was "kept": "learned", or "nearest" where no
     row gained. Losses are the mean squared error of the output that the weights make, summed over channels.
     folder: as for reconstruct: finished layers lie there, and a run that was killed goes on to the same bits.
-    Raises QkError for p that is not calibrated, bad batches, and a folder that holds another run's layers.
+    Raises QkError for p that is not calibrated, in training, of several points a channel or with pairs by sparse
+    weights, for bad batches, and for a folder that holds another run's layers.
     """
     check_prepared(p, STAGE)
     recipe = checked_recipe(recipe, STAGE)
     if not p.calibrated:
         raise fail(STAGE, "p", "calibrated", "one that is not", "Call qk.calibrate(p, batches) first.")
+    for name, layer in p.quant_layers().items():
+        if reason := _against(layer):
+            raise fail(STAGE, "p", "with layers whose rounding alone is to be chosen", f"{name}, {reason}")
     held = hold(batches, STAGE, max_batches, recipe.memory_mb)
     units, layers = units_of(p, "layer"), p.quant_layers()
     p.steps_before = steps_digest(p)
@@ -196,6 +201,17 @@ def gptq(
             last = p.history[unit.name][-1]
             shown.end(1, last["before"], last["after"], last["kept"])
             finished.add(unit.name)
+
+
+def _against(layer: QuantLayer) -> str:
+    """Why no codes can be chosen for this layer; "" if they can."""
+    if isinstance(layer, LsqLayer):
+        return "which is in training"
+    if layer.extra_rows:
+        return "whose channels have several points"
+    if layer.spec.sparq is not None and layer.spec.sparq.pairs == "weights":
+        return "whose weights are sparse, which errors handed on would fill"
+    return ""
 
 
 def moments_of(p: Prepared, name: str, prefix: set[str] | None, batches: list) -> Moments:

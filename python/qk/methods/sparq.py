@@ -22,6 +22,7 @@ from qk.calibrate.batches import call, hold
 from qk.errors import fail
 from qk.inputs import evaluating
 from qk.ops.sparq import FAMILIES
+from qk.ops.sparq_pack import shift_bits
 from qk.prepare.insert import QuantLayer, to_kernel_order
 from qk.prepare.prepared import Prepared, check_prepared
 from qk.prepare.windows import check_sparse, cut_codes, why_whole
@@ -42,8 +43,8 @@ def shifts_of(window: Window) -> range:
 
 def stored_bits(sparq: Sparq) -> float:
     """Bits of a value at rest: its window, where that lies, and half of the bit that says how its pair shares them."""
-    where = (len(shifts_of(sparq.window)) - 1).bit_length()
-    return FAMILIES[sparq.window][0] + where + (0.0 if sparq.pairs == "none" else 0.5)
+    family = FAMILIES[sparq.window]
+    return family[0] + shift_bits(*family) + (0.0 if sparq.pairs == "none" else 0.5)
 
 
 def multiplied_bits(sparq: Sparq) -> float:

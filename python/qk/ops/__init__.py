@@ -21,6 +21,8 @@ from qk.ops.range_error import range_error
 from qk.ops.rounding_penalty import rounding_penalty
 from qk.ops.soft_round import soft_round
 from qk.ops.sparq import sparq
+from qk.ops.sparq_pack import sparq_pack
+from qk.ops.sparq_unpack import sparq_unpack
 from qk.ops.unpack import unpack
 
 __all__ = [
@@ -45,5 +47,7 @@ __all__ = [
     "rounding_penalty",
     "soft_round",
     "sparq",
+    "sparq_pack",
+    "sparq_unpack",
     "unpack",
 ]

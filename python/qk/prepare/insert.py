@@ -40,6 +40,8 @@ class ActQuantizer(nn.Module):
     """
 
     zero: Tensor
+    passes: bool = False
+    mix: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __init__(self, bits: int) -> None:
         super().__init__()
@@ -47,8 +49,6 @@ class ActQuantizer(nn.Module):
         self.step = nn.Parameter(torch.ones(1, dtype=torch.float32))
         self.register_buffer("zero", torch.zeros(1, dtype=torch.int32))
         self.calibrated = False
-        self.passes = False
-        self.mix: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def set_range(self, step: Tensor, zero: Tensor) -> None:
         """step, zero: one value each."""
@@ -140,7 +140,7 @@ class QuantLayer(nn.Module):
         self.corrected_bias = self.tail_codes = self.tail_step = self.tail_owners = None
         if tail is not None:
             self.tail_codes, self.tail_step = tail.codes.reshape(-1, *shape[1:]), tail.step.to(torch.float32)
-            self.tail_owners = tail.owners.to(torch.int32)
+            self.tail_owners = tail.owners
 
     @property
     def extra_rows(self) -> int:
@@ -162,11 +162,9 @@ class QuantLayer(nn.Module):
     @property
     def last_step(self) -> Tensor:
         """The step that goes with last_codes."""
-        return (
-            self.weight_step
-            if self.tail_owners is None
-            else last_of(self.weight_step, self.tail_step, self.tail_owners)
-        )
+        if self.tail_owners is None:
+            return self.weight_step
+        return last_of(self.weight_step, self.tail_step, self.tail_owners)
 
     def fixed_weight(self) -> Tensor | None:
         """What the points before each channel's last sum to, in the layout of `weight`; None without a tail."""
@@ -178,7 +176,7 @@ class QuantLayer(nn.Module):
     def _summed(self, codes: Tensor, tail_codes: Tensor | None) -> Tensor:
         weight = ops.dequantize(codes, self.weight_step, self.weight_zero)
         if self.tail_owners is not None:
-            rows = ops.dequantize(tail_codes, self.tail_step, self.weight_zero[self.tail_owners.long()])
+            rows = ops.dequantize(tail_codes, self.tail_step, self.weight_zero[self.tail_owners])
             weight = add_to_owners(weight, rows, self.tail_owners)
         return from_kernel_order(weight)
 
