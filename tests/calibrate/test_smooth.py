@@ -201,6 +201,18 @@ def test_gptq_and_calibration_see_what_the_layer_takes_in():
     assert layer.input.step.item() == pytest.approx(float(ends.max.clamp(min=0) - ends.min.clamp(max=0)) / 255)
 
 
+def test_training_goes_on_from_divided_inputs():
+    p = prepared()
+    before = outputs(p.model)
+    smooth(p, batches(), 0.6)
+    calibrate(p, batches())
+    with torch.no_grad():
+        trained = torch.cat([qk.trainable(p)(x) for x in batches()])
+    assert decibels(trained, before) > 30
+    assert torch.equal(outputs(convert(p)), outputs(convert(p)))
+    assert convert(p).get_submodule("0.q").input_scale is not None
+
+
 def test_left_in_float_a_layer_takes_its_own_input_again():
     p = prepared()
     before = outputs(p.model)

@@ -145,6 +145,15 @@ def test_columns_without_input_are_rounded_to_the_nearest_and_move_no_other(act_
     assert torch.equal(solve(weight, dead * 0, step, zero, bits, act_order), nearest(weight, step, zero, bits))
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_what_it_is_given_stays(rows, act_order):
+    given = problem(groups=2, rows=rows)
+    before = [t.clone() for t in given[:4]]
+    solve(*given, act_order)
+    assert all(torch.equal(t, b) for t, b in zip(given, before, strict=False))
+
+
 def test_ends_of_the_codes_hold():
     weight, hessian, step, zero, bits = problem(bits=2)
     codes = solve(100 * weight, hessian, step, zero, bits, False)
@@ -157,7 +166,8 @@ SHAPES = {
     "conv": (lambda: nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2)), (2, 4, 9, 7)),
     "1x1": (lambda: nn.Conv2d(4, 6, 1, stride=2), (2, 4, 5, 5)),
     "groups": (lambda: nn.Conv2d(6, 4, 3, padding=1, groups=2, bias=False), (2, 6, 5, 5)),
-    "depthwise": (lambda: nn.Conv2d(5, 10, 3, groups=5), (3, 5, 6, 6)),
+    "depthwise": (lambda: nn.Conv2d(5, 5, 3, groups=5), (3, 5, 6, 6)),
+    "depthwise, two each": (lambda: nn.Conv2d(5, 10, 3, groups=5), (3, 5, 6, 6)),
     "same": (lambda: nn.Conv2d(3, 2, 3, padding="same"), (2, 3, 5, 6)),
 }
 

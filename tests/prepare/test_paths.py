@@ -54,6 +54,7 @@ THROUGH = {
     "flat pooled images": lambda m, x: m.strided(F.max_pool2d(m.a(x), 2).flatten(1)),
     "another order of axes": lambda m, x: m.head(m.a(x).permute(0, 2, 3, 1)),
     "a part of the image": lambda m, x: m.head(m.a(x)[:, :, 0, 1]),
+    "there and back": lambda m, x: m.b(m.a(x).flatten(2).view(2, 6, 6, 6)),
     "a copy": lambda m, x: m.b(m.a(x).clone()),
 }  # fmt: skip
 

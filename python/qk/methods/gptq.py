@@ -56,7 +56,8 @@ def round_columns(weight: Tensor, factor: Tensor, step: Tensor, zero: Tensor, bi
     weight: [G, N, K], float64; factor: [G, K, K]; step, zero: [G, N, K], float32: of each weight.
     Errors reach the next columns of a block at once and those behind it in one product when the block is done.
     """
-    weight, step, zero = (t.transpose(1, 2).contiguous() for t in (weight, step, zero))  # a column lies in one piece
+    weight = weight.mT.clone(memory_format=torch.contiguous_format)  # a column lies in one piece
+    step, zero = step.mT.contiguous(), zero.mT.contiguous()
     codes, errors = torch.empty_like(step), torch.empty_like(weight)
     per_step, top, columns = 1.0 / step, 2**bits - 1, weight.shape[1]
     for start in range(0, columns, block):
@@ -67,8 +68,8 @@ def round_columns(weight: Tensor, factor: Tensor, step: Tensor, zero: Tensor, bi
             q = (codes[:, i] - zero[:, i]) * step[:, i]
             errors[:, i] = (w - q) / factor[:, i, i, None]
             weight[:, i + 1 : end] -= factor[:, i, i + 1 : end, None] * errors[:, None, i]
-        weight[:, end:] -= factor[:, start:end, end:].transpose(1, 2) @ errors[:, start:end]
-    return codes.transpose(1, 2).to(torch.uint8)
+        weight[:, end:] -= factor[:, start:end, end:].mT @ errors[:, start:end]
+    return codes.mT.to(torch.uint8)
 
 
 def solve(weight: Tensor, hessian: Tensor, step: Tensor, zero: Tensor, bits: int, act_order: bool) -> Tensor:

@@ -24,11 +24,11 @@ aten = torch.ops.aten
 # max(x, a x), value by value, with a given for each channel or for all; and copies
 ELEMENTWISE = {
     aten.relu.default, aten.relu_.default, aten.leaky_relu.default, aten.leaky_relu_.default,
-    aten._prelu_kernel.default, aten.clone.default, aten.contiguous.default,
+    aten._prelu_kernel.default, aten.clone.default,
 }  # fmt: skip
 CLIPS = {aten.hardtanh.default, aten.hardtanh_.default}
 MOVES = {
-    aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.permute.default, aten.transpose.int,
+    aten.view.default, aten._unsafe_view.default, aten.permute.default, aten.transpose.int,
     aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default, aten.expand.default,
     aten.slice.Tensor, aten.select.int,
 }  # fmt: skip
@@ -106,6 +106,8 @@ class _Walk:
 
     def follow(self, value: Value, numbers: Tensor) -> None:
         """numbers: of the channel that each value is of; of the shape of value."""
+        if value in self.followed:  # a view of a view is what it was before
+            return
         self.followed.add(value)
         if value in self.seen.results:
             raise Blocked("its output is returned")
