@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qk import machine, timing
 from qk.calibrate import calibrate, correct_bias, match_statistics
 from qk.calibrate.batches import hold
+from qk.calibrate.smooth import smooth
 from qk.deploy import (
     FusedModel,
     LayerMeasure,
@@ -43,6 +44,8 @@ from qk.methods import (
 from qk.methods.gptq import gptq
 from qk.methods.tune import Loss, Score
 from qk.prepare import Prepared, leave_in_float, prepare
+from qk.prepare.equalize import equalize
+from qk.prepare.unclip import unclip
 from qk.report import Latency, LayerReport, Report
 from qk.spec import Plan, Recipe, checked_recipe
 
@@ -123,6 +126,8 @@ def quantize(
         recipe=recipe.to_dict(),
         machine=machine.fingerprint(),
     )
+    with _timed(seconds, "scale channels"):
+        scaled = _scale_channels(p, held, recipe)
     if evaluate is not None:  # now, so that an evaluation that fails costs no learning
         with _timed(seconds, "evaluate"), evaluating(model):
             report.accuracy["float"] = _share(evaluate, model)
@@ -175,7 +180,7 @@ def quantize(
         unit: [{"iteration": s["iteration"], "loss": s["loss"]} for s in h[:-1]] for unit, h in p.history.items()
     }
     report.layers = _layers(p, measured)
-    report.notes = _notes(p, measured) + (left if fused else [])
+    report.notes = scaled + _notes(p, measured) + (left if fused else [])
     if recipe.method in ("brecq", "gptq") and out is not None:  # else it may hold another run's
         resume.remove(folder)
     if recipe.method == "lsq" and out is not None:
@@ -227,6 +232,19 @@ def _fused(integer: nn.Module, example: Any, held: list[Any]) -> tuple[FusedMode
     for name, reason in fast.report:
         by_reason.setdefault(reason, []).append(name)
     return fast, [f"Not fused: {', '.join(names)}: {reason}." for reason, names in by_reason.items()]
+
+
+def _scale_channels(p: Prepared, held: list[Any], recipe: Recipe) -> list[str]:
+    """What the recipe asks for before calibration; returns notes on it."""
+    notes = []
+    if recipe.relu6 == "relu":
+        decibels = unclip(p, held[:MEASURED_BATCHES])
+        notes.append(f"ReLU in place of ReLU6: {', '.join(p.unclipped) or 'nowhere'}; SQNR in float {decibels:.1f} dB.")
+    if recipe.equalize:
+        notes += equalize(p).notes("Equalized")
+    if recipe.smooth is not None:
+        notes += smooth(p, held, recipe.smooth, memory_mb=recipe.memory_mb).notes("Smoothed")
+    return notes
 
 
 def _leave_slower_in_float(p: Prepared) -> None:

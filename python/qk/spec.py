@@ -20,6 +20,7 @@ Ranges = Literal["minmax", "percentile", "mse", "kl", "lapq"]
 Points = Literal[1, 2, 3]
 Window = Literal["5opt", "3opt", "2opt", "6opt", "7opt"]
 Exponent = Annotated[float, Field(ge=1)]  # of the rounding penalty; below 1 its slope has no bound
+Alpha = Annotated[float, Field(ge=0, le=1)]
 _strict = ConfigDict(extra="forbid", strict=False, allow_inf_nan=False)
 Kind = TypeVar("Kind", bound=type)
 
@@ -196,6 +197,9 @@ class Recipe:
     penalty, the share of iterations without it, its exponent's start and end. drop: probability with which a value of
     the unit's input comes from the quantized prefix instead of the float one (QDrop); 1.0 is BRECQ's. drop_inside: the
     same at every quantizer inside the unit.
+    equalize: qk.quantize scales channels so that weights on both sides of them have one range. smooth: alpha; it scales
+    channels so that activations lose range to weights, the more the nearer alpha is to 1; "search" finds one for each
+    place, or none. relu6: "relu" puts ReLU where a ReLU6 keeps either from scaling.
     points: as in QuantSpec, for layers of 2 to 4 bits, whose weights become symmetric. points_error: channels get
     points while their output's mean squared error is above this part of its mean square. points_budget: at most this
     part more multiply-adds and weights, spent where they lower the error most; 0.1 where neither is given.
@@ -240,6 +244,9 @@ class Recipe:
     memory_mb: int = Field(default=1024, ge=1)
     seed: int = Field(default=0, ge=0, lt=2**32)
     tuning: Tuning = Field(default_factory=Tuning)
+    equalize: bool = False
+    smooth: Alpha | Literal["search"] | None = None
+    relu6: Literal["keep", "relu"] = "keep"
     bias_correction: bool = False
     sparq: Cutting = None
     sparq_bits: float | None = Field(default=None, gt=0)

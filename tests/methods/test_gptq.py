@@ -12,7 +12,7 @@ from qk import ops
 from qk.calibrate import calibrate
 from qk.deploy import convert, load, save
 from qk.errors import QkError
-from qk.methods.gptq import Moments, gptq, inverse_factor, moments_of, patches, round_columns, row_losses, solve
+from qk.methods.gptq import Moments, gptq, inverse_factor, moments_of, round_columns, row_losses, solve
 from qk.prepare import prepare
 from qk.prepare.insert import to_kernel_order
 from qk.spec import Recipe
@@ -145,6 +145,15 @@ def test_columns_without_input_are_rounded_to_the_nearest_and_move_no_other(act_
     assert torch.equal(solve(weight, dead * 0, step, zero, bits, act_order), nearest(weight, step, zero, bits))
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_what_it_is_given_stays(rows, act_order):
+    given = problem(groups=2, rows=rows)
+    before = [t.clone() for t in given[:4]]
+    solve(*given, act_order)
+    assert all(torch.equal(t, b) for t, b in zip(given, before, strict=False))
+
+
 def test_ends_of_the_codes_hold():
     weight, hessian, step, zero, bits = problem(bits=2)
     codes = solve(100 * weight, hessian, step, zero, bits, False)
@@ -157,7 +166,8 @@ SHAPES = {
     "conv": (lambda: nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2)), (2, 4, 9, 7)),
     "1x1": (lambda: nn.Conv2d(4, 6, 1, stride=2), (2, 4, 5, 5)),
     "groups": (lambda: nn.Conv2d(6, 4, 3, padding=1, groups=2, bias=False), (2, 6, 5, 5)),
-    "depthwise": (lambda: nn.Conv2d(5, 10, 3, groups=5), (3, 5, 6, 6)),
+    "depthwise": (lambda: nn.Conv2d(5, 5, 3, groups=5), (3, 5, 6, 6)),
+    "depthwise, two each": (lambda: nn.Conv2d(5, 10, 3, groups=5), (3, 5, 6, 6)),
     "same": (lambda: nn.Conv2d(3, 2, 3, padding="same"), (2, 3, 5, 6)),
 }
 
@@ -170,22 +180,6 @@ def layer_of(kind, x=None, **fields):
     p = prepare(make(), x, recipe)
     calibrate(p, [x])
     return p, x
-
-
-@pytest.mark.parametrize("kind", SHAPES)
-def test_patches_are_what_the_layer_multiplies(kind, monkeypatch):
-    p, x = layer_of(kind)
-    layer = p.quant_layers()[""]
-    monkeypatch.setattr("qk.methods.gptq.CHUNK", 1)  # every chunk is one row or image
-    found = list(patches(layer, x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim())))))
-    assert len(found) == (x.shape[0] if x.dim() == 4 else x[..., 0].numel())
-    groups, k, _ = found[0].shape
-    weight = to_kernel_order(layer.weight.detach()).reshape(groups, -1, k)
-    out = torch.stack([(weight @ one).flatten(0, 1) for one in found])  # [chunk, N, positions]
-    with torch.no_grad():
-        expected = layer(x) if layer.bias is None else layer(x) - layer.bias.reshape(-1, *[1] * (x.dim() == 4) * 2)
-    expected = expected.flatten(2) if x.dim() == 4 else expected.reshape(-1, expected.shape[-1], 1)
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)  # sums of 24 products of size 1
 
 
 @pytest.mark.parametrize("group_size", [None, "half"])
@@ -302,7 +296,7 @@ def test_a_whole_model_loses_less_and_is_deployed_bit_for_bit(fields, tmp_path):
         assert torch.equal(step, layer.weight_step)
         assert torch.equal(zero, layer.weight_zero)
         assert torch.equal(input_step, layer.input.step)
-    assert not any(m._forward_pre_hooks for m in p.model.modules())
+    assert not any(m._forward_hooks for m in p.model.modules())
 
 
 def test_equal_calls_give_equal_bits_and_options_others():
@@ -365,6 +359,19 @@ def test_the_recipe_asks_for_it(tmp_path):
     assert not (tmp_path / "unfinished").exists()
 
 
+def test_the_last_of_several_points_is_chosen():
+    p = prepared(points=2, points_error=1e-4)
+    qk.multipoint(p, images(), error=1e-4)
+    layer = p.quant_layers()["deep"]
+    assert layer.extra_rows > 0
+    first, fixed = layer.codes[layer.tail_owners.long()], layer.fixed_weight()
+    gptq(p, images(), progress="off")
+    assert torch.equal(layer.codes[layer.tail_owners.long()], first)
+    assert torch.equal(layer.fixed_weight(), fixed)
+    assert all(entries[-1]["after"] <= entries[-1]["before"] for entries in p.history.values())
+    convert(p)
+
+
 def test_bad_input_is_refused_before_anything_changes():
     with pytest.raises(QkError, match=r"qk.gptq: p must be calibrated"):
         gptq(prepare(net(), images()[0], Recipe()), images())
@@ -382,15 +389,8 @@ def test_bad_input_is_refused_before_anything_changes():
         Recipe(prefix="none")
 
 
-@pytest.mark.parametrize("kind", ["points", "training"])
-def test_what_has_more_than_one_rounding_is_refused(kind):
-    torch.manual_seed(0)
-    model, batches = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), [torch.randn(16, 8)]
-    more = {"points": 2, "points_error": 0.0} if kind == "points" else {}
-    recipe = Recipe(weights=3, activations=8, first_last=None, method="gptq", **more)
-    p = qk.prepare(model, batches[0], recipe)
-    qk.calibrate(p, batches)
-    qk.multipoint(p, batches, error=0.0) if kind == "points" else qk.trainable(p)
-    said = "several points" if kind == "points" else "in training"
-    with pytest.raises(QkError, match=f"qk.gptq: p must be .* got 0, .*{said}"):
-        qk.gptq(p, batches, recipe, progress="off")
+def test_what_is_in_training_is_refused():
+    p = prepared()
+    qk.trainable(p)
+    with pytest.raises(QkError, match=r"qk.gptq: p must be .* got stem, which is in training"):
+        gptq(p, images(), progress="off")

@@ -7,16 +7,16 @@ docs/methods/gptq.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qk import ops
 from qk.calibrate.batches import Stop, call, hold
+from qk.calibrate.moments import patches
 from qk.errors import fail
 from qk.methods.engine import frozen, units_of
 from qk.methods.lsq import LsqLayer
@@ -30,7 +30,6 @@ STAGE = "qk.gptq"
 DAMPING = 0.01  # of the mean of the diagonal, added to it
 BLOCK = 128  # columns whose errors reach the rest of the row in one product
 LONGEST = 8192  # columns that are solved together; a longer row is cut, and its parts do not know of each other
-CHUNK = 2**23  # values of patches at a time: 32 MiB
 
 
 # --- the mathematics; G groups of a convolution (1 for any other layer), N rows and K columns of each -----------------
@@ -57,7 +56,8 @@ def round_columns(weight: Tensor, factor: Tensor, step: Tensor, zero: Tensor, bi
     weight: [G, N, K], float64; factor: [G, K, K]; step, zero: [G, N, K], float32: of each weight.
     Errors reach the next columns of a block at once and those behind it in one product when the block is done.
     """
-    weight, step, zero = (t.transpose(1, 2).contiguous() for t in (weight, step, zero))  # a column lies in one piece
+    weight = weight.mT.clone(memory_format=torch.contiguous_format)  # a column lies in one piece
+    step, zero = step.mT.contiguous(), zero.mT.contiguous()
     codes, errors = torch.empty_like(step), torch.empty_like(weight)
     per_step, top, columns = 1.0 / step, 2**bits - 1, weight.shape[1]
     for start in range(0, columns, block):
@@ -68,8 +68,8 @@ def round_columns(weight: Tensor, factor: Tensor, step: Tensor, zero: Tensor, bi
             q = (codes[:, i] - zero[:, i]) * step[:, i]
             errors[:, i] = (w - q) / factor[:, i, i, None]
             weight[:, i + 1 : end] -= factor[:, i, i + 1 : end, None] * errors[:, None, i]
-        weight[:, end:] -= factor[:, start:end, end:].transpose(1, 2) @ errors[:, start:end]
-    return codes.transpose(1, 2).to(torch.uint8)
+        weight[:, end:] -= factor[:, start:end, end:].mT @ errors[:, start:end]
+    return codes.mT.to(torch.uint8)
 
 
 def solve(weight: Tensor, hessian: Tensor, step: Tensor, zero: Tensor, bits: int, act_order: bool) -> Tensor:
@@ -95,22 +95,6 @@ def row_losses(change: Tensor, hessian: Tensor) -> Tensor:
 # --- inputs of a layer ------------------------------------------------------------------------------------------------
 
 
-def patches(layer: QuantLayer, x: Tensor) -> Iterator[Tensor]:
-    """What the rows of the weight are multiplied with: [G, K, positions], K in the kernels' order; in chunks."""
-    if layer.conv_args is None:
-        for rows in x.reshape(-1, x.shape[-1]).split(max(1, CHUNK // x.shape[-1])):
-            yield rows.t()[None]
-        return
-    geometry = {name: layer.conv_args[name] for name in ("stride", "padding", "dilation")}
-    groups, kernel = layer.conv_args["groups"], tuple(layer.weight.shape[2:])
-    taps = kernel[0] * kernel[1]
-    x = x if x.dim() == 4 else x[None]
-    for images in x.split(max(1, CHUNK // max(1, taps * x[0].numel()))):
-        found = F.unfold(images, kernel, **geometry)  # [B, C * taps, positions]
-        found = found.reshape(len(images), groups, -1, taps, found.shape[-1])
-        yield found.permute(1, 3, 2, 0, 4).reshape(groups, -1, len(images) * found.shape[-1])
-
-
 class Moments:
     """Sums of x x^T over positions, in parts of at most LONGEST columns: float32 products, added in float64.
 
@@ -129,24 +113,27 @@ class Moments:
 
     def add(self, x: Tensor) -> None:
         """x: an input of the layer."""
-        for found in patches(self.layer, x.float()):
-            self.positions += found.shape[-1]
-            for part, rows in zip(self.parts, found.split([len(part[0]) for part in self.parts], dim=1), strict=True):
-                part += rows @ rows.transpose(1, 2)
+        for found in patches(self.layer, x):
+            self.positions += found.shape[1]
+            for part, rows in zip(self.parts, found.split([len(part[0]) for part in self.parts], dim=2), strict=True):
+                part += rows.mT @ rows
 
     def is_finite(self) -> bool:
         return all(bool(torch.isfinite(part).all()) for part in self.parts)
 
 
 def round_layer(layer: QuantLayer, moments: Moments, act_order: bool) -> tuple[Tensor, float, float]:
-    """Codes, and the loss with nearest rounding and with them; a row for which nearest is better keeps it."""
-    bits, groups = layer.spec.weights, moments.parts[0].shape[0]
+    """Codes, and the loss with nearest rounding and with them; a row for which nearest is better keeps it.
+
+    Of channels with several points it is the last that is chosen; what the others sum to is taken off the weight.
+    """
+    bits, groups, fixed = layer.spec.weights, moments.parts[0].shape[0], layer.fixed_weight()
     as_groups = lambda t: t.reshape(groups, t.shape[0] // groups, -1)  # noqa: E731
-    weight = to_kernel_order(layer.weight.detach())
-    nearest = as_groups(ops.quantize(weight, layer.weight_step, layer.weight_zero, bits))
+    weight = to_kernel_order(layer.weight.detach() if fixed is None else layer.weight.detach() - fixed)
+    nearest = as_groups(ops.quantize(weight, layer.last_step, layer.weight_zero, bits))
     weight = as_groups(weight)
     repeats = weight.shape[-1] // layer.groups_along_k
-    step, zero = (as_groups(t).repeat_interleave(repeats, -1) for t in (layer.weight_step, layer.weight_zero))
+    step, zero = (as_groups(t).repeat_interleave(repeats, -1) for t in (layer.last_step, layer.weight_zero))
     zero, weight = zero.float(), weight.double()
 
     def losses(codes: Tensor) -> Tensor:
@@ -185,8 +172,8 @@ def gptq(
     p.history[layer] gets "before" with nearest rounding, "after", and what was "kept": "learned", or "nearest" where no
     row gained. Losses are the mean squared error of the output that the weights make, summed over channels.
     folder: as for reconstruct: finished layers lie there, and a run that was killed goes on to the same bits.
-    Raises QkError for p that is not calibrated, in training, of several points a channel or with pairs by sparse
-    weights, for bad batches, and for a folder that holds another run's layers.
+    Raises QkError for p that is not calibrated, in training, or with pairs by sparse weights, for bad batches, and for
+    a folder that holds another run's layers.
     """
     check_prepared(p, STAGE)
     recipe = checked_recipe(recipe, STAGE)
@@ -207,7 +194,7 @@ def gptq(
             if not (kept and kept.restore(number)):
                 layer = layers[unit.name]
                 moments = moments_of(p, unit.name, finished if recipe.prefix == "quantized" else None, held)
-                layer.codes, before, after = round_layer(layer, moments, recipe.act_order)
+                layer.last_codes, before, after = round_layer(layer, moments, recipe.act_order)
                 p.history[unit.name] = _history(before, after)
                 if kept:
                     kept.add(number)
@@ -220,8 +207,6 @@ def _against(layer: QuantLayer) -> str:
     """Why no codes can be chosen for this layer; "" if they can."""
     if isinstance(layer, LsqLayer):
         return "which is in training"
-    if layer.extra_rows:
-        return "whose channels have several points"
     if layer.spec.sparq is not None and layer.spec.sparq.pairs == "weights":
         return "whose weights are sparse, which errors handed on would fill"
     return ""
@@ -233,13 +218,13 @@ def moments_of(p: Prepared, name: str, prefix: set[str] | None, batches: list) -
     layer = p.quant_layers()[name]
     moments, once = Moments(layer), p.layers[name].calls == 1
 
-    def see(_: QuantLayer, args: tuple, kwargs: dict) -> None:
-        x = args[0] if args else kwargs["input"]
+    def see(_: QuantLayer, args: tuple, kwargs: dict, __: Tensor) -> None:  # the layer ran, so the input fits it
+        x = layer.taken(args[0] if args else kwargs["input"])
         moments.add(x if prefix is None else layer.input(x))
         if once:
             raise Stop
 
-    handle = layer.register_forward_pre_hook(see, with_kwargs=True)
+    handle = layer.register_forward_hook(see, with_kwargs=True)
     try:
         with p.quantized(prefix or set()):
             for index, batch in enumerate(batches):
