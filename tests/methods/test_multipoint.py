@@ -413,6 +413,20 @@ def test_what_does_not_fit_is_refused_and_changes_nothing():
         multipoint(prepare(nn.Linear(3, 2), torch.zeros(1, 3), Recipe()), [torch.zeros(1, 3)])
 
 
+def test_gptq_rounds_the_last_point_alone():
+    p = prepared()
+    multipoint(p, batches(), budget=0.6)
+    before = {name: layer.fixed_weight() for name, layer in p.quant_layers().items()}
+    errors = sum(output_errors(p).values())
+    qk.gptq(p, batches(), Recipe(prefix="float"), progress="off")
+    assert overhead(p).extra_rows > 0
+    for name, layer in p.quant_layers().items():
+        after = layer.fixed_weight()
+        assert (after is None) == (before[name] is None)
+        assert after is None or torch.equal(after, before[name])
+    assert sum(output_errors(p).values()) < errors
+
+
 def test_training_is_refused():
     p = prepared()
     multipoint(p, batches())
