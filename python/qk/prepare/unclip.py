@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qk.inputs import copied_to, device_of, feed, tensors_in
+from qk.inputs import tensors_in
 from qk.prepare.prepared import Prepared
 from qk.prepare.scaling import check_not_calibrated
+from qk.prepare.source import run
 from qk.prepare.tree import replace_module
 
 STAGE = "qk.unclip"
@@ -47,5 +48,4 @@ def unclip(p: Prepared, batches: Iterable[Any]) -> float:
 
 def _outputs(p: Prepared, batch: Any) -> list[Tensor]:
     """Every floating tensor of the model's output, float64."""
-    found = feed(p.model, copied_to(batch, device_of(p.model)))
-    return [x.double() for x in tensors_in(found) if x.is_floating_point()]
+    return [x.double() for x in tensors_in(run(p.model, batch)) if x.is_floating_point()]
