@@ -22,8 +22,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 import qk
+import small_digits
 from qk import sources
-from qk.demo.digits import Training, augment, load, trained
+from qk.demo.digits import augment, load
 from qk.files import replace_file
 from qk.prepare.scaling import scale
 from qk.spec import Recipe
@@ -57,9 +58,7 @@ SOLVERS = {
 
 
 def gptq(cache: Path) -> None:
-    data = load()
-    batches = list(data.train[:256].split(64))
-    networks = [trained(Training(widths=(16, 32, 32), epochs=10, seed=seed), cache) for seed in SEEDS]
+    data, batches, networks = small_digits.data(), small_digits.calibration(), small_digits.networks(cache)
 
     def cell(width: str, solver: str) -> str:
         weights, activations = int(width[1]), int(width[3])

@@ -1,17 +1,15 @@
 """Accuracy on the digits by LSQ, beside nearest rounding and BRECQ: the tables of docs/methods/lsq.md."""
 
 import argparse
-from collections.abc import Iterable
-from pathlib import Path
-from statistics import mean
 
 import torch
 
 import qk
-from qk.demo.digits import Augmented, Digits, Training, load, trained
+from qk.demo.digits import Augmented, Digits
 from qk.methods.tune import LR, MOMENTUM, cosine
+from small_digits import SEEDS, accuracy, calibration, networks, spread
+from small_digits import data as digits
 
-SEEDS = (0, 1, 2)
 WIDTHS = ((4, 4), (3, 3), (2, 4), (2, 2))
 ITERATIONS = 300
 VARIANTS = {
@@ -45,12 +43,6 @@ def trained_on(network: torch.nn.Module, data: Digits, epochs: int) -> torch.nn.
     return model.eval()
 
 
-def spread(found: Iterable[float]) -> str:
-    """Mean, lowest and highest."""
-    found = list(found)
-    return f"{mean(found):.2f} ({min(found):.1f}-{max(found):.1f})"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=30)
@@ -58,19 +50,12 @@ def main() -> None:
     parser.add_argument("--width", default="2,2")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    data = load()
-    batches = list(data.train[:256].split(64))
-
-    @torch.no_grad()
-    def accuracy(model: torch.nn.Module) -> float:
-        return 100 * (model(data.test).argmax(1) == data.test_labels).float().mean().item()
-
-    networks = [trained(Training(widths=(16, 32, 32), epochs=10, seed=seed), Path(".cache")) for seed in SEEDS]
+    data, batches, floats = digits(), calibration(), networks()
 
     def cell(weights: int, activations: int, method: str, **tuning: object) -> str:
         """Of the integer model, over the seeds."""
         found = []
-        for seed, network in zip(SEEDS, networks, strict=True):
+        for seed, network in zip(SEEDS, floats, strict=True):
             fields = {"method": method, "iterations": ITERATIONS, "seed": seed}
             fields["tuning"] = qk.Tuning(**({"epochs": options.epochs} | tuning))
             recipe = qk.Recipe(weights=weights, activations=activations, **fields)
@@ -84,14 +69,14 @@ def main() -> None:
         return spread(found)
 
     print(f"{options.epochs} epochs of LSQ, {ITERATIONS} iterations of BRECQ for each unit.")
-    print(f"float: {spread(map(accuracy, networks))}")
+    print(f"float: {spread(map(accuracy, floats))}")
     if options.variants:
         weights, activations = map(int, options.width.split(","))
         print(f"| W{weights}A{activations} | accuracy % |\n|---|---:|")
         for name, tuning in VARIANTS.items():
             print(f"| {name} | {cell(weights, activations, 'lsq', **tuning)} |", flush=True)
         return
-    longer = (trained_on(network, data, options.epochs) for network in networks)
+    longer = (trained_on(network, data, options.epochs) for network in floats)
     print(f"float, trained for as long as LSQ, norms folded: {spread(map(accuracy, longer))}\n", flush=True)
     print("| | nearest | brecq | lsq |\n|---|---:|---:|---:|")
     for weights, activations in WIDTHS:

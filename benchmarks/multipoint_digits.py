@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 import qk
+import small_digits
 from qk.calibrate.moments import second_moments
-from qk.demo import digits
 from qk.methods import overhead
 from qk.methods.multipoint import candidates, costs_of, multipoint, place
 from qk.prepare import Prepared
@@ -109,10 +109,9 @@ def main() -> None:
         test = pictures.test_set()
         made = table(found, pictures.calibration(256), test.images[:2000], test.labels[:2000])
     else:
-        data = digits.load()
-        training = [digits.Training(widths=(16, 32, 32), epochs=10, seed=seed) for seed in range(SEEDS)]
-        found = [digits.trained(one, options.cache) for one in training]
-        made = table(found, list(data.train[:512].split(64)), data.test, data.test_labels)
+        data = small_digits.data()
+        found = small_digits.networks(options.cache, range(SEEDS))
+        made = table(found, small_digits.calibration(512), data.test, data.test_labels)
     print(made.markdown())
 
 
