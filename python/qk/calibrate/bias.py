@@ -18,7 +18,7 @@ from qk.calibrate.batches import Stop, call, hold
 from qk.errors import fail
 from qk.inputs import evaluating
 from qk.prepare.insert import QuantLayer
-from qk.prepare.prepared import Prepared, check_prepared
+from qk.prepare.prepared import Prepared, check_calibrated
 
 STAGE = "qk.correct_bias"
 
@@ -31,9 +31,7 @@ def correct_bias(p: Prepared, batches: Iterable, max_batches: int | None = None,
     Calibration, or a second call, starts from the float biases. batches, max_batches, memory_mb: as for reconstruct.
     Raises QkError for p that is not calibrated, bad batches, and means that are not finite; p is unchanged then.
     """
-    check_prepared(p, STAGE)
-    if not p.calibrated:
-        raise fail(STAGE, "p", "calibrated", "one that is not", "Call qk.calibrate(p, batches) first.")
+    check_calibrated(p, STAGE)
     held = hold(batches, STAGE, max_batches, memory_mb)
     layers = p.quant_layers()
     before = {name: layer.corrected_bias for name, layer in layers.items()}

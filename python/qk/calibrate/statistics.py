@@ -16,7 +16,7 @@ from qk.calibrate.batches import hold
 from qk.calibrate.bias import Moments, moments
 from qk.errors import fail
 from qk.inputs import evaluating
-from qk.prepare.prepared import Prepared, check_prepared
+from qk.prepare.prepared import Prepared, check_calibrated
 
 STAGE = "qk.match_statistics"
 DEAD = 1e-6  # a channel below this part of the layer's largest variance says nothing about its scale
@@ -33,9 +33,7 @@ def match_statistics(p: Prepared, batches: Iterable, max_batches: int | None = N
     Raises QkError for p that is not calibrated or has no such layer, bad batches, and moments that are not finite; p is
     unchanged then.
     """
-    check_prepared(p, STAGE)
-    if not p.calibrated:
-        raise fail(STAGE, "p", "calibrated", "one that is not", "Call qk.calibrate(p, batches) first.")
+    check_calibrated(p, STAGE)
     took_up = set(p.folds.values())
     layers = {name: layer for name, layer in p.quant_layers().items() if name in took_up}
     if not layers:

@@ -23,7 +23,7 @@ from qk.methods.lsq import LsqLayer
 from qk.methods.progress import Progress
 from qk.methods.resume import Finished, steps_digest
 from qk.prepare.insert import QuantLayer, to_kernel_order
-from qk.prepare.prepared import Prepared, check_prepared
+from qk.prepare.prepared import Prepared, check_calibrated
 from qk.spec import Recipe, checked_recipe
 
 STAGE = "qk.gptq"
@@ -175,10 +175,8 @@ def gptq(
     Raises QkError for p that is not calibrated, in training, or with pairs by sparse weights, for bad batches, and for
     a folder that holds another run's layers.
     """
-    check_prepared(p, STAGE)
+    check_calibrated(p, STAGE)
     recipe = checked_recipe(recipe, STAGE)
-    if not p.calibrated:
-        raise fail(STAGE, "p", "calibrated", "one that is not", "Call qk.calibrate(p, batches) first.")
     for name, layer in p.quant_layers().items():
         if reason := _against(layer):
             raise fail(STAGE, "p", "with layers whose rounding alone is to be chosen", f"{name}, {reason}")
@@ -219,7 +217,7 @@ def moments_of(p: Prepared, name: str, prefix: set[str] | None, batches: list) -
     moments, once = Moments(layer), p.layers[name].calls == 1
 
     def see(_: QuantLayer, args: tuple, kwargs: dict, __: Tensor) -> None:  # the layer ran, so the input fits it
-        x = layer.taken(args[0] if args else kwargs["input"])
+        x = layer.taken(*args, **kwargs)
         moments.add(x if prefix is None else layer.input(x))
         if once:
             raise Stop

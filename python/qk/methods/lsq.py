@@ -22,7 +22,7 @@ from qk.inputs import evaluating
 from qk.ops.lsq import grad_scale_for
 from qk.prepare.apply import put
 from qk.prepare.insert import ActQuantizer, QuantLayer, from_kernel_order, to_kernel_order
-from qk.prepare.prepared import Prepared, check_prepared
+from qk.prepare.prepared import Prepared, check_calibrated
 from qk.spec import Plan, QuantSpec, Tuning
 
 STAGE = "qk.trainable"
@@ -133,11 +133,9 @@ def trainable(p: Prepared, tuning: Tuning | None = None, first: Any = None) -> n
     Raises QkError for p that is not calibrated, has channels of several points or pairs by sparse weights, and for
     start="paper" without a batch; p is unchanged then.
     """
-    check_prepared(p, STAGE)
+    check_calibrated(p, STAGE)
     tuning = tuning or Tuning()
     layers = p.quant_layers()
-    if not p.calibrated:
-        raise fail(STAGE, "p", "calibrated", "one that is not", "Call qk.calibrate(p, batches) first.")
     if is_trainable(p):
         return p.model
     several = [name for name, layer in layers.items() if layer.extra_rows]
@@ -215,7 +213,7 @@ def _mean_magnitudes(p: Prepared, batch: Any) -> dict[ActQuantizer, Tensor]:
     found: dict[ActQuantizer, Tensor] = {}
 
     def see(layer: QuantLayer, args: tuple, kwargs: dict) -> None:
-        x = layer.taken(args[0] if args else kwargs["input"])
+        x = layer.taken(*args, **kwargs)
         found.setdefault(layer.input, x.float().abs().mean())
 
     layers = p.quant_layers().values()

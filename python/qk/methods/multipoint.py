@@ -22,7 +22,7 @@ from qk.calibrate.ranges import SMALLEST_STEP
 from qk.errors import fail
 from qk.prepare.insert import QuantLayer
 from qk.prepare.points import Tail
-from qk.prepare.prepared import Prepared, check_prepared
+from qk.prepare.prepared import Prepared, check_calibrated
 
 STAGE = "qk.multipoint"
 BUDGET = 0.1  # of the multiply-adds, where neither error nor budget says how far to go
@@ -263,9 +263,7 @@ def multipoint(
     "weights" or, as in the paper, not ("none").
     Raises QkError for p that is not calibrated or has no such layer, and bad batches; p is unchanged then.
     """
-    check_prepared(p, STAGE)
-    if not p.calibrated:
-        raise fail(STAGE, "p", "calibrated", "one that is not", "Call qk.calibrate(p, batches) first.")
+    check_calibrated(p, STAGE)
     given = {"cost": cost, "inputs": inputs, "search": search, "fit": fit}
     for name, allowed in CHOICES.items():
         if given[name] not in allowed:

@@ -24,7 +24,7 @@ from qk.inputs import evaluating
 from qk.ops.sparq import FAMILIES
 from qk.ops.sparq_pack import shift_bits
 from qk.prepare.insert import QuantLayer, to_kernel_order
-from qk.prepare.prepared import Prepared, check_prepared
+from qk.prepare.prepared import Prepared, check_calibrated
 from qk.prepare.windows import check_sparse, cut_codes, why_whole
 from qk.spec import Plan, Sparq, Window
 
@@ -149,9 +149,11 @@ def input_statistics(p: Prepared, batches: Iterable) -> dict[str, InputStatistic
     """
     held = _checked(p, batches, "qk.input_statistics")
     counts = {name: _Counts(layer) for name, layer in _with_windows(p).items()}
+    if not counts:  # nobody would look
+        return {}
 
     def watch(name: str) -> Callable:
-        return lambda layer, args, kwargs: counts[name].see(layer.taken(args[0] if args else kwargs["input"]))
+        return lambda layer, args, kwargs: counts[name].see(layer.taken(*args, **kwargs))
 
     with ExitStack() as stack, p.quantized(), evaluating(p.model):
         for name, count in counts.items():
@@ -315,7 +317,5 @@ def _values(p: Prepared, name: str) -> int:
 
 
 def _checked(p: Prepared, batches: Iterable, stage: str, memory_mb: int = 1024) -> list[Any]:
-    check_prepared(p, stage)
-    if not p.calibrated:
-        raise fail(stage, "p", "calibrated", "one that is not", "Call qk.calibrate(p, batches) first.")
+    check_calibrated(p, stage)
     return hold(batches, stage, None, memory_mb)

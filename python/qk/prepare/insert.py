@@ -196,9 +196,10 @@ class QuantLayer(nn.Module):
             return self._summed(self.codes, self.tail_codes)
         return self.rounding()
 
-    def taken(self, x: Tensor) -> Tensor:
-        """What the layer makes of its input before it is quantized."""
-        return x if self.input_scale is None else x * self.input_scale
+    def taken(self, input: Tensor) -> Tensor:
+        """What the layer makes of its input before it is quantized. Called as the layer is, so hooks pass it what they
+        get."""
+        return input if self.input_scale is None else input * self.input_scale
 
     @property
     def cuts(self) -> Sparq | None:

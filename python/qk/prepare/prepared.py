@@ -139,3 +139,10 @@ def check_prepared(p: object, stage: str) -> None:
     """Raises QkError for what qk.prepare did not return, such as the float model itself."""
     if not isinstance(p, Prepared):
         raise fail(stage, "p", "the result of qk.prepare", type(p).__name__, "Call qk.prepare(model, example) first.")
+
+
+def check_calibrated(p: object, stage: str) -> None:
+    """Raises QkError as check_prepared does, and for a Prepared without steps."""
+    check_prepared(p, stage)
+    if not p.calibrated:
+        raise fail(stage, "p", "calibrated", "one that is not", "Call qk.calibrate(p, batches) first.")
