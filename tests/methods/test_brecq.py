@@ -120,25 +120,35 @@ def test_the_same_seed_gives_the_same_bits(digits, batches, granularity, count):
     assert not same(found[0], found[2])
 
 
-def test_interrupted_it_loses_one_unit_and_resumes_with_the_same_bits(digits, batches, monkeypatch):
+@pytest.fixture
+def interrupted(batches, monkeypatch):
+    """Reconstructs until a step of learning, counted from 1 over all units."""
+    step = brecq.Learner.step
+
+    def until(number, p, recipe):
+        calls = itertools.count(1)
+
+        def counted(self, *args):
+            if next(calls) == number:
+                raise KeyboardInterrupt
+            return step(self, *args)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(brecq.Learner, "step", counted)
+            with pytest.raises(KeyboardInterrupt):
+                reconstruct(p, batches, recipe, progress="off")
+
+    return until
+
+
+def test_interrupted_it_loses_one_unit_and_resumes_with_the_same_bits(digits, batches, interrupted):
     recipe = Recipe(weights=4, activations=4, iterations=12, weight_lr=0.1)
     whole = quantized_digits(digits, batches, recipe)
     reconstruct(whole, batches, recipe, progress="off")
 
     p = quantized_digits(digits, batches, recipe)
     nearest = state(p)
-    calls = itertools.count()
-    step = brecq.Learner.step
-
-    def interrupted(self, *args):
-        if next(calls) == 12 + 5:  # in the second unit
-            raise KeyboardInterrupt
-        return step(self, *args)
-
-    monkeypatch.setattr(brecq.Learner, "step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        reconstruct(p, batches, recipe, progress="off")
-    monkeypatch.undo()
+    interrupted(12 + 6, p, recipe)  # in the second unit
     assert list(p.history) == [p.units[0].name]
     after = state(p)
     assert same(after[1:], nearest[1:])
@@ -250,23 +260,13 @@ def test_weights_first_learns_rounding_with_float_activations_and_then_steps(dig
         assert digits.accuracy(p.model) > digits.accuracy(digits.model) - 3.0
 
 
-def test_weights_first_interrupted_in_either_phase_resumes_with_the_same_bits(digits, batches, monkeypatch):
+def test_weights_first_interrupted_in_either_phase_resumes_with_the_same_bits(digits, batches, interrupted):
     recipe = Recipe(weights=3, activations=4, iterations=8, order="weights_first", weight_lr=1e-1, act_lr=1e-2)
     whole = quantized_digits(digits, batches, recipe)
     reconstruct(whole, batches, recipe, progress="off")
-    step = brecq.Learner.step
     for stop in (8 + 3, 8 * 5 + 1, 8 * 5 + 2 + 1):  # in the second unit; in the first and second of the steps
-        p, calls = quantized_digits(digits, batches, recipe), itertools.count(1)
-
-        def interrupted(self, *args, stop=stop, calls=calls):
-            if next(calls) == stop:
-                raise KeyboardInterrupt
-            return step(self, *args)
-
-        monkeypatch.setattr(brecq.Learner, "step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            reconstruct(p, batches, recipe, progress="off")
-        monkeypatch.undo()
+        p = quantized_digits(digits, batches, recipe)
+        interrupted(stop, p, recipe)
         reconstruct(p, batches, recipe, progress="off", resume=True)
         assert same(state(p), state(whole))
 

@@ -37,7 +37,7 @@ from qk.methods.lsq import ANEW, is_trainable
 from qk.methods.progress import Progress
 from qk.methods.resume import Finished, steps_digest
 from qk.prepare.insert import ActQuantizer, QuantLayer
-from qk.prepare.prepared import Prepared, Unit, check_prepared, float_activations
+from qk.prepare.prepared import Prepared, Unit, check_calibrated, float_activations
 from qk.spec import Recipe, checked_recipe
 
 RECORDS = 100  # points of a loss curve
@@ -97,10 +97,8 @@ def reconstruct(
     learned: a run that was killed goes on in another process, to the same bits. One file for each unit.
     Raises QkError for p that is not calibrated, for bad batches, and for a folder that holds another run's units.
     """
-    check_prepared(p, STAGE)
+    check_calibrated(p, STAGE)
     recipe = checked_recipe(recipe, STAGE)
-    if not p.calibrated:
-        raise fail(STAGE, "p", "calibrated", "one that is not", "Call qk.calibrate(p, batches) first.")
     if is_trainable(p):
         raise fail(STAGE, "p", "as prepared and calibrated", "one in training", ANEW)
     units, phases = units_of(p, recipe.granularity), phases_of(recipe)
@@ -116,28 +114,50 @@ def reconstruct(
     total = len(units) * sum(phase.iterations for phase in phases)
     with torch.enable_grad(), frozen(p.model), Progress(progress, STAGE, len(entries), total) as shown:
         outputs = outputs_of(p, held, Room(recipe.memory_mb)) if recipe.loss != "mse" else None
+        run = _Run(p, recipe, held, outputs, kept, shown)
         for at, phase in enumerate(phases):
-            mine = entries[at * len(units) : (at + 1) * len(units)]
-            if not phase.rounding and not any(entry.name in p.history for entry in mine):
-                calibrate_activations(p, held, recipe.ranges)
-            with nullcontext() if phase.steps else float_activations(p):
-                finished: set[str] = set()
-                learned: set[ActQuantizer] = set()
-                for number, (unit, entry) in enumerate(zip(units, mine, strict=True), at * len(units)):
-                    shown.unit(entry.name)
-                    if entry.name not in p.history and not (kept and kept.restore(number)):
-                        generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + number)
-                        room = Room(recipe.memory_mb)
-                        cache = fill_cache(p, unit, finished, held, room, outputs, mixed=phase.drop < 1)
-                        learner = _Unit(p, unit, learned, phase, recipe, generator)
-                        p.history[entry.name] = learner.reconstruct(cache, shown)
-                        del cache  # before the next one takes its room
-                    if kept and number not in kept.found:
-                        kept.add(number)
-                    last = p.history[entry.name][-1]
-                    shown.end(phase.iterations, last["before"], last["after"], last["kept"])
-                    finished |= set(unit.layers)
-                    learned |= {p.quant_layers()[name].input for name in unit.layers}
+            first = at * len(units)
+            run.learn(phase, units, entries[first : first + len(units)], first)
+
+
+@dataclass
+class _Run:
+    """What the units of one reconstruction have in common. outputs: the float model's, for Fisher weights, or None."""
+
+    p: Prepared
+    recipe: Recipe
+    batches: list
+    outputs: list[Tensor] | None
+    kept: Finished | None
+    shown: Progress
+
+    def learn(self, phase: Phase, units: list[Unit], entries: list[Unit], first: int) -> None:
+        """One pass over the units. entries: these by their names in the history; first: the number of their first."""
+        p, recipe, kept = self.p, self.recipe, self.kept
+        if not phase.rounding and not any(entry.name in p.history for entry in entries):
+            calibrate_activations(p, self.batches, recipe.ranges)
+        finished: set[str] = set()
+        learned: set[ActQuantizer] = set()
+        with nullcontext() if phase.steps else float_activations(p):
+            for number, (unit, entry) in enumerate(zip(units, entries, strict=True), first):
+                self.shown.unit(entry.name)
+                if entry.name not in p.history and not (kept and kept.restore(number)):
+                    p.history[entry.name] = self._unit(phase, unit, number, finished, learned)
+                if kept and number not in kept.found:
+                    kept.add(number)
+                last = p.history[entry.name][-1]
+                self.shown.end(phase.iterations, last["before"], last["after"], last["kept"])
+                finished |= set(unit.layers)
+                learned |= {p.quant_layers()[name].input for name in unit.layers}
+
+    def _unit(
+        self, phase: Phase, unit: Unit, number: int, finished: set[str], learned: set[ActQuantizer]
+    ) -> list[dict]:
+        """Learns one unit; returns its history. Its cache goes before the next one takes its room."""
+        generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + number)
+        room = Room(self.recipe.memory_mb)
+        cache = fill_cache(self.p, unit, finished, self.batches, room, self.outputs, mixed=phase.drop < 1)
+        return _Unit(self.p, unit, learned, phase, self.recipe, generator).reconstruct(cache, self.shown)
 
 
 class Learner:
