@@ -224,7 +224,10 @@ def test_specs_and_recipes_go_through_json():
     [
         (lambda: QuantSpec(4, 4, sparq="5opt"), "activations must be 8 with sparq"),
         (lambda: QuantSpec(sparq="4opt"), "window must be '5opt'"),
-        (lambda: QuantSpec(group_size=4, sparq=Sparq(pairs="weights")), "group_size must be null and points 1 with sparq.pairs"),
+        (
+            lambda: QuantSpec(group_size=4, sparq=Sparq(pairs="weights")),
+            "group_size must be null and points 1 with sparq.pairs",
+        ),
         (lambda: Recipe(activations=4, sparq="5opt"), "activations must be 8 with sparq"),
         (lambda: Recipe(sparq_bits=5), "sparq must be there with sparq_bits"),
         (lambda: Sparq(pairs="rows"), "pairs must be 'channels'"),
