@@ -123,7 +123,7 @@ def budgets(task: Task) -> None:
     print("\n| budget | windows | accuracy (%) | SQNR (dB) |\n|---|---|---:|---:|")
     for cost, bits in [*product(("stored",), (7.5, 6.5, 6.0, 5.5)), *product(("multiplied",), (4, 3.5, 3, 2.5, 2))]:
         p = prepared(task, recipe("5opt"))
-        chosen = [c.window or "whole" for c in qk.choose_windows(p, task.batches[:2], bits, cost).values()]
+        chosen = [c.window or "whole" for c in qk.choose_windows(p, task.batches[:1], bits, cost).values()]
         with p.quantized() as model:
             accuracy, ratio = score(task, outputs(model, task.images), expected)
         counts = ", ".join(f"{chosen.count(w)} {w}" for w in ("whole", *WINDOWS) if w in chosen)
