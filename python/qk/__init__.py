@@ -3,6 +3,7 @@
 from qk import ops
 from qk._native import active_isa, build_facts, force_isa, usable_isas
 from qk.calibrate import calibrate, correct_bias, match_statistics
+from qk.calibrate.smooth import smooth
 from qk.deploy import convert, fuse, load, load_table, quantize_embedding, quantize_table_file, save
 from qk.errors import QkError
 from qk.flow import Result, quantize
@@ -16,7 +17,10 @@ from qk.methods import (
     trainable,
     tune,
 )
+from qk.methods.gptq import gptq
 from qk.prepare import prepare
+from qk.prepare.equalize import equalize
+from qk.prepare.unclip import unclip
 from qk.spec import Plan, QuantSpec, Recipe, Sparq, Tuning
 
 # qk.prepare and qk.calibrate are the functions; `from qk.prepare.links import ...` still finds the folders.
@@ -34,8 +38,10 @@ __all__ = [
     "choose_windows",
     "convert",
     "correct_bias",
+    "equalize",
     "force_isa",
     "fuse",
+    "gptq",
     "input_statistics",
     "load",
     "load_table",
@@ -50,7 +56,9 @@ __all__ = [
     "reconstruct",
     "save",
     "set_windows",
+    "smooth",
     "trainable",
     "tune",
+    "unclip",
     "usable_isas",
 ]

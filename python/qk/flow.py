@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qk import machine, timing
 from qk.calibrate import calibrate, correct_bias, match_statistics
 from qk.calibrate.batches import hold
+from qk.calibrate.smooth import smooth
 from qk.deploy import (
     FusedModel,
     LayerMeasure,
@@ -40,8 +41,11 @@ from qk.methods import (
     training_file,
     tune,
 )
+from qk.methods.gptq import gptq
 from qk.methods.tune import Loss, Score
 from qk.prepare import Prepared, leave_in_float, prepare
+from qk.prepare.equalize import equalize
+from qk.prepare.unclip import unclip
 from qk.report import Latency, LayerReport, Report
 from qk.spec import Plan, Recipe, checked_recipe
 
@@ -105,6 +109,10 @@ def quantize(
     example = held[0] if example is None else example
     with _timed(seconds, "prepare"):
         p = prepare(model, example, recipe, blocks=blocks)
+    several = [name for name, spec in p.plan.layers.items() if spec.points > 1]
+    if several and recipe.method == "lsq":
+        got = f"more for {', '.join(several[:5])}"
+        raise fail(STAGE, "points", "1 with the method lsq, which trains one row for each channel", got)
     if out is not None:
         check_state(model, STAGE)
     if measure:
@@ -118,16 +126,17 @@ def quantize(
         recipe=recipe.to_dict(),
         machine=machine.fingerprint(),
     )
+    with _timed(seconds, "scale channels"):
+        scaled = _scale_channels(p, held, recipe)
     if evaluate is not None:  # now, so that an evaluation that fails costs no learning
         with _timed(seconds, "evaluate"), evaluating(model):
             report.accuracy["float"] = _share(evaluate, model)
     with _timed(seconds, "calibrate"):
         calibrate(p, held, ranges=recipe.ranges, seed=recipe.seed, memory_mb=recipe.memory_mb)
-    asked = recipe.points_error is not None or recipe.points_budget is not None
-    if asked or any(spec.points > 1 for spec in p.plan.layers.values()):
+    error, budget = recipe.points_error, recipe.points_budget
+    if several or error is not None or budget is not None:
         with _timed(seconds, "choose points"):
-            limits = {"error": recipe.points_error, "budget": recipe.points_budget}
-            multipoint(p, held, **limits, memory_mb=recipe.memory_mb)
+            multipoint(p, held, error=error, budget=budget, memory_mb=recipe.memory_mb)
     if recipe.sparq_bits is not None:
         with _timed(seconds, "choose windows"):
             choose_windows(p, held[:MEASURED_BATCHES], recipe.sparq_bits)
@@ -136,9 +145,10 @@ def quantize(
             _leave_slower_in_float(p)
     folder = None if out is None else Path(out) / UNFINISHED
     shown = "auto" if progress else "off"
-    if recipe.method == "brecq":
+    if recipe.method in ("brecq", "gptq"):
+        learn = reconstruct if recipe.method == "brecq" else gptq
         with _timed(seconds, "reconstruct"):
-            reconstruct(p, held, recipe, progress=shown, folder=folder)
+            learn(p, held, recipe, progress=shown, folder=folder)
     if recipe.method == "lsq":
         with _timed(seconds, "tune"):
             tune(p, train, recipe, loss=loss, validate=validate, folder=folder, progress=shown)
@@ -170,8 +180,8 @@ def quantize(
         unit: [{"iteration": s["iteration"], "loss": s["loss"]} for s in h[:-1]] for unit, h in p.history.items()
     }
     report.layers = _layers(p, measured)
-    report.notes = _notes(p, measured) + (left if fused else [])
-    if recipe.method == "brecq" and out is not None:  # else it may hold another run's
+    report.notes = scaled + _notes(p, measured) + (left if fused else [])
+    if recipe.method in ("brecq", "gptq") and out is not None:  # else it may hold another run's
         resume.remove(folder)
     if recipe.method == "lsq" and out is not None:
         training_file.remove(folder)
@@ -222,6 +232,19 @@ def _fused(integer: nn.Module, example: Any, held: list[Any]) -> tuple[FusedMode
     for name, reason in fast.report:
         by_reason.setdefault(reason, []).append(name)
     return fast, [f"Not fused: {', '.join(names)}: {reason}." for reason, names in by_reason.items()]
+
+
+def _scale_channels(p: Prepared, held: list[Any], recipe: Recipe) -> list[str]:
+    """What the recipe asks for before calibration; returns notes on it."""
+    notes = []
+    if recipe.relu6 == "relu":
+        decibels = unclip(p, held[:MEASURED_BATCHES])
+        notes.append(f"ReLU in place of ReLU6: {', '.join(p.unclipped) or 'nowhere'}; SQNR in float {decibels:.1f} dB.")
+    if recipe.equalize:
+        notes += equalize(p).notes("Equalized")
+    if recipe.smooth is not None:
+        notes += smooth(p, held, recipe.smooth, memory_mb=recipe.memory_mb).notes("Smoothed")
+    return notes
 
 
 def _leave_slower_in_float(p: Prepared) -> None:

@@ -82,7 +82,7 @@ def of_checkpoint(folder: Path) -> tuple[dict[str, Any], list[Table]]:
         shape = config.weight_shape if config else None
         extra = config.extra_rows if config else 0
         packed = None if shape is None else (shape[0] + extra) * row_bytes(prod(shape[1:]), spec.storage_bits)
-        width = spec.describe() + (f", {extra} of {shape[0]} rows more" if extra else "")
+        width = spec.describe() + (f", {shape[0]} + {extra} rows" if extra else "")
         layers.append({"name": name, "kind": config and config.kind, "width": width, "weight": shape})
         layers[-1] |= {"bytes": packed, "reason": spec.reason}
     facts = {

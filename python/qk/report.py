@@ -42,14 +42,14 @@ class LayerReport:
 
     @property
     def width(self) -> str:
-        """W4A8, or float; with extra rows what they make of it: W4A8, 6 of 64 rows more, 4.4 bits."""
+        """W4A8, or float; with extra rows what they make of it: W4A8, 64 + 6 rows, 4.4 bits."""
         if self.weights is None:
             return "float"
         width = f"W{self.weights}A{self.activations}"
         if not self.extra_rows:
             return width
         bits = self.weights * (1 + self.extra_rows / self.rows)
-        return f"{width}, {self.extra_rows} of {self.rows} rows more, {bits:.1f} bits"
+        return f"{width}, {self.rows} + {self.extra_rows} rows, {bits:.1f} bits"
 
 
 @dataclass(frozen=True)

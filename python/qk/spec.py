@@ -20,6 +20,7 @@ Ranges = Literal["minmax", "percentile", "mse", "kl", "lapq"]
 Points = Literal[1, 2, 3]
 Window = Literal["5opt", "3opt", "2opt", "6opt", "7opt"]
 Exponent = Annotated[float, Field(ge=1)]  # of the rounding penalty; below 1 its slope has no bound
+Alpha = Annotated[float, Field(ge=0, le=1)]
 _strict = ConfigDict(extra="forbid", strict=False, allow_inf_nan=False)
 Kind = TypeVar("Kind", bound=type)
 
@@ -184,7 +185,8 @@ class Recipe:
     group_size, symmetric: as in QuantSpec. skip: name patterns (fnmatch) of layers to leave in float. overrides: name
     pattern -> fields of QuantSpec that differ there; the last pattern that matches wins.
     ranges: how a step is chosen before learning. method: "nearest" stops after that; "brecq" learns the rounding;
-    "lsq" trains weights and steps on labels, as `tuning` says.
+    "lsq" trains weights and steps on labels, as `tuning` says; "gptq" rounds column by column, with act_order those of
+    large inputs first, for inputs from the "quantized" or the "float" prefix.
     first_output: width of the first layer's output, which the second to run reads: "plain" is that of every other
     layer's, as in LSQ; "first_last" is `first_last`, as in BRECQ's released code.
     granularity: what is reconstructed together: a layer, a block, the blocks at one resolution, the whole net.
@@ -195,6 +197,9 @@ class Recipe:
     penalty, the share of iterations without it, its exponent's start and end. drop: probability with which a value of
     the unit's input comes from the quantized prefix instead of the float one (QDrop); 1.0 is BRECQ's. drop_inside: the
     same at every quantizer inside the unit.
+    equalize: qk.quantize scales channels so that weights on both sides of them have one range. smooth: alpha; it scales
+    channels so that activations lose range to weights, the more the nearer alpha is to 1; "search" finds one for each
+    place, or none. relu6: "relu" puts ReLU where a ReLU6 keeps either from scaling.
     points: as in QuantSpec, for layers of 2 to 4 bits, whose weights become symmetric. points_error: channels get
     points while their output's mean squared error is above this part of its mean square. points_budget: at most this
     part more multiply-adds and weights, spent where they lower the error most; 0.1 where neither is given.
@@ -217,7 +222,9 @@ class Recipe:
     skip: tuple[str, ...] = ()
     overrides: dict[str, dict[str, Any]] = Field(default_factory=dict)
     ranges: Ranges = "mse"
-    method: Literal["nearest", "brecq", "lsq"] = "brecq"
+    method: Literal["nearest", "brecq", "lsq", "gptq"] = "brecq"
+    act_order: bool = True
+    prefix: Literal["quantized", "float"] = "quantized"
     first_output: Literal["plain", "first_last"] = "plain"
     granularity: Literal["layer", "block", "stage", "net"] = "block"
     loss: Literal["mse", "fisher", "fisher_full"] = "mse"
@@ -237,6 +244,9 @@ class Recipe:
     memory_mb: int = Field(default=1024, ge=1)
     seed: int = Field(default=0, ge=0, lt=2**32)
     tuning: Tuning = Field(default_factory=Tuning)
+    equalize: bool = False
+    smooth: Alpha | Literal["search"] | None = None
+    relu6: Literal["keep", "relu"] = "keep"
     bias_correction: bool = False
     sparq: Cutting = None
     sparq_bits: float | None = Field(default=None, gt=0)

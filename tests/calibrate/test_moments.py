@@ -103,6 +103,16 @@ def test_inputs_of_the_quantized_model_are_those_that_a_layer_quantizes():
     assert not p.model.quantized
 
 
+def test_inputs_are_those_behind_a_factor_of_smoothing():
+    layer, shape = LAYERS["linear"]
+    batches = data(shape)
+    p = prepared(layer, batches)
+    p.model.input_scale = torch.arange(1.0, 7.0)
+    ((_, moments),) = second_moments(p, [""], batches, "stage", 1)
+    x = torch.cat(batches).reshape(-1, 6) * p.model.input_scale
+    torch.testing.assert_close(moments.products[0], x.T @ x, rtol=1e-5, atol=1e-4)
+
+
 def test_a_layer_that_does_not_fit_and_bad_data_are_refused():
     batches = data((3, 4, 7, 6))
     p = prepared(LAYERS["plain"][0], batches)

@@ -36,7 +36,7 @@ def with_tail(shape, owners, weights=4, activations=8, bias=True):
     rows, _ = tensors_for((len(owners), *shape[1:]), spec, seed=1)
     tensors["weight_zero"] = torch.full((shape[0],), 2 ** (weights - 1), dtype=torch.int32)
     tensors |= {"tail_packed": rows["packed"], "tail_step": rows["weight_step"]}
-    tensors["tail_owners"] = torch.tensor(owners, dtype=torch.int32)
+    tensors["tail_owners"] = torch.tensor(owners)
     return tensors, spec
 
 
@@ -155,10 +155,10 @@ def test_copies_pickles_and_other_dtypes_keep_the_tail(make):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"tail_owners": torch.tensor([0, 21], dtype=torch.int32)}, r"tail_owners must be channels, from 0 to 20"),
-        ({"tail_owners": torch.tensor([4, 2], dtype=torch.int32)}, r"tail_owners must be third points of channels"),
-        ({"tail_owners": torch.tensor([4, 2])}, r"tail_owners must be torch.int32 \[2\], got torch.int64 \[2\]"),
-        ({"tail_owners": torch.zeros(0, dtype=torch.int32)}, r"tail_packed must be"),
+        ({"tail_owners": torch.tensor([0, 21])}, r"tail_owners must be channels, from 0 to 20"),
+        ({"tail_owners": torch.tensor([4, 2])}, r"tail_owners must be third points of channels"),
+        ({"tail_owners": torch.tensor([4, 2]).int()}, r"tail_owners must be torch.int64 \[2\], got torch.int32 \[2\]"),
+        ({"tail_owners": torch.zeros(0, dtype=torch.int64)}, r"tail_packed must be"),
         ({"tail_step": torch.tensor([1.0, 0.0])}, r"tail_step must be positive and finite"),
         ({"tail_step": torch.ones(3)}, r"tail_step must be torch.float32 \[2\], got torch.float32 \[3\]"),
         ({"tail_packed": None}, r"the tail must be whole: tail_packed, tail_step, tail_owners, got tail_step"),
@@ -227,7 +227,7 @@ def test_a_loaded_model_gives_the_same_bits(model, folder, tmp_path):
     rows = {name: layer.tail_owners.numel() for name, layer in layers if layer.tail_owners is not None}
     assert rows
     assert {name: c["extra_rows"] for name, c in fields["layers"].items() if c["extra_rows"]} == rows
-    assert load_file(tensor_file(folder))["left.tail_owners"].dtype == torch.int32
+    assert load_file(tensor_file(folder))["left.tail_owners"].dtype == torch.int64
 
 
 def test_wrong_checkpoints_are_refused(folder):

@@ -378,7 +378,7 @@ def test_reconstruction_learns_the_last_point_alone(tmp_path):
         moved += int((layer.last_codes != last).sum())
         if layer.tail_owners is None:
             continue
-        owners = layer.tail_owners.long()
+        owners = layer.tail_owners
         assert torch.equal(layer.codes[owners], codes[owners])
         third = owners[torch.arange(len(owners)) >= len(owners.unique())]
         seconds = torch.isin(owners[: len(owners.unique())], third)
@@ -413,6 +413,30 @@ def test_what_does_not_fit_is_refused_and_changes_nothing():
         multipoint(prepare(nn.Linear(3, 2), torch.zeros(1, 3), Recipe()), [torch.zeros(1, 3)])
 
 
+def test_gptq_rounds_the_last_point_alone():
+    p = prepared()
+    multipoint(p, batches(), budget=0.6)
+    before = {name: layer.fixed_weight() for name, layer in p.quant_layers().items()}
+    errors = sum(output_errors(p).values())
+    qk.gptq(p, batches(), Recipe(prefix="float"), progress="off")
+    assert overhead(p).extra_rows > 0
+    for name, layer in p.quant_layers().items():
+        after = layer.fixed_weight()
+        assert (after is None) == (before[name] is None)
+        assert after is None or torch.equal(after, before[name])
+    assert sum(output_errors(p).values()) < errors
+
+
+def test_training_is_refused():
+    p = prepared()
+    multipoint(p, batches())
+    with pytest.raises(QkError, match="p must be with one row for each channel, got several points in"):
+        qk.trainable(p)
+    train = [(x, torch.zeros(len(x), dtype=torch.int64)) for x in batches()]
+    with pytest.raises(QkError, match="points must be 1 with the method lsq"):
+        qk.quantize(residual_net(), batches(), Recipe(method="lsq", points=2), train=train)
+
+
 def test_specs_that_no_points_fit_are_refused():
     for fields in (
         {"weights": 8, "symmetric": True},
@@ -439,7 +463,7 @@ def test_the_recipe_asks_for_it(tmp_path):
     note = next(n for n in result.report.notes if "rows more than the 16 of the layers" in n)
     assert "bits a weight on average" in note
     name = max(extra, key=extra.get)
-    assert f", {extra[name]} of 4 rows more" in next(r.width for r in result.report.layers if r.name == name)
+    assert f", 4 + {extra[name]} rows, " in next(r.width for r in result.report.layers if r.name == name)
     assert "in up to 3 points" in result.report.title
     with torch.no_grad():
         x = inputs(3, 4, 6, 6)

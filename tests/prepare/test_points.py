@@ -6,7 +6,7 @@ import torch
 from qk.errors import QkError
 from qk.prepare.points import add_to_owners, check_owners, last_of, parts_of, with_last
 
-OWNERS = torch.tensor([1, 3, 4, 3], dtype=torch.int32)  # channel 3 has three points
+OWNERS = torch.tensor([1, 3, 4, 3])  # channel 3 has three points
 
 
 def test_parts_rise():
@@ -44,5 +44,5 @@ def test_the_last_point_is_found_and_replaced():
 )
 def test_owners_out_of_order_are_refused(owners, words):
     with pytest.raises(QkError, match=f"stage: owners must be {words}"):
-        check_owners("stage", "owners", torch.tensor(owners, dtype=torch.int32), 6)
+        check_owners("stage", "owners", torch.tensor(owners), 6)
     check_owners("stage", "owners", OWNERS, 6)

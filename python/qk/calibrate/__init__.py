@@ -155,4 +155,4 @@ def _observe(
 
 
 def _sees(observer: Observer) -> Callable:
-    return lambda _, args, kwargs: observer.see(args[0] if args else kwargs["input"])
+    return lambda layer, args, kwargs: observer.see(layer.taken(args[0] if args else kwargs["input"]))

@@ -138,7 +138,7 @@ def _observed(
 
     def sees(name: str) -> Callable:
         def see(layer: QuantLayer, args: tuple, kwargs: dict) -> None:
-            x = args[0] if args else kwargs["input"]
+            x = layer.taken(args[0] if args else kwargs["input"])
             for rows in patches(layer, layer.input(x) if quantized else x):
                 found[name].add(rows)
             if ends and name == names[-1]:

@@ -62,6 +62,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
         history=info.history,
         fingerprint=info.fingerprint,
         new_biases=info.new_biases,
+        unclipped=info.unclipped,
     )
     try:
         replace_file(folder / file.name, content)
@@ -98,6 +99,7 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
         history=manifest.history,
         fingerprint=manifest.fingerprint,
         new_biases=manifest.new_biases,
+        unclipped=manifest.unclipped,
     )
     return result
 
@@ -208,7 +210,7 @@ def _check_modules(folder: Path, manifest: Manifest, model: nn.Module) -> None:
         elif name in manifest.folds:
             if not isinstance(module, _BatchNorm):
                 raise fail(STAGE, f"{where}.{name}", "a folded BatchNorm", type(module).__name__, advice)
-        elif type(module).__name__ != kind:
+        elif type(module).__name__ != ("ReLU6" if name in manifest.unclipped else kind):
             what = f"{where}.{name}" if name else f"{where}: the model itself"
             raise fail(STAGE, what, kind, type(module).__name__, advice)
 
@@ -239,6 +241,7 @@ def _build(path: Path, manifest: Manifest, tensors: dict[str, Tensor], model: nn
     """A copy of the float model with integer layers and without folded norms; floats are not filled in yet."""
     there = dict(model.named_modules(remove_duplicate=False))
     new: dict[int, nn.Module] = {id(there[name]): nn.Identity() for name in manifest.folds}
+    new |= {id(there[name]): nn.ReLU(inplace=there[name].inplace) for name in manifest.unclipped}
     for name, config in manifest.layers.items():
         if id(there[name]) in new:  # a layer of several names
             continue

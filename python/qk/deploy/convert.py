@@ -26,7 +26,7 @@ class Info:
 
     plan, links, folds, kept: as in Prepared. history: unit name -> first and last loss and iterations of
     reconstruction. fingerprint: of the float weights, BatchNorm folded, that were quantized. new_biases: layers that
-    have none in float, and were given one (qk.correct_bias).
+    have none in float, and were given one (qk.correct_bias). unclipped: ReLU6 modules that became ReLU (qk.unclip).
     """
 
     plan: Plan
@@ -36,6 +36,7 @@ class Info:
     history: dict[str, dict[str, Any]] = field(default_factory=dict)
     fingerprint: str = ""
     new_biases: list[str] = field(default_factory=list)
+    unclipped: list[str] = field(default_factory=list)
 
 
 def convert(p: Prepared) -> nn.Module:
@@ -51,6 +52,10 @@ def convert(p: Prepared) -> nn.Module:
     if not p.calibrated:
         raise fail("qk.convert", "p", "calibrated", "no ranges", "Call qk.calibrate(p, batches) first.")
     integer = {id(layer): to_integer(name, layer) for name, layer in layers.items()}
+    scales: dict[int, Tensor] = {}  # layers that read one tensor still share the factors on it
+    for layer in layers.values():
+        if layer.input_scale is not None:
+            integer[id(layer)].input_scale = scales.setdefault(id(layer.input_scale), layer.input_scale.clone())
     # deepcopy takes what its memo holds for an object, so every place that holds a layer gets the same integer one.
     model = copy.deepcopy(p.model, dict(integer))
     model.eval()
@@ -62,6 +67,7 @@ def convert(p: Prepared) -> nn.Module:
         history={unit: _summary(steps) for unit, steps in p.history.items() if steps},
         fingerprint=fingerprint(p.model),
         new_biases=[name for name, layer in layers.items() if layer.bias is None and layer.quantized_bias is not None],
+        unclipped=list(p.unclipped),
     )
     return model
 
@@ -82,6 +88,7 @@ def to_integer(name: str, layer: QuantLayer) -> IntegerLayer:
         "bias": None if layer.quantized_bias is None else layer.quantized_bias.detach().to(torch.float32, copy=True),
         "input_step": layer.input.step.detach().clone(),
         "input_zero": layer.input.zero.clone(),
+        "input_scale": None if layer.input_scale is None else layer.input_scale.clone(),
     }
     if layer.tail_owners is not None:
         rows = layer.tail_codes.reshape(-1, k)
@@ -101,7 +108,7 @@ def deployed_weight(module: IntegerLayer) -> Tensor:
     weight = ops.dequantize(module.weight_codes(), module.weight_step, module.weight_zero)
     if module.tail_owners is None:
         return weight
-    zeros = module.weight_zero[module.tail_owners.long()]
+    zeros = module.weight_zero[module.tail_owners]
     return add_to_owners(weight, ops.dequantize(module.tail_codes(), module.tail_step, zeros), module.tail_owners)
 
 

@@ -75,7 +75,7 @@ class Manifest:
     """Fields of qk.json (docs/format.md); `checksum`, over all others, is added when it is written.
 
     layers: the integer ones. modules: name -> class of every module, integer ones included. tied: name of a tensor ->
-    name under which it is stored. fingerprint, new_biases: of the float model (qk_info).
+    name under which it is stored. fingerprint, new_biases, unclipped: of the float model (qk_info).
     """
 
     format: int
@@ -92,6 +92,7 @@ class Manifest:
     history: dict[str, dict[str, Any]]
     fingerprint: str
     new_biases: list[str] = field(default_factory=list)
+    unclipped: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for name, layer in self.layers.items():
@@ -106,6 +107,9 @@ class Manifest:
         for norm, layer in self.folds.items():
             if self.modules.get(norm) != "Identity" or layer not in self.modules:
                 raise ValueError(f"folds names {norm} -> {layer}, which modules does not have")
+        for name in self.unclipped:
+            if self.modules.get(name) != "ReLU":
+                raise ValueError(f"unclipped names {name}, which is no ReLU in modules")
 
     def to_text(self) -> str:
         """What qk.json holds, checksum included."""

@@ -49,9 +49,10 @@ class IntegerLayer(nn.Module):
     """What QLinear and QConv2d share.
 
     packed: uint8 [N, bytes of a row], codes of the weight along K. weight_step float32, weight_zero int32: [N] or
-    [N, groups along K]. bias: float32 [N] or None. input_step float32, input_zero int32: [1]. shape: of the weight in
-    kernel order, [N, K] or [N, kh, kw, C / groups]. spec: the widths. tail_packed uint8 [T, bytes of a row], tail_step
-    float32 and tail_owners int32 [T], or None: rows that are added to those of their owners (qk.prepare.points).
+    [N, groups along K]. bias: float32 [N] or None. input_step float32, input_zero int32: [1]. input_scale: float32 [K]
+    of a QLinear that multiplies its input with it first (qk.smooth), or None. shape: of the weight in kernel order,
+    [N, K] or [N, kh, kw, C / groups]. spec: the widths. tail_packed uint8 [T, bytes of a row], tail_step float32 and
+    tail_owners int64 [T], or None: rows that are added to those of their owners (qk.prepare.points).
 
     Inputs are float32. float16 and bfloat16 are widened to float32 and the result is cast back. `half()` and the like
     move the layer but leave its numbers in float32. After changing `packed`, `weight_zero` or the tail in place, call
@@ -64,6 +65,7 @@ class IntegerLayer(nn.Module):
     bias: Tensor | None
     input_step: Tensor
     input_zero: Tensor
+    input_scale: Tensor | None
     tail_packed: Tensor | None
     tail_step: Tensor | None
     tail_owners: Tensor | None
@@ -138,7 +140,7 @@ class IntegerLayer(nn.Module):
             return
         nothing, codes = 2 ** (self.spec.weights - 1), self.tail_codes()
         for part in parts_of(self.tail_owners):
-            owners = self.tail_owners[part].long()
+            owners = self.tail_owners[part]
             whole = codes.new_full(self.shape, nothing)
             steps = self.tail_step.new_ones(self.out_features)
             whole[owners], steps[owners] = codes[part], self.tail_step[part]
@@ -205,6 +207,8 @@ class QLinear(IntegerLayer):
             return self._through_float32(x)
         if x.dim() == 0 or x.shape[-1] != self.k:
             raise fail("QLinear", "x", f"[..., {self.k}]", list(x.shape))
+        if self._buffers["input_scale"] is not None:
+            x = x * self.input_scale
         if _mode.definition:
             return self._by_definition(x)
         b = self._buffers  # as attributes they would cost as much as a small product
@@ -309,7 +313,7 @@ def integer_layers(model: nn.Module) -> dict[str, IntegerLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, IntegerLayer)}
 
 
-TENSORS = ("packed", "weight_step", "weight_zero", "bias", "input_step", "input_zero", *TAIL)
+TENSORS = ("packed", "weight_step", "weight_zero", "bias", "input_step", "input_zero", "input_scale", *TAIL)
 MADE = ("prepacked", "tail_prepacked", "tail_steps", "tail_reads", "tail_places")  # by prepack, never stored
 
 
@@ -328,10 +332,11 @@ def _check_tensors(stage: str, tensors: dict[str, Tensor | None], spec: QuantSpe
         "bias": (torch.float32, (n,)),
         "input_step": (torch.float32, (1,)),
         "input_zero": (torch.int32, (1,)),
+        "input_scale": (torch.float32, (k,)),
     }
     for name, (dtype, shape) in expected.items():
         tensor = tensors.get(name)
-        if tensor is None and name == "bias":
+        if tensor is None and name in ("bias", "input_scale"):
             continue
         got = None if tensor is None else (tensor.dtype, tuple(tensor.shape))
         if got != (dtype, shape):

@@ -34,13 +34,13 @@ class Slots(NamedTuple):
 
 
 def slots_for(owners: Tensor, n: int, groups: int, channels: int) -> Slots:
-    """owners: int32 [T]. n, groups: output channels and groups of the layer. channels: of the input, in a group.
+    """owners: int64 [T]. n, groups: output channels and groups of the layer. channels: of the input, in a group.
 
     With one channel in a group each row becomes a group of its own, which depthwise kernels run.
     """
     if groups == 1:
         return Slots(1, len(owners))
-    group = owners.long() // (n // groups)
+    group = owners // (n // groups)
     if channels == 1:
         return Slots(len(owners), len(owners), group)
     active, index, counts = group.unique(return_inverse=True, return_counts=True)
@@ -75,7 +75,7 @@ def check_tail(stage: str, tensors: dict[str, Tensor | None], spec: QuantSpec, n
     expected = {
         "tail_packed": (torch.uint8, (rows, row_bytes(k, spec.storage_bits))),
         "tail_step": (torch.float32, (rows,)),
-        "tail_owners": (torch.int32, (max(1, rows),)),
+        "tail_owners": (torch.int64, (max(1, rows),)),
     }
     for name, (dtype, shape) in expected.items():
         got = (given[name].dtype, tuple(given[name].shape))

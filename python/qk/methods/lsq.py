@@ -160,7 +160,9 @@ def trainable(p: Prepared, tuning: Tuning | None = None, first: Any = None) -> n
     specs = {name: replace(layer.spec, symmetric=True) for name, layer in layers.items()}
     for name, layer in layers.items():
         step = _weight_step(layer, tuning)
-        put(p, name, LsqLayer(p.originals[name], specs[name], learned[layer.input], step).train(layer.training))
+        new = LsqLayer(p.originals[name], specs[name], learned[layer.input], step).train(layer.training)
+        new.weight, new.input_scale = layer.weight, layer.input_scale  # the original's, or what smoothing made of it
+        put(p, name, new)
     p.plan, p.history = Plan(p.plan.layers | specs), {}
     return p.model
 
@@ -213,7 +215,7 @@ def _mean_magnitudes(p: Prepared, batch: Any) -> dict[ActQuantizer, Tensor]:
     found: dict[ActQuantizer, Tensor] = {}
 
     def see(layer: QuantLayer, args: tuple, kwargs: dict) -> None:
-        x = args[0] if args else kwargs["input"]
+        x = layer.taken(args[0] if args else kwargs["input"])
         found.setdefault(layer.input, x.float().abs().mean())
 
     layers = p.quant_layers().values()

@@ -28,7 +28,8 @@ STAGE = "qk.multipoint"
 BUDGET = 0.1  # of the multiply-adds, where neither error nor budget says how far to go
 GRID = 2000  # steps that the paper's search tries
 TOGETHER = 2**20  # values that the searches hold at once
-DEPENDENT = 1e-6  # points that explain less than this of each other's direction are told apart
+DEPENDENT = 1e-6  # of points' inner products, scaled to 1: what is below is taken for a dependence
+SMALLEST = 1e-3  # a fit leaves this part of a step at least
 
 Search = Callable[[Tensor, int], Tensor]
 
@@ -113,7 +114,7 @@ def refit(products: Tensor, count: int) -> Tensor:
     """Factors [N, count] for the steps of the first `count` points with which their sum lies nearest to the row.
 
     products: [N, V, V], the inner products of left_after: those of weights, or of outputs. A point is the difference of
-    two neighbours of left_after. Where a factor were not positive, all of the channel's are 1.
+    two neighbours of left_after. Where a factor were not positive, or tiny, all of the channel's are 1.
     """
     inner = products[:, : count + 1, : count + 1]
     points = inner[:, :-1] - inner[:, 1:]  # each point with each of left_after
@@ -123,7 +124,7 @@ def refit(products: Tensor, count: int) -> Tensor:
     scaled = among / (size[:, :, None] * size[:, None])
     change = torch.linalg.pinv(scaled, rtol=DEPENDENT, hermitian=True) @ (points[:, :, -1:] / size[:, :, None])
     factors = 1 + change.squeeze(2) / size
-    return factors.where((factors > 0).all(1, keepdim=True), 1.0)
+    return factors.where((factors > SMALLEST).all(1, keepdim=True), 1.0)
 
 
 def error_of(products: Tensor, factors: Tensor) -> Tensor:
@@ -158,7 +159,7 @@ def candidates(
 ) -> Candidates:
     """fit: steps are fitted again, together, to the "weights", to the "outputs", or not ("none")."""
     codes, steps = decompose(rows, bits, points, search)
-    parts = max(1, TOGETHER * 16 // max(1, (points + 1) * rows.shape[1])) if moments.groups == 1 else len(rows)
+    parts = max(1, TOGETHER // ((points + 1) * rows.shape[1])) if moments.groups == 1 else len(rows)
     outputs, weights = [], []
     for i in range(0, len(rows), parts):
         left = left_after(rows[i : i + parts], codes[:, i : i + parts], steps[:, i : i + parts])

@@ -40,10 +40,17 @@ class Finished:
     """
 
     def __init__(
-        self, folder: str | Path, p: Prepared, units: list[Unit], batches: list, recipe: Recipe, steps_before: str
+        self,
+        folder: str | Path,
+        p: Prepared,
+        units: list[Unit],
+        batches: list,
+        recipe: Recipe,
+        steps_before: str,
+        stage: str = STAGE,
     ) -> None:
-        self.folder = writable_folder(folder, STAGE)
-        self.p, self.units = p, units
+        self.folder = writable_folder(folder, stage)
+        self.p, self.units, self.stage = p, units, stage
         self.run = facts(p, units, batches, recipe) | {"calibrated steps": steps_before}
         for left in self.folder.glob(f"{TEMPORARY}*"):  # of a process that was killed while it wrote
             left.unlink(missing_ok=True)
@@ -76,7 +83,7 @@ class Finished:
         try:
             replace_file(self._path(number), content)
         except OSError as error:
-            raise fail(STAGE, str(self.folder), "a folder that can be written", error.strerror or error) from error
+            raise fail(self.stage, str(self.folder), "a folder that can be written", error.strerror or error) from error
 
     def _path(self, number: int) -> Path:
         return self.folder / f"unit-{number:04d}.safetensors"
@@ -91,13 +98,13 @@ class Finished:
             known = header["format"] == FORMAT and header["unit"] == unit.name
             whole = header["content"] == digest(sorted(tensors.items()))
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise fail(STAGE, str(path), "a finished unit", f"{type(error).__name__}: {error}", ANEW) from error
+            raise fail(self.stage, str(path), "a finished unit", f"{type(error).__name__}: {error}", ANEW) from error
         other = differences(self.run, theirs)
         if other or not known:
             got = "; ".join(other) or f"{header['unit']!r} in format {header['format']!r}"
-            raise fail(STAGE, str(path), "of the same run", f"another: {got}", ANEW)
+            raise fail(self.stage, str(path), "of the same run", f"another: {got}", ANEW)
         if not whole:
-            raise fail(STAGE, str(path), "as it was written", "other codes or steps", ANEW)
+            raise fail(self.stage, str(path), "as it was written", "other codes or steps", ANEW)
         return tensors, history
 
 

@@ -152,7 +152,7 @@ def input_statistics(p: Prepared, batches: Iterable) -> dict[str, InputStatistic
     counts = {name: _Counts(layer) for name, layer in _with_windows(p).items()}
 
     def watch(name: str) -> Callable:
-        return lambda _, args, kwargs: counts[name].see(args[0] if args else kwargs["input"])
+        return lambda layer, args, kwargs: counts[name].see(layer.taken(args[0] if args else kwargs["input"]))
 
     with ExitStack() as stack, p.quantized(), evaluating(p.model):
         for name, count in counts.items():

@@ -16,6 +16,7 @@ from qk.prepare.fold import fold_batchnorms
 from qk.prepare.insert import ActQuantizer, QuantLayer
 from qk.prepare.links import find_links
 from qk.prepare.observe import observe
+from qk.prepare.paths import find_paths
 from qk.prepare.plan import plan_from
 from qk.prepare.prepared import Layer, Prepared, Unit
 from qk.prepare.source import STAGE, check_example, check_model, copy_of, run
@@ -51,6 +52,7 @@ def prepare(
     folds, unfolded = fold_batchnorms(copied, seen, layers)
     kept = {name: unfolded.get(name, reason) for name, reason in kept.items() if name not in folds}
     links = find_links(seen, layers)
+    paths, blocked = find_paths(copied, seen, layers, folds)
     units = find_units(copied, seen, layers, blocks)
     p = Prepared(
         model=copied,
@@ -62,6 +64,8 @@ def prepare(
         plan=plan_from(recipe, layers, links, kept),
         all_units=units,
         all_stages=find_stages(seen, layers, units),
+        paths=paths,
+        blocked=blocked,
         originals={name: copied.get_submodule(name) for name in layers},
     )
     apply_plan(p, p.plan)

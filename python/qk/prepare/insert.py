@@ -77,6 +77,8 @@ class QuantLayer(nn.Module):
     kernel order, `weight_step` float32 and `weight_zero` int32 [N] or [N, groups along K] are what is deployed, with
     `corrected_bias` in place of `bias` where there is one (qk.calibrate.bias). `tail_codes`, `tail_step` and
     `tail_owners` are rows that are added to channels' first ones (qk.prepare.points); None: there are none.
+    `input_scale` float32 [K]: what a Linear multiplies its input with before anything else, quantized or not, where
+    smoothing gave it a share of the weights.
     """
 
     codes: Tensor | None
@@ -86,6 +88,7 @@ class QuantLayer(nn.Module):
     tail_step: Tensor | None
     tail_owners: Tensor | None
     corrected_bias: Tensor | None
+    input_scale: Tensor | None
 
     def __init__(self, layer: nn.Conv2d | nn.Linear, spec: QuantSpec, quantizer: ActQuantizer) -> None:
         super().__init__()
@@ -100,7 +103,7 @@ class QuantLayer(nn.Module):
         self.input = quantizer
         self.quantized = False
         self.rounding: Callable[[], Tensor] | None = None
-        for name in DEPLOYED:
+        for name in (*DEPLOYED, "input_scale"):
             self.register_buffer(name, None)
 
     @property
@@ -137,7 +140,7 @@ class QuantLayer(nn.Module):
         self.corrected_bias = self.tail_codes = self.tail_step = self.tail_owners = None
         if tail is not None:
             self.tail_codes, self.tail_step = tail.codes.reshape(-1, *shape[1:]), tail.step.to(torch.float32)
-            self.tail_owners = tail.owners.to(torch.int32)
+            self.tail_owners = tail.owners
 
     @property
     def extra_rows(self) -> int:
@@ -159,11 +162,9 @@ class QuantLayer(nn.Module):
     @property
     def last_step(self) -> Tensor:
         """The step that goes with last_codes."""
-        return (
-            self.weight_step
-            if self.tail_owners is None
-            else last_of(self.weight_step, self.tail_step, self.tail_owners)
-        )
+        if self.tail_owners is None:
+            return self.weight_step
+        return last_of(self.weight_step, self.tail_step, self.tail_owners)
 
     def fixed_weight(self) -> Tensor | None:
         """What the points before each channel's last sum to, in the layout of `weight`; None without a tail."""
@@ -175,7 +176,7 @@ class QuantLayer(nn.Module):
     def _summed(self, codes: Tensor, tail_codes: Tensor | None) -> Tensor:
         weight = ops.dequantize(codes, self.weight_step, self.weight_zero)
         if self.tail_owners is not None:
-            rows = ops.dequantize(tail_codes, self.tail_step, self.weight_zero[self.tail_owners.long()])
+            rows = ops.dequantize(tail_codes, self.tail_step, self.weight_zero[self.tail_owners])
             weight = add_to_owners(weight, rows, self.tail_owners)
         return from_kernel_order(weight)
 
@@ -194,6 +195,10 @@ class QuantLayer(nn.Module):
         if self.rounding is None:
             return self._summed(self.codes, self.tail_codes)
         return self.rounding()
+
+    def taken(self, x: Tensor) -> Tensor:
+        """What the layer makes of its input before it is quantized."""
+        return x if self.input_scale is None else x * self.input_scale
 
     @property
     def cuts(self) -> Sparq | None:
@@ -215,7 +220,7 @@ class QuantLayer(nn.Module):
         return from_kernel_order(spread(to_kernel_order(weight), is_used=is_used))
 
     def forward(self, input: Tensor) -> Tensor:  # the name of the float layer's argument: some models use it
-        x, weight, bias = input, self.weight, self.bias
+        x, weight, bias = self.taken(input), self.weight, self.bias
         if self.quantized:
             sparq = None if self.input.passes else self.cuts
             x, weight, bias = self.input(x, sparq and self._cut), self.quantized_weight(), self.quantized_bias

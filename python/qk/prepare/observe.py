@@ -40,16 +40,31 @@ class Call:
 
 
 @dataclass
+class Operator:
+    """One operator that ran. function: as torch dispatches it, such as aten.relu.default. module: in which it ran, ""
+    for the model itself. args, kwargs: with the Value in place of each tensor that stands there by itself."""
+
+    function: Any
+    module: str
+    args: tuple
+    kwargs: dict[str, Any]
+    outputs: tuple[Value, ...]
+
+
+@dataclass
 class Observation:
     """calls: by module name, in the order in which the modules first started. readers: Value -> the module in which
-    each operator read it, "" for the model itself. results: what the model returned. feeds: Conv2d or Linear -> those
-    that read what operators made of its output, without another one between.
+    each operator read it, "" for the model itself. read: Value -> these operators. results: what the model returned.
+    feeds: Conv2d or Linear -> those that read what operators made of its output, without another one between.
+    held: every tensor that was seen, so that no address means another one as long as this is in use.
     """
 
     calls: dict[str, list[Call]] = field(default_factory=dict)
     readers: dict[Value, list[str]] = field(default_factory=lambda: defaultdict(list))
+    read: dict[Value, list[Operator]] = field(default_factory=lambda: defaultdict(list))
     results: set[Value] = field(default_factory=set)
     feeds: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    held: list[Tensor] = field(default_factory=list, repr=False)
 
 
 def observe(model: nn.Module, example: Any) -> Observation:
@@ -81,7 +96,7 @@ def observe(model: nn.Module, example: Any) -> Observation:
 
 
 class _Watch(TorchDispatchMode):
-    """Sees every operator. Holds each tensor that it saw, so that no address is used twice while it watches."""
+    """Sees every operator."""
 
     supports_higher_order_operators = True  # each is one operator that reads its arguments
 
@@ -90,11 +105,10 @@ class _Watch(TorchDispatchMode):
         self.seen = Observation()
         self.stack: list[Call] = []
         self.writes: dict[int, int] = defaultdict(int)
-        self.held: list[Tensor] = []
         self.sources: dict[int, frozenset[str]] = {}  # storage -> the layers of whose outputs it was made
 
     def value(self, x: Tensor) -> Value:
-        self.held.append(x)
+        self.seen.held.append(x)
         try:
             storage, offset, stride = x.untyped_storage()._cdata, x.storage_offset(), tuple(x.stride())
         except (RuntimeError, NotImplementedError):  # sparse, nested: no storage to compare
@@ -110,6 +124,8 @@ class _Watch(TorchDispatchMode):
         read = self.values((args, kwargs))
         for value in read:
             self.seen.readers[value].append(reader)
+        plain_args = tuple(self.value(x) if isinstance(x, Tensor) else x for x in args)
+        plain_kwargs = {k: self.value(x) if isinstance(x, Tensor) else x for k, x in kwargs.items()}
         result = func(*args, **kwargs)
         sources = self.sources_of(read)
         # A tensor's own version counter moves only after this function returned, and not at all in inference mode.
@@ -119,7 +135,10 @@ class _Watch(TorchDispatchMode):
                     storage = self.value(written).storage
                     self.writes[storage] += 1
                     self.sources[storage] = sources
-        for value in self.values(result):
+        operator = Operator(func, reader, plain_args, plain_kwargs, self.values(result))
+        for value in dict.fromkeys(read):
+            self.seen.read[value].append(operator)
+        for value in operator.outputs:
             self.sources[value.storage] = self.sources.get(value.storage, frozenset()) | sources
         return result
 

@@ -17,7 +17,7 @@ MOST = 3  # points of a channel
 
 
 class Tail(NamedTuple):
-    """codes: uint8 [T, ...], shaped as rows of the weight. step: float32 [T]. owners: int32 [T]."""
+    """codes: uint8 [T, ...], shaped as rows of the weight. step: float32 [T]. owners: int64 [T]."""
 
     codes: Tensor
     step: Tensor
@@ -41,7 +41,7 @@ def last_of(first: Tensor, rows: Tensor, owners: Tensor) -> Tensor:
     """[N, ...]: of each channel what belongs to its last point."""
     last = first.clone()
     for part in parts_of(owners):
-        last[owners[part].long()] = rows[part]
+        last[owners[part]] = rows[part]
     return last
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from qk.errors import fail
 from qk.prepare.insert import QuantLayer
@@ -50,6 +50,21 @@ class Unit:
         return [model.get_submodule(name) for name in self.chain or (self.name,)]
 
 
+@dataclass(frozen=True)
+class Path:
+    """Channels that can be scaled: row i of the weight and bias of `source` (a layer, or a norm with weights) divided
+    by s_i > 0, and what `readers` multiply with it multiplied by s_i, change nothing (qk.prepare.paths).
+
+    channels: of the source. readers: layer -> for each of its input channels the source's. clips: ReLU6 modules in
+    between, for which this holds only where nothing is clipped.
+    """
+
+    source: str
+    channels: int
+    readers: dict[str, Tensor]
+    clips: tuple[str, ...] = ()
+
+
 @dataclass
 class Prepared:
     """A copy of the model, BatchNorm folded, with a QuantLayer at every layer of the plan that is not float.
@@ -60,7 +75,8 @@ class Prepared:
     in float, be it that no kernel runs it or that the plan says so; "" is the model itself. stages: the units with
     successive blocks at one resolution put together. all_units, all_stages: as they would be if no layer stayed in
     float. originals: the float modules, folded, that QuantLayers stand for.
-    steps_before: digest of the activation steps that learning started from.
+    steps_before: digest of the activation steps that learning started from. paths: along which channels can be scaled;
+    blocked: every other layer or norm -> why not there. unclipped: ReLU6 modules that became ReLU.
     """
 
     model: nn.Module
@@ -77,6 +93,9 @@ class Prepared:
     calibrated: bool = False  # every step is set
     history: dict[str, list[dict]] = field(default_factory=dict)  # unit name -> [{"iteration", "loss"}], for the report
     steps_before: str = ""
+    paths: list[Path] = field(default_factory=list, repr=False)
+    blocked: dict[str, str] = field(default_factory=dict, repr=False)
+    unclipped: list[str] = field(default_factory=list)
     search: object = None  # qk.calibrate.lapq.Found: what lapq saw
 
     @property

@@ -171,10 +171,10 @@ def finished(constants: Constants) -> fx.GraphModule:
 
 
 def merge_equal(graph: fx.Graph) -> None:
-    """One node for operators of qk, and permutations, that compute the same."""
+    """One node for operators of qk, permutations and products that compute the same."""
     seen: dict[tuple, fx.Node] = {}
     for node in list(graph.nodes):
-        if node.op != "call_function" or not (node.target in MOVES or "qk." in str(node.target)):
+        if node.op != "call_function" or not (node.target in (*MOVES, MUL) or "qk." in str(node.target)):
             continue
         key = (node.target, _frozen(node.args), _frozen(tuple(sorted(node.kwargs.items()))))
         if key in seen:

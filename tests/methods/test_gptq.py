@@ -1,0 +1,396 @@
+"""GPTQ: closed forms, small problems solved by trying everything, and whole models."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import qk
+from qk import ops
+from qk.calibrate import calibrate
+from qk.deploy import convert, load, save
+from qk.errors import QkError
+from qk.methods.gptq import Moments, gptq, inverse_factor, moments_of, round_columns, row_losses, solve
+from qk.prepare import prepare
+from qk.prepare.insert import to_kernel_order
+from qk.spec import Recipe
+from threads import threads
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    with threads(1):
+        yield
+
+
+def problem(groups=1, rows=5, columns=11, bits=3, seed=0, positions=40):
+    """weight, correlated hessian, step and zero of each weight (affine, of a row), bits."""
+    rng = torch.Generator().manual_seed(seed)
+    weight = torch.randn(groups, rows, columns, generator=rng)
+    mix = torch.randn(groups, columns, columns, generator=rng) / columns**0.5 + 0.5
+    x = (mix @ torch.randn(groups, columns, positions, generator=rng)).double()
+    low, high = weight.amin(-1).clamp(max=0), weight.amax(-1).clamp(min=0)
+    step = 0.8 * (high - low) / (2**bits - 1)
+    zero = torch.round(-0.8 * low / step)
+    each = lambda t: t[..., None].expand_as(weight).contiguous()  # noqa: E731
+    return weight.double(), x @ x.transpose(1, 2), each(step), each(zero), bits
+
+
+def values(codes, step, zero):
+    return ((codes.float() - zero) * step).double()
+
+
+def nearest(weight, step, zero, bits):
+    groups, rows, _ = weight.shape
+    flat = [t[..., 0].reshape(groups * rows) for t in (step, zero)]
+    codes = ops.quantize(weight.float().reshape(groups * rows, -1), flat[0], flat[1].to(torch.int32), bits)
+    return codes.reshape(weight.shape)
+
+
+def loss(codes, weight, hessian, step, zero):
+    return row_losses(values(codes, step, zero) - weight, hessian)
+
+
+def test_the_factor_is_that_of_the_damped_inverse():
+    _, hessian, *_ = problem(groups=3)
+    u = inverse_factor(hessian, damping=0.25)
+    damped = hessian + torch.diag_embed(0.25 * hessian.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).expand(3, 11))
+    assert torch.equal(u, u.triu())
+    # Condition below 11 / 0.25 + 1: about 45 times the roundings of K products in float64.
+    torch.testing.assert_close(
+        u.transpose(1, 2) @ u @ damped, torch.eye(11).double().expand(3, 11, 11), atol=1e-12, rtol=0
+    )
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_for_a_diagonal_hessian_it_is_nearest_rounding(bits, act_order):
+    weight, hessian, step, zero, bits = problem(groups=2, columns=300, bits=bits)
+    diagonal = torch.diag_embed(hessian.diagonal(dim1=1, dim2=2))
+    assert torch.equal(solve(weight, diagonal, step, zero, bits, act_order), nearest(weight, step, zero, bits))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_it_loses_less_than_nearest_rounding(bits, act_order):
+    for seed in range(5):
+        weight, hessian, step, zero, _ = problem(rows=16, columns=64, bits=bits, seed=seed, positions=200)
+        ours = loss(solve(weight, hessian, step, zero, bits, act_order), weight, hessian, step, zero).sum()
+        assert ours < 0.8 * loss(nearest(weight, step, zero, bits), weight, hessian, step, zero).sum()
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_it_is_between_the_best_there_is_and_nearest_rounding(act_order):
+    totals = torch.zeros(3, dtype=torch.float64)
+    for seed in range(6):
+        weight, hessian, step, zero, bits = problem(rows=40, columns=4, bits=2, seed=seed)
+        every = torch.tensor(list(itertools.product(range(4), repeat=4)))[:, None]  # [256, 1, 4]
+        one = lambda t: t.expand(256, 40, 4)  # noqa: E731
+        best = loss(one(every), one(weight), hessian, one(step), one(zero)).amin(0, keepdim=True)
+        ours = loss(solve(weight, hessian, step, zero, bits, act_order), weight, hessian, step, zero)
+        assert (ours >= best * (1 - 1e-12)).all()
+        rounded = loss(nearest(weight, step, zero, bits), weight, hessian, step, zero)
+        totals += torch.stack([best.sum(), ours.sum(), rounded.sum()])
+    # Half of the way from nearest rounding to the best, in four columns of which the last cannot be made up for.
+    assert totals[1] < (totals[0] + totals[2]) / 2
+
+
+def test_two_columns_by_hand():
+    # H = [[2, 1], [1, 2]]: an error of -0.4 in the first weight is made up for best by 0.4 * 1 / 2 more in the second.
+    hessian = torch.tensor([[[2.0, 1.0], [1.0, 2.0]]]).double()
+    weight = torch.tensor([[[0.4, 0.35]]]).double()
+    step, zero = torch.ones(1, 1, 2), torch.full((1, 1, 2), 4.0)
+    codes = round_columns(weight, inverse_factor(hessian, damping=0.0), step, zero, 4)
+    assert codes.tolist() == [[[4, 5]]]
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 1000])
+def test_lazy_updates_change_nothing(block):
+    weight, hessian, step, zero, bits = problem(groups=2, columns=67)
+    u = inverse_factor(hessian)
+    assert torch.equal(round_columns(weight, u, step, zero, bits, block), round_columns(weight, u, step, zero, bits, 1))
+
+
+def test_with_act_order_the_order_of_columns_does_not_matter():
+    weight, hessian, step, zero, bits = problem(groups=2, columns=19)
+    order = torch.randperm(19, generator=torch.Generator().manual_seed(0))
+    moved = solve(weight[..., order], hessian[:, order][:, :, order], step, zero, bits, True)
+    assert torch.equal(moved, solve(weight, hessian, step, zero, bits, True)[..., order])
+
+
+def test_groups_and_rows_are_solved_as_if_alone():
+    weight, hessian, step, zero, bits = problem(groups=3, rows=4)
+    whole = solve(weight, hessian, step, zero, bits, True)
+    for g, row in itertools.product(range(3), range(4)):
+        one = [t[g : g + 1, row : row + 1] for t in (weight, step, zero)]
+        assert torch.equal(solve(one[0], hessian[g : g + 1], *one[1:], bits, True), whole[g : g + 1, row : row + 1])
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_columns_without_input_are_rounded_to_the_nearest_and_move_no_other(act_order):
+    weight, hessian, step, zero, bits = problem(columns=12)
+    alive = torch.tensor([i for i in range(12) if i not in (0, 5, 11)])
+    dead = hessian.clone()
+    for i in (0, 5, 11):
+        dead[:, i] = dead[:, :, i] = 0
+    codes = solve(weight, dead, step, zero, bits, act_order)
+    assert torch.equal(codes[..., [0, 5, 11]], nearest(weight, step, zero, bits)[..., [0, 5, 11]])
+    # The damping is a share of the mean over all columns, so alone the others need the share that makes it equal.
+    if not act_order:
+        alone = inverse_factor(dead[:, alive][:, :, alive], damping=0.01 * 9 / 12)
+        kept = [t[..., alive].contiguous() for t in (weight, step, zero)]
+        assert torch.equal(round_columns(kept[0], alone, *kept[1:], bits), codes[..., alive])
+    assert torch.equal(solve(weight, dead * 0, step, zero, bits, act_order), nearest(weight, step, zero, bits))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_what_it_is_given_stays(rows, act_order):
+    given = problem(groups=2, rows=rows)
+    before = [t.clone() for t in given[:4]]
+    solve(*given, act_order)
+    assert all(torch.equal(t, b) for t, b in zip(given, before, strict=False))
+
+
+def test_ends_of_the_codes_hold():
+    weight, hessian, step, zero, bits = problem(bits=2)
+    codes = solve(100 * weight, hessian, step, zero, bits, False)
+    assert int(codes.max()) <= 3
+
+
+SHAPES = {
+    "linear": (lambda: nn.Linear(7, 5), (9, 7)),
+    "linear of sequences": (lambda: nn.Linear(7, 5), (2, 3, 7)),
+    "conv": (lambda: nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2)), (2, 4, 9, 7)),
+    "1x1": (lambda: nn.Conv2d(4, 6, 1, stride=2), (2, 4, 5, 5)),
+    "groups": (lambda: nn.Conv2d(6, 4, 3, padding=1, groups=2, bias=False), (2, 6, 5, 5)),
+    "depthwise": (lambda: nn.Conv2d(5, 5, 3, groups=5), (3, 5, 6, 6)),
+    "depthwise, two each": (lambda: nn.Conv2d(5, 10, 3, groups=5), (3, 5, 6, 6)),
+    "same": (lambda: nn.Conv2d(3, 2, 3, padding="same"), (2, 3, 5, 6)),
+}
+
+
+def layer_of(kind, x=None, **fields):
+    make, shape = SHAPES[kind]
+    torch.manual_seed(0)
+    x = torch.randn(*shape) if x is None else x
+    recipe = Recipe(**{"weights": 3, "activations": 8, "first_last": None, "method": "gptq", **fields})
+    p = prepare(make(), x, recipe)
+    calibrate(p, [x])
+    return p, x
+
+
+@pytest.mark.parametrize("group_size", [None, "half"])
+@pytest.mark.parametrize("kind", SHAPES)
+def test_losses_are_those_of_the_output(kind, group_size):
+    k = SHAPES[kind][0]().weight[0].numel()
+    if group_size and k % 2:
+        pytest.skip("K is odd")
+    p, x = layer_of(kind, group_size=k // 2 if group_size else None)
+    layer = p.quant_layers()[""]
+    gptq(p, [x], Recipe(method="gptq"), progress="off")
+    last = p.history[""][-1]
+    found = []
+    with torch.no_grad():
+        for codes in (
+            ops.quantize(to_kernel_order(layer.weight), layer.weight_step, layer.weight_zero, 3),
+            layer.codes,
+        ):
+            layer.codes = codes
+            change = layer.quantized_weight() - layer.weight
+            x_hat = layer.input(x)
+            out = F.linear(x_hat, change) if layer.conv_args is None else F.conv2d(x_hat, change, **layer.conv_args)
+            out = out.movedim(1 if x.dim() == 4 else -1, -1)
+            found.append(out.double().square().sum(-1).mean().item())
+    assert last["before"] == pytest.approx(found[0], rel=1e-5)
+    assert last["after"] == pytest.approx(found[1], rel=1e-5)
+    assert last["after"] <= last["before"]
+    assert last["kept"] == ("learned" if last["after"] < last["before"] else "nearest")
+
+
+def test_a_long_row_is_solved_in_parts(monkeypatch):
+    p, x = layer_of("conv")
+    layer = p.quant_layers()[""]
+    whole = moments_of(p, "", set(), [x]).parts[0]
+    monkeypatch.setattr("qk.methods.gptq.LONGEST", 10)
+    cut = Moments(layer)
+    cut.add(layer.input(x))
+    assert [part.shape[1] for part in cut.parts] == [10, 10, 4]
+    torch.testing.assert_close(
+        cut.parts[1], whole[:, 10:20, 10:20], rtol=1e-5, atol=1e-4
+    )  # sums of 40 float32 products
+    gptq(p, [x], progress="off")
+    assert p.history[""][-1]["after"] <= p.history[""][-1]["before"]
+
+
+class Net(nn.Module):
+    """A stem, a branch with a depthwise layer, a layer that runs twice, a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
+        self.deep, self.side = nn.Conv2d(8, 8, 3, groups=8, padding=1), nn.Conv2d(8, 8, 1)
+        self.twice, self.head = nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.norm(self.stem(x)).relu()
+        x = (self.deep(x) + self.side(x)).relu().mean((2, 3))
+        return self.head(self.twice(self.twice(x).relu()).relu())
+
+
+def net():
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+def images():
+    return list(torch.randn(48, 3, 9, 8, generator=torch.Generator().manual_seed(0)).split(16))
+
+
+def prepared(**fields):
+    p = prepare(net(), images()[0], Recipe(**{"weights": 3, "activations": 6, "method": "gptq", **fields}))
+    calibrate(p, images())
+    return p
+
+
+def solved(source=None, folder=None, **fields):
+    p = prepared(**fields)
+    gptq(p, source or images(), Recipe(method="gptq", **fields), progress="off", folder=folder)
+    return p
+
+
+def codes(p):
+    return [layer.codes for layer in p.quant_layers().values()]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(codes(a), codes(b), strict=True)) and a.history == b.history
+
+
+@pytest.mark.parametrize("fields", [{}, {"group_size": 3, "first_last": None}, {"symmetric": True}, {"weights": 2}])
+def test_a_whole_model_loses_less_and_is_deployed_bit_for_bit(fields, tmp_path):
+    if "group_size" in fields:
+        fields |= {"overrides": {name: {"group_size": 4} for name in ("side", "twice", "head")}}
+    p = prepared(**fields)
+    steps = [(layer.weight_step, layer.weight_zero, layer.input.step.clone()) for layer in p.quant_layers().values()]
+    batch = images()[0]
+    with torch.no_grad():
+        expected = p.model(batch)
+        with p.quantized():
+            before = (p.model(batch) - expected).square().mean()
+        gptq(p, images(), Recipe(**fields), progress="off")
+        with p.quantized():
+            simulated = p.model(batch)
+        assert (simulated - expected).square().mean() < before
+        assert torch.equal(p.model(batch), expected)  # in float it is as it was
+        integer = convert(p)
+        found = integer(batch)
+        torch.testing.assert_close(found, simulated)
+        assert torch.equal(load(save(integer, tmp_path), net())(batch), found)
+        with qk.deploy.definition():
+            assert torch.equal(integer(batch), found)
+    assert list(p.history) == list(p.quant_layers())
+    for (step, zero, input_step), layer in zip(steps, p.quant_layers().values(), strict=True):
+        assert torch.equal(step, layer.weight_step)
+        assert torch.equal(zero, layer.weight_zero)
+        assert torch.equal(input_step, layer.input.step)
+    assert not any(m._forward_hooks for m in p.model.modules())
+
+
+def test_equal_calls_give_equal_bits_and_options_others():
+    first = solved()
+    assert same(first, solved())
+    assert same(first, solved(source=iter(images())))
+    assert not same(first, solved(act_order=False))
+    assert not same(first, solved(prefix="float"))
+    assert all(layer.codes.is_contiguous() for layer in first.quant_layers().values())
+
+
+def test_inputs_come_from_the_quantized_prefix_or_from_the_float_model():
+    p = prepared()
+    batch = images()[:1]
+    seen = []
+    handle = p.quant_layers()["deep"].register_forward_hook(lambda layer, args, _: seen.append(args[0]))
+    with p.quantized({"stem"}), torch.no_grad():
+        p.model(batch[0])
+    p.model(batch[0])
+    handle.remove()
+    layer = p.quant_layers()["deep"]
+    for prefix, x in (({"stem"}, layer.input(seen[0])), (None, seen[1])):
+        expected = Moments(layer)
+        with torch.no_grad():
+            expected.add(x)
+            found = moments_of(p, "deep", prefix, batch)
+        assert torch.equal(found.parts[0], expected.parts[0])
+        assert found.positions == 16 * 7 * 6
+    with torch.no_grad():
+        assert moments_of(p, "twice", None, batch).positions == 2 * 16  # both calls
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    whole, calls = solved(), []
+
+    def interrupted(*args):
+        calls.append(args[1])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return moments_of(*args)
+
+    monkeypatch.setattr("qk.methods.gptq.moments_of", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        solved(folder=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    calls += [""] * 10
+    assert same(solved(folder=tmp_path), whole)
+    assert len(calls) == 3 + 10 + 3
+    with pytest.raises(QkError, match=r"^qk.gptq: .*recipe.act_order True instead of False.*Delete the folder"):
+        solved(folder=tmp_path, act_order=False)
+
+
+def test_the_recipe_asks_for_it(tmp_path):
+    recipe = Recipe(weights=3, activations=6, method="gptq")
+    result = qk.quantize(net(), images(), recipe, out=tmp_path, measure=False, progress=False)
+    expected = convert(solved())
+    with torch.no_grad():
+        assert torch.equal(result.model(images()[0]), expected(images()[0]))
+    assert all(len(points) == 2 and points[1]["loss"] <= points[0]["loss"] for points in result.report.losses.values())
+    assert not (tmp_path / "unfinished").exists()
+
+
+def test_the_last_of_several_points_is_chosen():
+    p = prepared(points=2, points_error=1e-4)
+    qk.multipoint(p, images(), error=1e-4)
+    layer = p.quant_layers()["deep"]
+    assert layer.extra_rows > 0
+    first, fixed = layer.codes[layer.tail_owners.long()], layer.fixed_weight()
+    gptq(p, images(), progress="off")
+    assert torch.equal(layer.codes[layer.tail_owners.long()], first)
+    assert torch.equal(layer.fixed_weight(), fixed)
+    assert all(entries[-1]["after"] <= entries[-1]["before"] for entries in p.history.values())
+    convert(p)
+
+
+def test_bad_input_is_refused_before_anything_changes():
+    with pytest.raises(QkError, match=r"qk.gptq: p must be calibrated"):
+        gptq(prepare(net(), images()[0], Recipe()), images())
+    p = prepared()
+    before = codes(p)
+    for bad, words in [
+        ([], "batches must be at least one batch"),
+        ([torch.zeros(1, 4, 8, 8)], "batch 0 must be input that the model accepts"),
+        ([torch.full((1, 3, 8, 8), torch.inf)], "the input of stem must be finite"),
+    ]:
+        with pytest.raises(QkError, match=words):
+            gptq(p, bad, Recipe(prefix="float"), progress="off")
+        assert all(a is b for a, b in zip(before, codes(p), strict=True))
+    with pytest.raises(QkError, match=r"prefix must be 'quantized' or 'float'"):
+        Recipe(prefix="none")
+
+
+def test_what_is_in_training_is_refused():
+    p = prepared()
+    qk.trainable(p)
+    with pytest.raises(QkError, match=r"qk.gptq: p must be .* got stem, which is in training"):
+        gptq(p, images(), progress="off")
