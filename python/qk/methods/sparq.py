@@ -103,7 +103,8 @@ class _Counts:
     def see(self, x: Tensor) -> None:
         layer, zero = self.layer, int(self.layer.input.zero)
         groups = 1 if layer.conv_args is None else layer.conv_args["groups"]
-        last = x if layer.conv_args is None else x.movedim(-3, -1)
+        taken = layer.taken(x)
+        last = taken if layer.conv_args is None else taken.movedim(-3, -1)
         codes = ops.quantize(last, layer.input.step, layer.input.zero, 8)
         distance = (codes.int() - zero).abs().unflatten(-1, (groups, -1))
         own = distance.shape[-1]
