@@ -2,7 +2,8 @@
 
 Weights of 8 bits, activations of all layers but the first and last cut, by nearest rounding. For each choice the share
 of test images met and the power of the float network's logits over that of their error. --pictures NAME does the same
-for a torchvision network trained on the drawn pictures of benchmarks/proof, with one seed.
+for a torchvision network trained on the drawn pictures of benchmarks/proof, one seed; with --epochs 0 for one of random
+weights, whose BatchNorms have seen pictures: its labels are what it says in float.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ def budgets(task: Task) -> None:
     print("\n| budget | windows | accuracy (%) | SQNR (dB) |\n|---|---|---:|---:|")
     for cost, bits in [*product(("stored",), (7.5, 6.5, 6.0, 5.5)), *product(("multiplied",), (4, 3.5, 3, 2.5, 2))]:
         p = prepared(task, recipe("5opt"))
-        chosen = [c.window or "whole" for c in qk.choose_windows(p, task.batches[:2], bits, cost).values()]
+        chosen = [c.window or "whole" for c in qk.choose_windows(p, task.batches[:1], bits, cost).values()]
         with p.quantized() as model:
             accuracy, ratio = score(task, outputs(model, task.images), expected)
         counts = ", ".join(f"{chosen.count(w)} {w}" for w in ("whole", *WINDOWS) if w in chosen)
@@ -145,22 +146,35 @@ def digits() -> list[Task]:
     return [Task(network, batches, data.test, data.test_labels) for network in networks]
 
 
-def pictures(name: str, folder: str) -> list[Task]:
-    from proof import networks
+def pictures(name: str, epochs: int, folder: str) -> list[Task]:
+    from proof import networks, shapes
 
-    model, data = networks.trained(networks.Training(name), folder), networks.test_set()
-    return [Task(model, networks.calibration(256), data.images[:1000], data.labels[:1000])]
+    calibration = list(shapes.draw(256, networks.TRAIN_SEED).images.split(64))
+    test = shapes.draw(1000, networks.TEST_SEED)
+    if epochs:
+        model = networks.trained(networks.Training(name, epochs=epochs), folder)
+        return [Task(model, calibration, test.images, test.labels)]
+    torch.manual_seed(0)
+    model = networks.untrained(name)
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = None  # the mean over batches
+    with torch.no_grad():
+        for batch in calibration:
+            model.train()(batch)
+    return [Task(model, calibration, test.images, outputs(model.eval(), test.images).argmax(1))]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pictures", help="a network of benchmarks/proof instead of the digits")
+    parser.add_argument("--epochs", type=int, default=8, help="of its training")
     parser.add_argument("--cache", default=".cache/proof", help="where that network lies")
     parser.add_argument("--weights", type=int, default=4, help="bits of the weights that are learned")
     parser.add_argument("--iterations", type=int, default=400)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    tasks = pictures(args.pictures, args.cache) if args.pictures else digits()
+    tasks = pictures(args.pictures, args.epochs, args.cache) if args.pictures else digits()
     table("The float network", tasks, iter([("float", lambda task: outputs(task.network, task.images))]))
     table("Windows, weights of 8 bits, nearest rounding", tasks, windows())
     table("Statistics matched", tasks, statistics())

@@ -1,6 +1,5 @@
 // SPARQ values at rest (docs/format.md): blocks of 16 values, each a window of N bits and which of the family's shifts
-// it lies at. Static functions: files compiled per instruction set must not share copies. Needs a little-endian
-// machine.
+// it lies at. For little-endian machines.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -30,6 +29,8 @@ QK_HD constexpr int64_t sparq_row_bytes(int64_t cols, int bits, int stride, bool
   return (cols / sparq_block_values + (cols % sparq_block_values != 0)) * sparq_block_bytes(bits, stride, pairs);
 }
 
+namespace {  // files compiled per instruction set must not share copies
+
 template <int N, int Stride, bool Pairs>
 struct SparqBlock {
   static constexpr int bits = N, stride = Stride;
@@ -37,94 +38,134 @@ struct SparqBlock {
   static constexpr int values = sparq_block_values, shift_bits = sparq_shift_bits(N, Stride);
   static constexpr int window_bytes = 2 * N, shift_bytes = 2 * shift_bits;
   static constexpr int bytes = sparq_block_bytes(N, Stride, Pairs);
-  static constexpr int mask = (1 << N) - 1;
 
-  // How many steps of S the window of W bits moves up until it holds the value's top bit.
-  template <int W, int S>
-  static QK_HD inline uint8_t steps(uint8_t value) {
-    uint8_t n = 0;
-    for (int at = W; at < 8; at += S) n += (value >> at) != 0;
-    return n;
+  // Eight values at a time, as the bytes of a word; no operation carries from one into the next.
+  using Bytes = uint64_t;
+  // Half a block: its fields in their low bits, and what no window holds.
+  struct Half {
+    Bytes window, shift, split, lost;
+  };
+
+  // A pair with one 0 gives its bits to the other value: the low half of its window, then the high one; the first shift
+  // is its, the second says which of the two it is.
+  static QK_HD constexpr Half pack(Bytes code) {
+    const Bytes steps = steps_up<N, Stride>(filled(code));
+    Bytes window = down<N, Stride>(code, steps), shift = sum_of(steps), split = 0;
+    Bytes lost = code ^ up<Stride>(window, shift);
+    if constexpr (Pairs) {
+      const Bytes some = filled(code) & ones, one = all_of(some ^ swapped(some));
+      const Bytes value = code | swapped(code), wide_steps = steps_up<2 * N, 1>(filled(value));
+      const Bytes wide = down<2 * N, 1>(value, wide_steps), wide_shift = sum_of(wide_steps);
+      window = chosen(one, chosen(seconds, wide >> N & each(8, N), wide & each(8, N)), window);
+      shift = chosen(one, chosen(seconds, some, wide_shift), shift);
+      lost = chosen(one, value ^ up<1>(wide, wide_shift), lost);
+      split = joined_pairs(one & firsts & ones);
+    }
+    return {joined<N>(window), joined<shift_bits>(shift), split, lost};
   }
 
-  // Bits that no window holds are lost: returned, OR of all. A pair with one 0 gives its bits to the other value: the
-  // low half of its window, then the high one; the first shift is its, the second says which of the two it is.
-  static QK_HD inline uint8_t pack(const uint8_t* codes, uint8_t* out) {
-    uint8_t window[values], shift[values], rest[values], split = 0, lost = 0;
-    for (int i = 0; i < values; ++i) {
-      shift[i] = steps<N, Stride>(codes[i]);
-      window[i] = static_cast<uint8_t>(codes[i] >> shift[i] * Stride);
-      rest[i] = static_cast<uint8_t>(codes[i] ^ window[i] << shift[i] * Stride);
-    }
-    if constexpr (Pairs) {
-      for (int i = 0; i < values; i += 2) {
-        const bool one = (codes[i] == 0) != (codes[i + 1] == 0);
-        const uint8_t value = codes[i] | codes[i + 1], up = steps<2 * N, 1>(value);
-        const uint8_t wide = static_cast<uint8_t>(value >> up);
-        window[i] = one ? wide & mask : window[i], window[i + 1] = one ? wide >> N : window[i + 1];
-        shift[i] = one ? up : shift[i], shift[i + 1] = one ? codes[i] == 0 : shift[i + 1];
-        rest[i] = one ? static_cast<uint8_t>(value ^ wide << up) : rest[i], rest[i + 1] = one ? 0 : rest[i + 1];
-        split |= static_cast<uint8_t>(one << i / 2);
-      }
-    }
-    for (int i = 0; i < values; ++i) lost |= rest[i];
-    for (int half = 0; half < 2; ++half) {
-      put<N>(window + 8 * half, out + N * half);
-      put<shift_bits>(shift + 8 * half, out + window_bytes + shift_bits * half);
-    }
-    if constexpr (Pairs) out[window_bytes + shift_bytes] = split;
-    return lost;
+  static QK_HD constexpr Bytes unpack(const Half& half) {
+    const Bytes window = parted<N>(half.window), shift = parted<shift_bits>(half.shift);
+    const Bytes code = up<Stride>(window, shift);
+    if constexpr (!Pairs) return code;
+    const Bytes flags = parted_pairs(half.split), one = all_of(flags | flags << 8);
+    const Bytes second = all_of(shift >> 8 & firsts & ones);  // in the first byte of a pair, as value
+    const Bytes wide = (window & firsts) | (window >> 8 & firsts) << N;
+    const Bytes value = up<1>(wide, shift & firsts) & firsts;
+    return chosen(one, (value & ~second) | (value & second) << 8, code);
   }
 
-  static QK_HD inline void unpack(const uint8_t* in, uint8_t* codes) {
-    uint8_t window[values], shift[values];
+  static QK_HD inline void store(const Half* halves, uint8_t* out) {
     for (int half = 0; half < 2; ++half) {
-      get<N>(in + N * half, window + 8 * half);
-      get<shift_bits>(in + window_bytes + shift_bits * half, shift + 8 * half);
+      memcpy(out + N * half, &halves[half].window, N);
+      memcpy(out + window_bytes + shift_bits * half, &halves[half].shift, shift_bits);
     }
-    for (int i = 0; i < values; ++i) codes[i] = static_cast<uint8_t>(window[i] << shift[i] * Stride);
-    if constexpr (Pairs) {
-      const uint8_t split = in[window_bytes + shift_bytes];
-      for (int i = 0; i < values; i += 2) {
-        const bool one = split >> i / 2 & 1, second = shift[i + 1] & 1;
-        const uint8_t value = static_cast<uint8_t>((window[i] | window[i + 1] << N) << shift[i]);
-        codes[i] = !one ? codes[i] : second ? 0 : value;
-        codes[i + 1] = !one ? codes[i + 1] : second ? value : 0;
-      }
+    if constexpr (Pairs) out[window_bytes + shift_bytes] = static_cast<uint8_t>(halves[0].split | halves[1].split << 4);
+  }
+  static QK_HD inline void load(const uint8_t* in, Half* halves) {
+    for (int half = 0; half < 2; ++half) {
+      halves[half] = {};
+      memcpy(&halves[half].window, in + N * half, N);
+      memcpy(&halves[half].shift, in + window_bytes + shift_bits * half, shift_bits);
+      if constexpr (Pairs) halves[half].split = in[window_bytes + shift_bytes] >> 4 * half & 15;
     }
   }
 
  private:
-  // The low B bits of 8 bytes as B bytes, value i at bit i * B, and back.
+  // Ones in the low `count` bits of each `width` bits, a divisor of 64 below it.
+  static QK_HD constexpr Bytes each(int width, int count) { return ~Bytes{0} / low(width) * low(count); }
+  static QK_HD constexpr Bytes low(int bits) { return (Bytes{1} << bits) - 1; }
+  static constexpr Bytes ones = 0x0101010101010101, firsts = 0x00ff00ff00ff00ff, seconds = ~firsts;
+
+  static QK_HD constexpr Bytes all_of(Bytes flags) { return (flags << 8) - flags; }  // 1 -> 255
+  static QK_HD constexpr Bytes chosen(Bytes mask, Bytes yes, Bytes no) { return (yes & mask) | (no & ~mask); }
+  static QK_HD constexpr Bytes swapped(Bytes x) { return (x >> 8 & firsts) | (x & firsts) << 8; }
+  // Every bit up to the highest one.
+  static QK_HD constexpr Bytes filled(Bytes x) {
+    x |= x >> 1 & each(8, 7);
+    x |= x >> 2 & each(8, 6);
+    return x | (x >> 4 & each(8, 4));
+  }
+  // Bit i: whether a window of W bits must move up a step of S for the (i + 1)th time to hold the top bit.
+  template <int W, int S>
+  static QK_HD constexpr Bytes steps_up(Bytes filled_value) {
+    if constexpr (W >= 8)
+      return 0;
+    else
+      return (filled_value >> W & ones) | steps_up<W + S, S>(filled_value) << 1;
+  }
+  static QK_HD constexpr Bytes sum_of(Bytes steps) {
+    steps -= steps >> 1 & each(2, 1);
+    steps = (steps & each(4, 2)) + (steps >> 2 & each(4, 2));
+    return (steps + (steps >> 4)) & each(8, 4);
+  }
+  // As often as steps_up says.
+  template <int W, int S>
+  static QK_HD constexpr Bytes down(Bytes x, Bytes steps) {
+    if constexpr (W >= 8)
+      return x;
+    else
+      return down<W + S, S>(chosen(all_of(steps & ones), x >> S & each(8, 8 - S), x), steps >> 1);
+  }
+  // By n steps of S; n up to 7. What leaves the byte is lost.
+  template <int S>
+  static QK_HD constexpr Bytes up(Bytes x, Bytes n) {
+    return up_once<4 * S>(up_once<2 * S>(up_once<S>(x, n), n >> 1), n >> 2);
+  }
+  template <int bits>
+  static QK_HD constexpr Bytes up_once(Bytes x, Bytes flags) {
+    if constexpr (bits >= 8)
+      return x & ~all_of(flags & ones);
+    else
+      return chosen(all_of(flags & ones), (x & each(8, 8 - bits)) << bits, x);
+  }
+  // The low B bits of 8 bytes side by side, the first lowest; and back.
   template <int B>
-  static QK_HD inline void put(const uint8_t* fields, uint8_t* out) {
-    uint64_t x;
-    memcpy(&x, fields, 8);
+  static QK_HD constexpr Bytes joined(Bytes x) {
     x = (x | x >> (8 - B)) & each(16, 2 * B);
     x = (x | x >> (16 - 2 * B)) & each(32, 4 * B);
-    x = x | x >> (32 - 4 * B);
-    memcpy(out, &x, B);
+    return (x | x >> (32 - 4 * B)) & low(8 * B);
   }
   template <int B>
-  static QK_HD inline void get(const uint8_t* in, uint8_t* fields) {
-    uint64_t x = 0;
-    memcpy(&x, in, B);
+  static QK_HD constexpr Bytes parted(Bytes x) {
     x = (x | x << (32 - 4 * B)) & each(32, 4 * B);
     x = (x | x << (16 - 2 * B)) & each(16, 2 * B);
-    x = (x | x << (8 - B)) & each(8, B);
-    memcpy(fields, &x, 8);
+    return (x | x << (8 - B)) & each(8, B);
   }
-  // Ones in the low `ones` bits of each `width` bits.
-  static QK_HD constexpr uint64_t each(int width, int ones) {
-    uint64_t bits = 0;
-    for (int at = 0; at < 64; at += width) bits |= ((uint64_t{1} << ones) - 1) << at;
-    return bits;
+  // The same for bits 0, 16, 32 and 48.
+  static QK_HD constexpr Bytes joined_pairs(Bytes x) {
+    x = (x | x >> 15) & each(32, 2);
+    return (x | x >> 30) & low(4);
+  }
+  static QK_HD constexpr Bytes parted_pairs(Bytes x) {
+    x = (x | x << 30) & each(32, 2);
+    return (x | x << 15) & each(16, 1);
   }
 };
 
 // f(SparqBlock) of a family that is one.
 template <class F>
-static inline void with_sparq_block(int bits, int stride, bool pairs, F&& f) {
+void with_sparq_block(int bits, int stride, bool pairs, F&& f) {
   const auto of = [&](auto n, auto step) {
     if (pairs)
       f(SparqBlock<n, step, true>{});
@@ -139,4 +180,5 @@ static inline void with_sparq_block(int bits, int stride, bool pairs, F&& f) {
   of(integral_constant<int, 4>{}, integral_constant<int, 4>{});
 }
 
+}  // namespace
 }  // namespace qk

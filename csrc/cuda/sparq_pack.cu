@@ -14,14 +14,17 @@ __global__ void sparq_pack_kernel(SparqPackArgs a) {
   const int64_t step = int64_t{gridDim.x} * block_threads;
   for (int64_t i = int64_t{blockIdx.x} * block_threads + threadIdx.x; i < blocks; i += step) {
     const int64_t row = i / row_blocks, col = i % row_blocks * Block::values;
-    uint8_t codes[Block::values], packed[Block::bytes];
+    uint64_t words[2] = {};
+    uint8_t packed[Block::bytes];
 #pragma unroll
-    for (int j = 0; j < Block::values; ++j) codes[j] = col + j < a.cols ? a.codes[row * a.cols + col + j] : 0;
-    [[maybe_unused]] const uint8_t lost = Block::pack(codes, packed);
+    for (int j = 0; j < Block::values; ++j)
+      if (col + j < a.cols) words[j / 8] |= uint64_t{a.codes[row * a.cols + col + j]} << j % 8 * 8;
+    const typename Block::Half halves[2] = {Block::pack(words[0]), Block::pack(words[1])};
+    Block::store(halves, packed);
 #pragma unroll
     for (int j = 0; j < Block::bytes; ++j) a.packed[i * Block::bytes + j] = packed[j];
 #if defined(QK_EMULATED)  // there the face reads it, since the tensors are the CPU's
-    a.lost[row] |= lost;
+    a.lost[row] |= (halves[0].lost | halves[1].lost) != 0;
 #endif
   }
 }

@@ -14,13 +14,15 @@ __global__ void sparq_unpack_kernel(SparqUnpackArgs a) {
   const int64_t step = int64_t{gridDim.x} * block_threads;
   for (int64_t i = int64_t{blockIdx.x} * block_threads + threadIdx.x; i < blocks; i += step) {
     const int64_t row = i / row_blocks, col = i % row_blocks * Block::values;
-    uint8_t codes[Block::values], packed[Block::bytes];
+    uint8_t packed[Block::bytes];
+    typename Block::Half halves[2];
 #pragma unroll
     for (int j = 0; j < Block::bytes; ++j) packed[j] = a.packed[i * Block::bytes + j];
-    Block::unpack(packed, codes);
+    Block::load(packed, halves);
+    const uint64_t words[2] = {Block::unpack(halves[0]), Block::unpack(halves[1])};
 #pragma unroll
     for (int j = 0; j < Block::values; ++j)
-      if (col + j < a.cols) a.codes[row * a.cols + col + j] = codes[j];
+      if (col + j < a.cols) a.codes[row * a.cols + col + j] = static_cast<uint8_t>(words[j / 8] >> j % 8 * 8);
   }
 }
 

@@ -8,7 +8,7 @@ namespace qk {
 struct SparqPackArgs {
   const uint8_t* codes;  // [rows, cols]
   uint8_t* packed;       // [rows, row_bytes]; every byte is written
-  uint8_t* lost;         // [rows] OR of the bits that no window of the row holds, for the face to refuse; null on CUDA
+  uint8_t* lost;         // [rows] 1 where a row has a value that no window holds, for the face to refuse; null on CUDA
   int64_t rows, cols, row_bytes;
   int bits, stride;
   bool pairs;

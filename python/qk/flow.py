@@ -50,7 +50,7 @@ from qk.report import Latency, LayerReport, Report
 from qk.spec import Plan, Recipe, checked_recipe
 
 STAGE = "qk.quantize"
-MEASURED_BATCHES = 2  # for the error of each layer
+MEASURED_BATCHES = 2  # for the error of each layer, and of each window in it
 UNFINISHED = "unfinished"  # folder inside `out` for what a run has learned so far
 
 
@@ -139,7 +139,7 @@ def quantize(
             multipoint(p, held, error=error, budget=budget, memory_mb=recipe.memory_mb)
     if recipe.sparq_bits is not None:
         with _timed(seconds, "choose windows"):
-            choose_windows(p, held, recipe.sparq_bits, memory_mb=recipe.memory_mb)
+            choose_windows(p, held[:MEASURED_BATCHES], recipe.sparq_bits)
     if recipe.only_faster:
         with _timed(seconds, "time layers"):
             _leave_slower_in_float(p)

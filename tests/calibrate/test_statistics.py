@@ -11,6 +11,7 @@ from qk.calibrate.bias import Moments, moments
 from qk.calibrate.statistics import scales
 from qk.deploy import convert, load, save
 from qk.errors import QkError
+from qk.methods.multipoint import multipoint
 from qk.prepare import prepare
 from qk.spec import Recipe
 
@@ -46,6 +47,20 @@ def test_it_does_what_a_batchnorm_does_that_is_run_again():
         again = norm.train()(layer(x))
         match_statistics(p, batches())
         torch.testing.assert_close(layer(x), again, rtol=0, atol=2e-5)  # the same numbers, otherwise rounded
+
+
+def test_channels_of_several_points_are_matched_as_a_whole():
+    p = prepared(overrides={"conv": {"weights": 4, "points": 3, "symmetric": True}})
+    multipoint(p, batches(), error=1e-3)
+    assert p.quant_layers()["conv"].extra_rows > 0
+    expected = found(p, False)
+    match_statistics(p, batches())
+    torch.testing.assert_close(found(p).variance, expected.variance, rtol=1e-5, atol=0)
+    with p.quantized() as simulated, torch.no_grad():
+        x = batches()[0]
+        torch.testing.assert_close(
+            convert(p)(x), simulated(x), rtol=1e-4, atol=1e-5
+        )  # their sums are rounded otherwise
 
 
 def test_channels_that_hardly_vary_keep_their_scale():

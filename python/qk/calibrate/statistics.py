@@ -27,7 +27,7 @@ MOST = 2.0  # by which the steps of a channel change at most
 def match_statistics(p: Prepared, batches: Iterable, max_batches: int | None = None, memory_mb: int = 1024) -> None:
     """Gives every quantized layer that took up a BatchNorm the mean and variance that its output has in float.
 
-    Layer by layer in running order, each with all before it quantized and matched: its weight_step and bias change.
+    Layer by layer in running order, each with all before it quantized and matched: its weight's steps and bias change.
     Channels keep their scale where they hardly vary, and change it twofold at most. batches, max_batches, memory_mb: as
     for reconstruct, and come after it; calibration starts anew. qk.correct_bias may follow, for all other layers.
     Raises QkError for p that is not calibrated or has no such layer, bad batches, and moments that are not finite; p is
@@ -40,7 +40,8 @@ def match_statistics(p: Prepared, batches: Iterable, max_batches: int | None = N
         advice = "qk.correct_bias matches the means of any layer."
         raise fail(STAGE, "p", "a model with a quantized layer that took up a BatchNorm", "none", advice)
     held = hold(batches, STAGE, max_batches, memory_mb)
-    before = {name: (layer.weight_step, layer.corrected_bias) for name, layer in layers.items()}
+    changed = ("weight_step", "tail_step", "corrected_bias")
+    before = {name: {what: getattr(layer, what) for what in changed} for name, layer in layers.items()}
     try:
         with evaluating(p.model):
             with p.quantized(set()):
@@ -54,10 +55,13 @@ def match_statistics(p: Prepared, batches: Iterable, max_batches: int | None = N
                 bias = layer.quantized_bias.double() * scale + expected[name].mean - found.mean * scale
                 rows = scale.reshape(-1, *[1] * (layer.weight_step.dim() - 1))
                 layer.weight_step = (layer.weight_step.double() * rows).float()
+                if layer.tail_owners is not None:
+                    layer.tail_step = (layer.tail_step.double() * scale[layer.tail_owners]).float()
                 layer.corrected_bias = bias.float()
     except BaseException:
         for name, layer in layers.items():
-            layer.weight_step, layer.corrected_bias = before[name]
+            for what, tensor in before[name].items():
+                setattr(layer, what, tensor)
         raise
 
 

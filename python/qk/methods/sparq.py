@@ -7,8 +7,8 @@ of a layer in qk.prepare.windows. Windows by layer are an extension: the paper h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qk import ops
 from qk.calibrate.batches import call, hold
+from qk.calibrate.objective import first_tensor
 from qk.errors import fail
 from qk.inputs import evaluating
 from qk.ops.sparq import FAMILIES
@@ -31,7 +32,7 @@ from qk.spec import Plan, Sparq, Window
 STAGE = "qk.choose_windows"
 WHOLE = 8.0  # bits of a code that is not cut
 SMALL = 16  # what fits 4 bits without a shift
-UNITS = 4096  # in which a budget is spent
+UNITS = 4096
 Cost = Literal["stored", "multiplied"]
 
 
@@ -102,7 +103,8 @@ class _Counts:
     def see(self, x: Tensor) -> None:
         layer, zero = self.layer, int(self.layer.input.zero)
         groups = 1 if layer.conv_args is None else layer.conv_args["groups"]
-        last = x if layer.conv_args is None else x.movedim(-3, -1)
+        taken = layer.taken(x)
+        last = taken if layer.conv_args is None else taken.movedim(-3, -1)
         codes = ops.quantize(last, layer.input.step, layer.input.zero, 8)
         distance = (codes.int() - zero).abs().unflatten(-1, (groups, -1))
         own = distance.shape[-1]
@@ -187,7 +189,8 @@ def set_windows(p: Prepared, windows: dict[str, Sparq | None]) -> None:
 
 @dataclass(frozen=True)
 class Choice:
-    """One layer's window, None for whole codes. bits: a value costs. error: of its output, as a share of its power."""
+    """One layer's window, None for whole codes. bits: of a value. error: squared change of the model's output, as a
+    share of its power."""
 
     window: Window | None
     bits: float
@@ -202,10 +205,12 @@ def choose_windows(
 
     bits: what a value may cost on average. cost: "stored", its bits at rest with what says where its window lies, each
     layer counted by its input values; "multiplied", bits in the multiplier, counted by multiplications. Layers whose
-    input stays whole take no part. The error of a layer is that of its output on the float model's input, as a share of
-    the output's power; errors of layers are added. batches, memory_mb: as for reconstruct; p is calibrated.
+    input stays whole take no part. The error of a window in a layer is what it changes in the quantized model's output
+    with all other inputs whole, squared; errors of layers are added. That takes a pass over the batches for each layer
+    and window: a few dozen samples do. memory_mb: as for reconstruct.
     Sets p's plan in place, as set_windows does, and returns what was chosen. Codes of weights stay: reconstruct comes
-    after it. Raises QkError when no layer can be cut, and for a budget that no choice meets.
+    after it. Raises QkError for p that is not calibrated, a budget that no choice meets, an output whose shape changes,
+    and when no layer can be cut.
     """
     held = _checked(p, batches, STAGE, memory_mb)
     if cost not in get_args(Cost):
@@ -237,74 +242,67 @@ def choose_windows(
 def within_budget(options: dict[str, list[Choice]], amounts: dict[str, int], bits: float) -> dict[str, Choice]:
     """For each name the option with which the sum of errors is least and the mean of bits, by amounts, within `bits`.
 
-    Exact but for a unit of the budget each, of which there are UNITS above what the cheapest options need. Raises
-    QkError for a budget that these exceed.
+    Of all combinations of the options so far, those of like cost (in the same of UNITS parts of what the budget leaves
+    above the cheapest options) compete, and the one of least error stays. Raises QkError for a budget that the cheapest
+    options exceed.
     """
     total = sum(amounts.values())
-    least = {name: min(c.bits for c in options[name]) for name in options}
+    least = {name: min(c.bits for c in all_) for name, all_ in options.items()}
     floor = sum(least[name] * n for name, n in amounts.items())
     room = bits * total * (1 + 1e-9) - floor
     if room < 0:
         raise fail(STAGE, "bits", f"at least {floor / total:.3g}, what the narrowest windows need", bits)
-    best = {name: min(all_, key=lambda c: (c.error, c.bits)) for name, all_ in options.items()}
-    if sum((best[name].bits - least[name]) * n for name, n in amounts.items()) <= room:
-        return best
-    # errors[u]: the least sum so far with at most u units spent; taken: which option of a name that takes.
-    errors, taken = np.zeros(UNITS + 1), {}
-    spent = {
-        name: [math.ceil((c.bits - least[name]) * amounts[name] / max(room, 1e-9) * UNITS) for c in all_]
-        for name, all_ in options.items()
-    }
+    spent, errors = np.zeros(1), np.zeros(1)
+    steps: list[tuple[np.ndarray, np.ndarray]] = []  # of each name: what a combination chose, and what it extends
     for name, all_ in options.items():
-        sums = np.full((len(all_), UNITS + 1), np.inf)
-        for i, (option, units) in enumerate(zip(all_, spent[name], strict=True)):
-            if units <= UNITS:
-                sums[i, units:] = errors[: UNITS + 1 - units] + option.error
-        taken[name], errors = sums.argmin(0), sums.min(0)
-    chosen, left = {}, UNITS
-    for name in reversed(list(options)):
-        i = taken[name][left]
-        chosen[name], left = options[name][i], left - spent[name][i]
+        own = np.array([(c.bits - least[name]) * amounts[name] for c in all_])
+        cost, error = np.add.outer(own, spent), np.add.outer([c.error for c in all_], errors)
+        choice, parent = np.indices(cost.shape)
+        fits = cost <= room
+        cost, error, choice, parent = (x[fits] for x in (cost, error, choice, parent))
+        part = np.floor(cost / max(room, 1e-9) * UNITS)
+        order = np.lexsort((error, part))
+        _, first = np.unique(part[order], return_index=True)
+        kept = order[first]
+        spent, errors = cost[kept], error[kept]
+        steps.append((choice[kept], parent[kept]))
+    at, chosen = int(errors.argmin()), {}
+    for name, (choice, parent) in reversed(list(zip(options, steps, strict=True))):
+        chosen[name], at = options[name][choice[at]], parent[at]
     return {name: chosen[name] for name in options}
 
 
 def _errors(p: Prepared, layers: dict[str, QuantLayer], held: list[Any]) -> dict[str, dict[Window | None, float]]:
-    """Layer -> window (None: whole codes) -> error of its output on the float model's input, over its power."""
-    windows = (None, *get_args(Window))
-    noise = {name: dict.fromkeys(windows, 0.0) for name in layers}
-    power = dict.fromkeys(layers, 0.0)
+    """Layer -> window -> squared change of the model's output, as a share of its power; None (whole codes): none."""
+    specs = {name: layer.spec for name, layer in layers.items()}
 
-    def watch(name: str) -> Callable:
-        def see(layer: QuantLayer, args: tuple, kwargs: dict, output: Tensor) -> None:
-            power[name] += float(output.double().square().sum())
-            for window in windows:
-                with _as_if(layer, window):
-                    found = layer.forward(*args, **kwargs)
-                noise[name][window] += float((found.double() - output.double()).square().sum())
+    def outputs() -> Iterator[Tensor]:
+        return (first_tensor(call(p, batch, i, STAGE), STAGE).double() for i, batch in enumerate(held))
 
-        return see
+    def change() -> float:
+        total = 0.0
+        for found, whole in zip(outputs(), expected, strict=True):
+            if found.shape != whole.shape:
+                raise fail(STAGE, "the model's output", f"{list(whole.shape)} whatever is cut", list(found.shape))
+            total += float((found - whole).square().sum())
+        return total
 
-    with ExitStack() as stack, p.quantized(set()), evaluating(p.model):
-        for name, layer in layers.items():
-            stack.callback(layer.register_forward_hook(watch(name), with_kwargs=True).remove)
-        for index, batch in enumerate(held):
-            call(p, batch, index, STAGE)
-    return {
-        name: {window: n / power[name] if power[name] else 0.0 for window, n in by.items()}
-        for name, by in noise.items()
-    }
-
-
-@contextmanager
-def _as_if(layer: QuantLayer, window: Window | None):
-    """The layer quantized, with this window, for a while."""
-    spec, sparq = layer.spec, layer.spec.sparq
-    layer.spec = replace(spec, sparq=window and replace(sparq, window=window))
-    layer.quantized = True
+    errors: dict[str, dict[Window | None, float]] = {name: {None: 0.0} for name in layers}
     try:
-        yield
+        for name, layer in layers.items():
+            layer.spec = replace(specs[name], sparq=None)
+        with p.quantized(), evaluating(p.model):
+            expected = list(outputs())
+            power = sum(float(whole.square().sum()) for whole in expected) or 1.0
+            for name, layer in layers.items():
+                for window in get_args(Window):
+                    layer.spec = replace(specs[name], sparq=replace(specs[name].sparq, window=window))
+                    errors[name][window] = change() / power
+                layer.spec = replace(specs[name], sparq=None)
     finally:
-        layer.spec, layer.quantized = spec, False
+        for name, layer in layers.items():
+            layer.spec = specs[name]
+    return errors
 
 
 def _with_windows(p: Prepared) -> dict[str, QuantLayer]:
