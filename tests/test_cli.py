@@ -34,6 +34,10 @@ def with_training(rows=6):
 def unlabelled():
     return data()[0], None
 
+def with_labels():
+    calibration, evaluation = data()
+    return calibration, evaluation, None, [make().eval()(x).argmax(1) for x in calibration]
+
 def labelled():
     return [(x, torch.zeros(6, dtype=torch.int64)) for x in data()[0]], None
 
@@ -88,6 +92,18 @@ def test_quantize_shows_a_table_and_where_things_are(run, tmp_path):
     for word in ("size on disk", "latency p50, batch 1", "W4A8", "checkpoint: o", "report: r.json"):
         assert word in shown
     assert json.loads((tmp_path / "r.json").read_text())["layers"]
+
+
+def test_lapq_searches_by_labels_where_they_are_asked_for(run):
+    words = ["quantize", "--model", "MODEL", "--out", "o", "--set", "method=nearest", "--set", "ranges=lapq", "--json"]
+    notes = []
+    for data, more in (("DATA", []), ("python:cli_model:with_labels", ["--labels"])):
+        report = json.loads(run(*words, "--data", data, *more).stdout)
+        notes.append(next(note for note in report["notes"] if note.startswith("LAPQ: p = ")))
+    assert notes[0] != notes[1]  # other losses: divergence, and cross entropy
+    assert "--labels must be left out" in run(*words, "--data", "DATA", "--labels", code=1).stderr
+    refused = [*words[:5], "--data", "python:cli_model:with_labels", "--labels", *QUICK]
+    assert "only ranges 'lapq' look at them" in run(*refused, code=1).stderr
 
 
 def test_tune_trains_saves_and_reports(run, tmp_path):

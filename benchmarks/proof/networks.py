@@ -84,10 +84,10 @@ def untrained(name: str) -> nn.Module:
     from torchvision import models
 
     if name == "vgg":
-        features = models.vgg.make_layers([32, 32, "M", 64, 64, "M", 128, 128, "M"], batch_norm=True)
+        features = models.vgg.make_layers([16, 16, "M", 32, 32, "M", 64, 64, "M"], batch_norm=True)
         model = models.VGG(features, num_classes=shapes.CLASSES)
         model.avgpool = nn.AdaptiveAvgPool2d(1)
-        model.classifier = nn.Linear(128, shapes.CLASSES)
+        model.classifier = nn.Linear(64, shapes.CLASSES)
         return model
     return getattr(models, name)(num_classes=shapes.CLASSES)
 

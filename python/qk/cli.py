@@ -90,10 +90,13 @@ def quantize(
     change: Change = None,
     report: ReportFile = None,
     batch_size: BatchSize = 32,
+    labels: Annotated[
+        bool, typer.Option("--labels", help="Ranges lapq by the data's labels, not the model's own.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Quantizes a model, saves it, and reports what that changed."""
-    _quantize(model, data, out, weights, _recipe(recipe, change or []), report, batch_size, as_json)
+    _quantize(model, data, out, weights, _recipe(recipe, change or []), report, batch_size, as_json, labels)
 
 
 @app.command()
@@ -122,6 +125,7 @@ def _quantize(
     report: Path | None,
     batch_size: int,
     as_json: bool,
+    by_labels: bool = False,
 ) -> None:
     """The model quantized as the recipe says, its checkpoint and report; what both commands above do."""
     import qk
@@ -141,11 +145,14 @@ def _quantize(
         train = loaded.train
         if train is None:
             raise fail("tune", data, "data with labels to train on", "calibration and evaluation data alone")
+    if by_labels and loaded.labels is None:
+        raise fail("quantize", "--labels", "left out with data whose calibration batches have none", data)
     say(f"{'tuning' if train else 'quantizing'} {model} on {data}")
     result = qk.quantize(
         floating,
         loaded.calibration,
         recipe,
+        labels=loaded.labels if by_labels else None,
         train=train,
         evaluate=evaluate,
         out=out,

@@ -73,6 +73,7 @@ def quantize(
     *,
     example: Any = None,
     blocks: list[str] | None = None,
+    labels: Iterable[Tensor] | None = None,
     train: Iterable | None = None,
     loss: Loss | None = None,
     validate: Score | None = None,
@@ -89,6 +90,7 @@ def quantize(
     batches: calibration inputs (tensors, tuples of positional arguments or dicts of keywords), without labels. What is
     not a list is read once and held, up to recipe.memory_mb. example: one batch to watch the model on; the first of
     batches if not given. blocks: module names to reconstruct together instead of those found.
+    labels: for ranges "lapq", the classes of each batch, as qk.calibrate takes them.
     train, loss, validate: for method "lsq", labelled data and what to do with it, as qk.tune takes them.
     evaluate: model -> share of labels met, in [0, 1]; called on the float, the simulated and the integer model.
     out: folder to save the checkpoint in. Until all is done, what was learned lies in out/unfinished: the same call
@@ -101,6 +103,8 @@ def quantize(
     recipe = checked_recipe(recipe, STAGE)
     if evaluate is not None and not callable(evaluate):
         raise fail(STAGE, "evaluate", "a function of a model", type(evaluate).__name__)
+    if labels is not None and recipe.ranges != "lapq":
+        raise fail(STAGE, "labels", "left out, as only ranges 'lapq' look at them", f"some with {recipe.ranges!r}")
     _check_training(recipe, {"train": train, "loss": loss, "validate": validate})
     if out is not None:
         writable_folder(out, STAGE)
@@ -132,7 +136,7 @@ def quantize(
         with _timed(seconds, "evaluate"), evaluating(model):
             report.accuracy["float"] = _share(evaluate, model)
     with _timed(seconds, "calibrate"):
-        calibrate(p, held, ranges=recipe.ranges, seed=recipe.seed, memory_mb=recipe.memory_mb)
+        calibrate(p, held, recipe.ranges, labels=labels, seed=recipe.seed, memory_mb=recipe.memory_mb)
     error, budget = recipe.points_error, recipe.points_budget
     if several or error is not None or budget is not None:
         with _timed(seconds, "choose points"):
@@ -316,7 +320,7 @@ def _layers(p: Prepared, measured: list[LayerMeasure]) -> list[LayerReport]:
 
 def _notes(p: Prepared, measured: list[LayerMeasure]) -> list[str]:
     """What the tables do not say aloud."""
-    notes = []
+    notes = [] if p.search is None else [p.search.describe()]
     extra = overhead(p)
     if extra is not None:
         text = f"{extra.extra_rows} rows more than the {extra.rows} of the layers that may have several points"

@@ -28,12 +28,13 @@ DATA = "digits, imagefolder:DIR or python:MODULE:FUNCTION"
 class Data:
     """calibration: batches of inputs. evaluation: (inputs, labels) batches that can be read more than once, or None.
 
-    train: of the same kind, for each epoch in an order of its own, or None.
+    train: of the same kind, for each epoch in an order of its own, or None. labels: of calibration, for each batch.
     """
 
     calibration: list[Any]
     evaluation: Iterable[tuple[Any, Tensor]] | None = None
     train: Iterable[tuple[Any, Tensor]] | None = None
+    labels: list[Tensor] | None = None
 
 
 def load_model(source: str, weights: str | Path | None = None) -> nn.Module:
@@ -101,10 +102,12 @@ def load_data(source: str, batch_size: int = 32) -> Data:
             raise fail("data", source, "options size, resize, calibration, seed", str(error)) from error
     if kind == "python":
         made = _made(source, _call(name, source), **arguments)
-        if isinstance(made, tuple) and len(made) in (2, 3):
+        if isinstance(made, tuple) and len(made) in (2, 3, 4):
             made = Data(*made)
         if not isinstance(made, Data) or not isinstance(made.calibration, (list, tuple)):
-            expected = "a function that returns (calibration batches in a list, evaluation batches or None[, train])"
+            expected = (
+                "a function that returns (calibration batches in a list, evaluation batches or None[, train[, labels]])"
+            )
             raise fail("data", source, expected, type(made).__name__)
         return made
     raise fail("data", "source", DATA, repr(source))
@@ -179,7 +182,9 @@ def image_folder(
         held, learned = _images(root / "val"), images
     batches = Images(chosen, size, resize, batch_size)
     train = Images(learned, size, resize, batch_size, augmented=True)
-    return Data([x for x, _ in batches], Images(held, size, resize, batch_size) if held else None, train)
+    read = list(batches)
+    evaluation = Images(held, size, resize, batch_size) if held else None
+    return Data([x for x, _ in read], evaluation, train, [y for _, y in read])
 
 
 @dataclass(frozen=True)
@@ -237,7 +242,8 @@ def _digits(batch_size: int) -> Data:
 
     data = digits.load()
     held_out = list(zip(data.test.split(batch_size), data.test_labels.split(batch_size), strict=True))
-    return Data(list(data.train[:512].split(batch_size)), held_out, digits.Augmented(data, batch_size))
+    calibration, labels = (list(x[:512].split(batch_size)) for x in (data.train, data.train_labels))
+    return Data(calibration, held_out, digits.Augmented(data, batch_size), labels)
 
 
 def _arguments(text: str) -> tuple[str, dict[str, Any]]:

@@ -18,6 +18,7 @@ WeightBits = Literal[2, 3, 4, 8]  # as the kernels store them; 3 lies in 4
 ActivationBits = Literal[2, 3, 4, 5, 6, 7, 8]
 Ranges = Literal["minmax", "percentile", "mse", "kl", "lapq"]
 Points = Literal[1, 2, 3]
+Grid = Literal["mid-tread", "mid-rise"]
 Window = Literal["5opt", "3opt", "2opt", "6opt", "7opt"]
 Exponent = Annotated[float, Field(ge=1)]  # of the rounding penalty; below 1 its slope has no bound
 Alpha = Annotated[float, Field(ge=0, le=1)]
@@ -77,6 +78,8 @@ class QuantSpec:
     points: how many rows of codes an output channel may be a sum of (qk.multipoint); above 1 only for symmetric weights
     of 2 to 4 bits without groups.
     sparq: windows for the codes of the input, which have 8 bits then; the name of a window stands for its defaults.
+    grid: "mid-tread" has 0 among a weight's levels; those of "mid-rise" lie at odd multiples of half a step on both
+    sides of 0, as in LAPQ's released code. Its codes take a bit more (4 bits: 8), and no method that learns knows it.
     """
 
     weights: WeightBits | None = 8
@@ -86,6 +89,7 @@ class QuantSpec:
     points: Points = 1
     reason: str = ""
     sparq: Cutting = None
+    grid: Grid = "mid-tread"
 
     def __post_init__(self) -> None:
         if (self.weights is None) != (self.activations is None):
@@ -93,6 +97,8 @@ class QuantSpec:
         single = self.weights in (None, 8) or not self.symmetric or self.group_size is not None
         if self.points > 1 and single:
             raise ValueError("points above 1 need symmetric weights of 2 to 4 bits without group_size")
+        if self.grid == "mid-rise" and (self.weights in (None, 8) or self.points > 1):
+            raise ValueError("grid mid-rise needs weights of 2 to 4 bits and points 1")
         if self.sparq is None:
             return
         if self.activations != 8:
@@ -107,10 +113,15 @@ class QuantSpec:
         return self.weights is None
 
     @property
+    def code_bits(self) -> int:
+        """Bits of a weight's code: on the grid mid-rise codes count half steps."""
+        assert self.weights is not None
+        return self.weights if self.grid == "mid-tread" else {2: 3, 3: 4, 4: 8}[self.weights]
+
+    @property
     def storage_bits(self) -> int:
         """Bits of a packed weight at rest."""
-        assert self.weights is not None
-        return 4 if self.weights == 3 else self.weights
+        return 4 if self.code_bits == 3 else self.code_bits
 
     @property
     def weight_symmetric(self) -> bool:
@@ -123,7 +134,8 @@ class QuantSpec:
         if self.is_float:
             return "float"
         points = "" if self.points == 1 else f" in up to {self.points} points"
-        return widths + ("" if self.sparq is None else f" {self.sparq.window}") + points
+        grid = "" if self.grid == "mid-tread" else f" {self.grid}"
+        return widths + grid + ("" if self.sparq is None else f" {self.sparq.window}") + points
 
 
 def float_spec(reason: str) -> QuantSpec:
@@ -205,6 +217,7 @@ class Recipe:
     part more multiply-adds and weights, spent where they lower the error most; 0.1 where neither is given.
     memory_mb: for the cached inputs and outputs of a unit; beyond it they go to a file. seed: same seed, same bits.
     bias_correction: qk.quantize gives every layer a bias with which its mean output is the float model's.
+    grid: as in QuantSpec, for layers of 2 to 4 bits; "mid-rise" for method "nearest" alone.
     sparq: windows for the inputs of all layers but the first and last (QuantSpec); overrides may name others.
     sparq_bits: qk.quantize chooses the window of each of these layers by the error that it makes, so that an activation
     takes this many bits on average, with what says where its window lies (qk.choose_windows).
@@ -248,6 +261,7 @@ class Recipe:
     smooth: Alpha | Literal["search"] | None = None
     relu6: Literal["keep", "relu"] = "keep"
     bias_correction: bool = False
+    grid: Grid = "mid-tread"
     sparq: Cutting = None
     sparq_bits: float | None = Field(default=None, gt=0)
     match_statistics: bool = False
@@ -258,6 +272,8 @@ class Recipe:
             raise ValueError(f"activations must be 8 with sparq, which cuts codes of 8 bits, got {self.activations}")
         if self.sparq_bits is not None and self.sparq is None:
             raise ValueError("sparq must be there with sparq_bits, which chooses its windows")
+        if self.grid == "mid-rise" and self.method != "nearest":
+            raise ValueError(f"method must be nearest with grid mid-rise, got {self.method}")
 
     def spec_for(self, name: str, is_first_or_last: bool, is_second: bool = False) -> QuantSpec:
         """The widths of one layer, before linked layers are made to agree."""
@@ -277,6 +293,7 @@ class Recipe:
         for pattern, changed in self.overrides.items():
             if fnmatchcase(name, pattern):
                 fields |= changed
+        fields.setdefault("grid", "mid-tread" if fields["weights"] in (None, 8) else self.grid)
         fields.setdefault("points", 1 if fields["weights"] in (None, 8) else self.points)
         if fields["points"] != 1:
             fields["symmetric"] = True

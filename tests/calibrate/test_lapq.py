@@ -11,7 +11,7 @@ from torch import nn
 from models import import_torchvision, vision_model
 from qk.calibrate import calibrate, lapq
 from qk.calibrate.prefix import PrefixCache
-from qk.deploy import convert
+from qk.deploy import convert, definition
 from qk.errors import QkError
 from qk.prepare import prepare
 from qk.spec import Recipe
@@ -139,7 +139,7 @@ def test_the_loss_falls_on_both_halves():
     p = found()
     seen = p.search
     assert seen.start == min(seen.by_power.values()) == seen.by_power[seen.power]
-    assert set(lapq.POWERS) <= set(seen.by_power)
+    assert {*lapq.POWERS, math.inf} <= set(seen.by_power)
     assert seen.sweeps >= 1
     assert seen.end < seen.start
     assert seen.judged_end < seen.judged_start
@@ -165,7 +165,7 @@ def test_rows_of_a_weight_keep_their_ratios_and_zeros():
     p = found()
     power = p.search.power
     for layer in p.quant_layers().values():
-        step, zero = lapq.find.mse(layer.weight_rows(), 3, layer.spec.weight_symmetric, power=power)
+        step, zero = lapq.lp_ranges([layer], {}, power)[layer]
         ratio = layer.weight_step / step
         torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), rtol=1e-6, atol=0)
         assert float(ratio[0]) * 1.000001 >= 1 / lapq.REACH
@@ -182,13 +182,34 @@ def test_the_same_seed_gives_the_same_bits_with_and_without_the_cache():
     assert not same(first, state(found(seed=1)))
 
 
-def test_integers_are_those_of_the_simulation():
-    p = found()
+@pytest.mark.parametrize("grid", ["mid-tread", "mid-rise"])
+def test_integers_are_those_of_the_simulation_and_of_the_definition(grid):
+    p = prepared(grid=grid)
+    calibrate(p, images(), "lapq")
     integer, x = convert(p), images(3)[0]
     for name, layer in p.quant_layers().items():
-        assert torch.equal(integer.get_submodule(name).weight_codes(), layer.codes.reshape_as(layer.codes))
+        assert torch.equal(integer.get_submodule(name).weight_codes(), layer.codes)
     with p.quantized(), torch.no_grad():
         torch.testing.assert_close(integer(x), p.model(x), rtol=0, atol=1e-4)  # float convolutions sum in another order
+        found = integer(x)
+        with definition():
+            assert torch.equal(found, integer(x))
+
+
+def test_steps_that_clip_nothing_are_among_the_starts():
+    p = prepared()
+    calibrate(p, images(), "minmax")
+    expected = [layer.weight_step.clone() for layer in p.quant_layers().values()]
+    calibrate(p, images(), "lapq")
+    ranges = lapq.lp_ranges(list(p.quant_layers().values()), {}, math.inf)
+    assert same([step for step, _ in ranges.values()], expected)
+    assert p.search.start <= p.search.by_power[math.inf]
+
+
+def test_what_was_seen_in_a_sentence():
+    words = found().search.describe()
+    assert words.startswith("LAPQ: p = ")
+    assert "sweeps accepted" in words
 
 
 def test_labels_and_a_loss_of_ones_own():

@@ -110,7 +110,9 @@ def _checked_labels(labels: Iterable[Tensor]) -> list[Tensor]:
 
 
 def weight_range(layer: QuantLayer, ranges: str) -> tuple[Tensor, Tensor]:
-    """Step and zero for each of layer.weight_rows()."""
+    """Step and zero for each of layer.weight_rows(). On the grid mid-rise all but "minmax" are "mse"."""
+    if layer.spec.grid == "mid-rise":
+        return find.mid_rise(layer.weight_rows(), layer.spec.weights, torch.inf if ranges == "minmax" else find.POWER)
     choose = {"minmax": find.minmax, "percentile": find.percentile}.get(ranges, find.mse)
     return choose(layer.weight_rows(), layer.spec.weights, layer.spec.weight_symmetric)
 

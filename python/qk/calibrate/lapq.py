@@ -44,8 +44,9 @@ Range = tuple[Tensor, Tensor]
 class Found:
     """What the search saw. Losses are means over samples.
 
-    by_power: p -> loss of the network with Lp steps. power: the p taken. start, end: loss on the half that is searched,
-    before and after Powell's method. judged_start, judged_end: on the other half. sweeps: iterations accepted there.
+    by_power: p -> loss of the network with Lp steps; inf: with steps that clip nothing. power: the p taken. start, end:
+    loss on the half that is searched, before and after Powell's method. judged_start, judged_end: on the other half.
+    sweeps: iterations accepted there.
     evaluations: passes over the first half. hits, misses: calls of watched modules answered from the cache, and run.
     """
 
@@ -59,6 +60,14 @@ class Found:
     evaluations: int = 0
     hits: int = 0
     misses: int = 0
+
+    def describe(self) -> str:
+        """In a sentence."""
+        starts = f"of starts with a loss of {min(self.by_power.values()):.4g} to {max(self.by_power.values()):.4g}"
+        searched = f"{self.start:.4g} -> {self.end:.4g} on the batches searched on"
+        judged = f"{self.judged_start:.4g} -> {self.judged_end:.4g} on the others"
+        how = f"{self.sweeps} sweeps accepted, {self.evaluations} evaluations"
+        return f"LAPQ: p = {self.power:.3g} {starts}; then {searched}, {judged} ({how})."
 
 
 def lowest_of_parabola(powers: Sequence[float], losses: Sequence[float]) -> float | None:
@@ -182,8 +191,9 @@ def search(
 def _start(
     steps: Steps, observers: dict[ActQuantizer, Observer], measured: Callable[[np.ndarray], float], seen: Found
 ) -> None:
-    """Leaves the Lp steps of lowest loss: of the powers tried and the vertex of the parabola through their losses."""
-    for power in POWERS:
+    """Leaves the steps of lowest loss: those of the powers tried, of the vertex of the parabola through their losses,
+    and those that clip nothing (power inf)."""
+    for power in (*POWERS, math.inf):
         steps.begin(lp_ranges(steps.owners, observers, power))
         seen.by_power[power] = measured(steps.still)
     if not any(map(math.isfinite, seen.by_power.values())):
@@ -207,11 +217,16 @@ def _repeats(measured: Callable[[np.ndarray], float], still: np.ndarray, expecte
 
 def lp_ranges(owners: Sequence[Owner], observers: dict[ActQuantizer, Observer], power: float) -> dict[Owner, Range]:
     """Step and zero of least |x - fake quantized|^power, each tensor (each row of a weight) by itself."""
+    if power == math.inf:
+        return {owner: widest(owner, observers) for owner in owners}
     found: dict[Owner, Range] = {}
     for owner in owners:
         if isinstance(owner, QuantLayer):
-            spec = owner.spec
-            found[owner] = find.mse(owner.weight_rows(), spec.weights, spec.weight_symmetric, power=power)
+            rows, spec = owner.weight_rows(), owner.spec
+            if spec.grid == "mid-rise":
+                found[owner] = find.mid_rise(rows, spec.weights, power)
+            else:
+                found[owner] = find.mse(rows, spec.weights, spec.weight_symmetric, power=power)
         else:
             seen = observers[owner]
             low, high = torch.tensor([seen.low]), torch.tensor([seen.high])
@@ -220,12 +235,15 @@ def lp_ranges(owners: Sequence[Owner], observers: dict[ActQuantizer, Observer], 
     return found
 
 
-def widest(owner: Owner, observers: dict[ActQuantizer, Observer]) -> Tensor:
-    """The steps that clip nothing."""
+def widest(owner: Owner, observers: dict[ActQuantizer, Observer]) -> Range:
+    """Steps that clip nothing, and their zeros."""
     if isinstance(owner, QuantLayer):
-        return find.minmax(owner.weight_rows(), owner.spec.weights, owner.spec.weight_symmetric)[0]
+        rows, spec = owner.weight_rows(), owner.spec
+        if spec.grid == "mid-rise":
+            return find.mid_rise(rows, spec.weights, math.inf)
+        return find.minmax(rows, spec.weights, spec.weight_symmetric)
     seen = observers[owner]
-    return find.step_and_zero(torch.tensor([seen.low]), torch.tensor([seen.high]), owner.bits)[0]
+    return find.step_and_zero(torch.tensor([seen.low]), torch.tensor([seen.high]), owner.bits)
 
 
 class Steps:
@@ -266,7 +284,7 @@ class Steps:
         """Of each element: REACH, and LEAST and MOST of what clips nothing in any row."""
         lower, upper = np.empty(len(self.owners)), np.empty(len(self.owners))
         for i, owner in enumerate(self.owners):
-            room = widest(owner, observers).double() / self._first[owner][0].double().cpu()
+            room = widest(owner, observers)[0].double() / self._first[owner][0].double().cpu()
             lower[i] = math.log(max(1 / REACH, LEAST * float(room.min())))
             upper[i] = math.log(min(REACH, MOST * float(room.max())))
         return np.minimum(lower, 0), np.maximum(upper, 0)

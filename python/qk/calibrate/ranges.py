@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qk import ops
+from qk.prepare.mid_rise import codes_of, middle
 
 SHRINKS = 80  # BRECQ: the range is tried at 100 %, 99 %, ... 21 % of its size
 POWER = 2.4  # the p of the Lp error there
@@ -72,6 +73,22 @@ def mse(
     error = ops.range_error(rows, step, zero, bits, power)
     best = error.argmin(dim=1, keepdim=True)  # the first of equal ones
     return step.gather(1, best).squeeze(1), zero.gather(1, best).squeeze(1)
+
+
+def mid_rise(rows: Tensor, bits: int, power: float = POWER) -> tuple[Tensor, Tensor]:
+    """As mse does, for the grid of qk.prepare.mid_rise; power inf clips nothing. Returns half a step, and the zero."""
+    ends = rows.abs().amax(1) / (2**bits - 1)
+    ends = torch.where(ends < SMALLEST_STEP, torch.ones_like(ends), ends)
+    zero = torch.full_like(ends, middle(bits), dtype=torch.int32)
+    if power == torch.inf:
+        return ends, zero
+    best, found = torch.full_like(ends, torch.inf, dtype=torch.float64), ends
+    for i in range(SHRINKS):
+        step = ends * (1 - 0.01 * i)
+        values = ops.dequantize(codes_of(rows, step, bits), step, zero)
+        error = (values - rows).abs().pow(power).sum(1, dtype=torch.float64)
+        found, best = torch.where(error < best, step, found), torch.minimum(error, best)
+    return found, zero
 
 
 def kl(histogram: Tensor, width: float, low: float, high: float, bits: int) -> tuple[Tensor, Tensor]:

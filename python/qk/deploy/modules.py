@@ -341,7 +341,7 @@ def _check_tensors(stage: str, tensors: dict[str, Tensor | None], spec: QuantSpe
         got = None if tensor is None else (tensor.dtype, tuple(tensor.shape))
         if got != (dtype, shape):
             raise fail(stage, name, f"{dtype} {list(shape)}", "nothing" if got is None else f"{got[0]} {list(got[1])}")
-    for name, bits in (("weight", spec.weights), ("input", spec.activations)):
+    for name, bits in (("weight", spec.code_bits), ("input", spec.activations)):
         step, zero = tensors[f"{name}_step"], tensors[f"{name}_zero"]
         if step.is_meta:
             continue

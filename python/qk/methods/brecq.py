@@ -37,7 +37,7 @@ from qk.methods.lsq import ANEW, is_trainable
 from qk.methods.progress import Progress
 from qk.methods.resume import Finished, steps_digest
 from qk.prepare.insert import ActQuantizer, QuantLayer
-from qk.prepare.prepared import Prepared, Unit, check_calibrated, float_activations
+from qk.prepare.prepared import Prepared, Unit, check_learnable, float_activations
 from qk.spec import Recipe, checked_recipe
 
 RECORDS = 100  # points of a loss curve
@@ -97,7 +97,7 @@ def reconstruct(
     learned: a run that was killed goes on in another process, to the same bits. One file for each unit.
     Raises QkError for p that is not calibrated, for bad batches, and for a folder that holds another run's units.
     """
-    check_calibrated(p, STAGE)
+    check_learnable(p, STAGE)
     recipe = checked_recipe(recipe, STAGE)
     if is_trainable(p):
         raise fail(STAGE, "p", "as prepared and calibrated", "one in training", ANEW)

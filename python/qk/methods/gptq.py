@@ -23,7 +23,7 @@ from qk.methods.lsq import LsqLayer
 from qk.methods.progress import Progress
 from qk.methods.resume import Finished, steps_digest
 from qk.prepare.insert import QuantLayer, to_kernel_order
-from qk.prepare.prepared import Prepared, check_calibrated
+from qk.prepare.prepared import Prepared, check_learnable
 from qk.spec import Recipe, checked_recipe
 
 STAGE = "qk.gptq"
@@ -175,7 +175,7 @@ def gptq(
     Raises QkError for p that is not calibrated, in training, or with pairs by sparse weights, for bad batches, and for
     a folder that holds another run's layers.
     """
-    check_calibrated(p, STAGE)
+    check_learnable(p, STAGE)
     recipe = checked_recipe(recipe, STAGE)
     for name, layer in p.quant_layers().items():
         if reason := _against(layer):

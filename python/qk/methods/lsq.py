@@ -22,7 +22,7 @@ from qk.inputs import evaluating
 from qk.ops.lsq import grad_scale_for
 from qk.prepare.apply import put
 from qk.prepare.insert import ActQuantizer, QuantLayer, from_kernel_order, to_kernel_order
-from qk.prepare.prepared import Prepared, check_calibrated
+from qk.prepare.prepared import Prepared, check_learnable
 from qk.spec import Plan, QuantSpec, Tuning
 
 STAGE = "qk.trainable"
@@ -133,7 +133,7 @@ def trainable(p: Prepared, tuning: Tuning | None = None, first: Any = None) -> n
     Raises QkError for p that is not calibrated, has channels of several points or pairs by sparse weights, and for
     start="paper" without a batch; p is unchanged then.
     """
-    check_calibrated(p, STAGE)
+    check_learnable(p, STAGE)
     tuning = tuning or Tuning()
     layers = p.quant_layers()
     if is_trainable(p):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qk import ops
 from qk.ops.lsq import grad_scale_for
+from qk.prepare import mid_rise
 from qk.prepare.points import Tail, add_to_owners, last_of, with_last
 from qk.prepare.windows import fake_cut, repeated, spread, why_whole
 from qk.spec import QuantSpec, Sparq
@@ -128,9 +129,11 @@ class QuantLayer(nn.Module):
         self.weight_zero = zero.reshape(shape).to(torch.int32)
         self.corrected_bias = self.tail_codes = self.tail_step = self.tail_owners = None
         assert self.spec.weights is not None
-        self.codes = ops.quantize(
-            to_kernel_order(self.weight.detach()), self.weight_step, self.weight_zero, self.spec.weights
-        )
+        weight = to_kernel_order(self.weight.detach())
+        if self.spec.grid == "mid-rise":
+            self.codes = mid_rise.codes_of(weight, self.weight_step, self.spec.weights)
+        else:
+            self.codes = ops.quantize(weight, self.weight_step, self.weight_zero, self.spec.weights)
 
     def set_weight_points(self, codes: Tensor, step: Tensor, tail: Tail | None) -> None:
         """codes: uint8 [N, K] of the first points; step: [N]. Zeros become the middle code, the bias the float one."""

@@ -77,7 +77,7 @@ def too_long(layer: Layer, spec: QuantSpec) -> str | None:
     k = spec.group_size or length(layer)
     if spec.sparq is not None and spec.sparq.pairs == "weights":
         k *= FOUR  # the kernel sees every value in four versions
-    worst_weight = 128 if spec.weights == 8 else 2**spec.storage_bits - 1
+    worst_weight = 128 if spec.code_bits == 8 else 2**spec.storage_bits - 1
     most = INT32_MAX // ((2**spec.activations - 1) * worst_weight)
     return f"K = {k} could overflow int32 at {spec.describe()}; it holds up to {most}" if k > most else None
 

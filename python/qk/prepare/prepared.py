@@ -146,3 +146,12 @@ def check_calibrated(p: object, stage: str) -> None:
     check_prepared(p, stage)
     if not p.calibrated:
         raise fail(stage, "p", "calibrated", "one that is not", "Call qk.calibrate(p, batches) first.")
+
+
+def check_learnable(p: object, stage: str) -> None:
+    """Raises QkError as check_calibrated does, and for weights on a grid that nothing that learns can round to."""
+    check_calibrated(p, stage)
+    rising = [name for name, layer in p.quant_layers().items() if layer.spec.grid == "mid-rise"]
+    if rising:
+        got = f"mid-rise in {', '.join(rising[:5])}"
+        raise fail(stage, "grid", "mid-tread where codes are learned", got, "Prepare again without it.")
