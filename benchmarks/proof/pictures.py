@@ -123,7 +123,7 @@ def section(ledger: Ledger, chosen: list[str], change: Callable[[Recipe], Recipe
     for key in chosen:
         title, cases = STUDIES[key]
         table = study(ledger, name, {case: change(recipe) for case, recipe in cases.items()}, seeds)
-        parts.append(f"### {title}\n\n{table.markdown()}")
+        parts.append(f"#### {title}\n\n{table.markdown()}")
     return "\n\n".join(parts)
 
 

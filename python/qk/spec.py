@@ -244,8 +244,8 @@ class Recipe:
     order: Literal["joint", "weights_first"] = "joint"
     iterations: int = Field(default=2000, ge=1)
     batch_size: int = Field(default=32, ge=1)
-    weight_lr: float = Field(default=1e-3, gt=0)
-    act_lr: float = Field(default=4e-5, ge=0)
+    weight_lr: float = Field(default=1e-2, gt=0)
+    act_lr: float = Field(default=4e-4, ge=0)
     penalty: float = Field(default=0.01, ge=0)
     warmup: float = Field(default=0.2, ge=0, lt=1)
     beta: tuple[Exponent, Exponent] = (20.0, 2.0)

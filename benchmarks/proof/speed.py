@@ -1,0 +1,113 @@
+"""What the default recipe's iterations are worth: against 20,000 plain ones of BRECQ for each unit, W2A4.
+
+Plain: the published rates of QDrop, 1e-3 for the rounding and 4e-5 for steps. Two networks: the VGG on the drawn
+pictures, the residual network of the other studies on the digits. Rows are kept; a study goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import qk
+import small_digits
+from pages import fill
+from proof import networks
+from proof.ledger import Ledger, Row
+from qk.spec import Recipe
+from qk.tables import Table
+
+ROOT = Path(__file__).parents[2]
+CACHE = ROOT / ".cache"
+DEFAULT = Recipe(weights=2, activations=4)
+PLAIN = replace(DEFAULT, iterations=20_000, weight_lr=1e-3, act_lr=4e-5)
+CASES = {
+    "20,000 plain iterations": PLAIN,
+    "as many as the default, at plain rates": replace(PLAIN, iterations=DEFAULT.iterations),
+    "the default": DEFAULT,
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is quantized, with what, and how it is scored: a share of labels met."""
+
+    network: Callable[[int], nn.Module]
+    batches: Callable[[], list[Tensor]]
+    score: Callable[[nn.Module], float]
+
+
+TASKS = {
+    "vgg, pictures": Task(
+        lambda _: networks.trained(networks.Training("vgg"), CACHE / "proof"), networks.calibration, networks.accuracy
+    ),
+    "residual network, digits": Task(
+        lambda seed: small_digits.networks(CACHE, [seed])[0],
+        lambda: small_digits.calibration(1024),
+        lambda model: small_digits.accuracy(model) / 100,
+    ),
+}
+
+
+def measure(task: Task, recipe: Recipe) -> Row:
+    batches, network = task.batches(), task.network(recipe.seed)
+    result = qk.quantize(network, batches, recipe, measure=False, fused=False)
+    with torch.no_grad():
+        apart, size = zip(*(_errors(network(x), result.model(x)) for x in batches), strict=True)
+    return {
+        "accuracy": task.score(result.model),
+        "float": task.score(network),
+        "output error": sum(apart) / sum(size),
+        "learning": round(result.report.seconds["reconstruct"], 1),
+    }
+
+
+def _errors(expected: Tensor, found: Tensor) -> tuple[float, float]:
+    return float((found - expected).square().sum()), float(expected.square().sum())
+
+
+def table(ledger: Ledger, name: str, seeds: int) -> Table:
+    rows: list[list[Any]] = []
+    plain = None
+    for case, recipe in CASES.items():
+        found = [
+            ledger.row(
+                {"task": name, "case": case, "recipe": replace(recipe, seed=seed).to_dict()},
+                lambda seed=seed, recipe=recipe: measure(TASKS[name], replace(recipe, seed=seed)),
+            )
+            for seed in range(seeds)
+        ]
+        points, lost = [100 * r["accuracy"] for r in found], [100 * (r["accuracy"] - r["float"]) for r in found]
+        seconds = mean(r["learning"] for r in found)
+        plain = plain or seconds
+        spread = f"{min(points):.2f} to {max(points):.2f}"
+        error = f"{mean(r['output error'] for r in found):.4f}"
+        rows.append([case, f"{mean(points):.2f}", spread, f"{mean(lost):+.2f}", error, f"{seconds:.0f}"])
+        rows[-1].append(f"{seconds / plain:.2f}")
+    head = [name, "accuracy %", "lowest to highest", "points from float", "error of the output", "seconds", "of plain"]
+    return Table("", head, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args()
+    ledger = Ledger(ROOT / "benchmarks" / "results" / "proof-speed.json")
+    tables = [table(ledger, name, options.seeds).markdown() for name in options.tasks]
+    facts = ledger.rows[-1]["machine"]
+    note = f"The default: {DEFAULT.iterations} iterations, weight_lr {DEFAULT.weight_lr}, act_lr {DEFAULT.act_lr}; "
+    note += f"seeds 0 to {options.seeds - 1}. Machine: {facts['cpu']}, threads {facts['threads']}.\n\n"
+    fill(ROOT / "docs" / "results.md", "speed", note + "\n\n".join(tables))
+    print("\n\n".join(tables))
+
+
+if __name__ == "__main__":
+    main()
