@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qk import ops
 from qk.ops.lsq import grad_scale_for
 from qk.prepare.points import Tail, add_to_owners, last_of, with_last
+from qk.prepare.rows import RowQuantizer
 from qk.prepare.windows import fake_cut, repeated, spread, why_whole
 from qk.spec import QuantSpec, Sparq
 
@@ -90,7 +91,7 @@ class QuantLayer(nn.Module):
     corrected_bias: Tensor | None
     input_scale: Tensor | None
 
-    def __init__(self, layer: nn.Conv2d | nn.Linear, spec: QuantSpec, quantizer: ActQuantizer) -> None:
+    def __init__(self, layer: nn.Conv2d | nn.Linear, spec: QuantSpec, quantizer: ActQuantizer | RowQuantizer) -> None:
         super().__init__()
         # What models ask of a layer (in_features, stride, ...) stays answered; private names and the mode are not.
         vars(self).update({k: v for k, v in vars(layer).items() if k[0] != "_" and k != "training"})
