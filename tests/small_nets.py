@@ -48,3 +48,22 @@ def assert_same(prepared: nn.Module, model: nn.Module, x: Tensor) -> None:
     with torch.no_grad():
         ours, theirs = prepared(x.clone()), model.eval()(x.clone())
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+class Encoder(nn.Module):
+    """Queries and keys that read one tensor, a feed-forward with a residual, a head. For inputs [B, T, 16]."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key = nn.Linear(16, 16), nn.Linear(16, 16, bias=False)
+        self.up, self.down, self.head = nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = x + torch.softmax(self.query(x) @ self.key(x).mT, -1) @ x
+        return self.head(x + self.down(torch.relu(self.up(x))))
+
+
+def encoder() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Encoder().eval()

@@ -184,7 +184,7 @@ def quantize(
         unit: [{"iteration": s["iteration"], "loss": s["loss"]} for s in h[:-1]] for unit, h in p.history.items()
     }
     report.layers = _layers(p, measured)
-    report.notes = scaled + _notes(p, measured) + (left if fused else [])
+    report.notes = scaled + _static(p, recipe) + _notes(p, measured) + (left if fused else [])
     if recipe.method in ("brecq", "gptq") and out is not None:  # else it may hold another run's
         resume.remove(folder)
     if recipe.method == "lsq" and out is not None:
@@ -251,6 +251,12 @@ def _scale_channels(p: Prepared, held: list[Any], recipe: Recipe) -> list[str]:
     return notes
 
 
+def _static(p: Prepared, recipe: Recipe) -> list[str]:
+    """A note on the layers that a dynamic recipe leaves with a step of calibration."""
+    images = [name for name in p.quant_layers() if recipe.dynamic and p.layers[name].kind != "linear"]
+    return [f"Not dynamic, as convolutions have one step for all of an input: {', '.join(images)}."] if images else []
+
+
 def _leave_slower_in_float(p: Prepared) -> None:
     """By timing alone, which the codes do not change: so it comes before learning, which then knows what stays."""
     times = all_layer_times(p, convert(p))
@@ -313,7 +319,17 @@ def _layers(p: Prepared, measured: list[LayerMeasure]) -> list[LayerReport]:
         values = (m.sqnr_db, m.float_bytes, m.integer_bytes, m.times.float_ms, m.times.integer_ms) if m else ()
         about = (spec.weights, spec.activations, p.kept.get(name, ""))
         more = 0 if spec.is_float else quantized[name].extra_rows
-        rows.append(LayerReport(name, layer.kind, *about, *values, rows=layer.weight_shape[0], extra_rows=more))
+        rows.append(
+            LayerReport(
+                name,
+                layer.kind,
+                *about,
+                *values,
+                rows=layer.weight_shape[0],
+                extra_rows=more,
+                dynamic=spec.dynamic,
+            )
+        )
     others = [name for name in p.kept if name not in p.layers]
     return rows + [LayerReport(n, type(p.model.get_submodule(n)).__name__, reason=p.kept[n]) for n in others]
 

@@ -80,6 +80,8 @@ class QuantSpec:
     sparq: windows for the codes of the input, which have 8 bits then; the name of a window stands for its defaults.
     grid: "mid-tread" has 0 among a weight's levels; those of "mid-rise" lie at odd multiples of half a step on both
     sides of 0, as in LAPQ's released code. Its codes take a bit more (4 bits: 8), and no method that learns knows it.
+    dynamic: each row of a Linear's input gets a step and zero of its own when it comes, instead of those that
+    calibration found for all (docs/methods/dynamic.md). Not with sparq, and not for a convolution.
     """
 
     weights: WeightBits | None = 8
@@ -90,6 +92,7 @@ class QuantSpec:
     reason: str = ""
     sparq: Cutting = None
     grid: Grid = "mid-tread"
+    dynamic: bool = False
 
     def __post_init__(self) -> None:
         if (self.weights is None) != (self.activations is None):
@@ -101,6 +104,8 @@ class QuantSpec:
             raise ValueError("grid mid-rise needs weights of 2 to 4 bits and points 1")
         if self.sparq is None:
             return
+        if self.dynamic:
+            raise ValueError("dynamic must be false with sparq, whose windows are those of a step that is known")
         if self.activations != 8:
             raise ValueError(f"activations must be 8 with sparq, which cuts codes of 8 bits, got {self.activations}")
         if self.sparq.pairs == "weights" and (self.group_size is not None or self.points > 1):
@@ -129,10 +134,11 @@ class QuantSpec:
         return self.symmetric or self.weights == 8
 
     def describe(self) -> str:
-        """Widths in short: W4A8, or float."""
+        """Widths in short: W4A8, W4A8 dynamic, or float."""
         widths = f"W{self.weights}A{self.activations}"
         if self.is_float:
             return "float"
+        widths += " dynamic" if self.dynamic else ""
         points = "" if self.points == 1 else f" in up to {self.points} points"
         grid = "" if self.grid == "mid-tread" else f" {self.grid}"
         return widths + grid + ("" if self.sparq is None else f" {self.sparq.window}") + points
@@ -221,6 +227,8 @@ class Recipe:
     sparq: windows for the inputs of all layers but the first and last (QuantSpec); overrides may name others.
     sparq_bits: qk.quantize chooses the window of each of these layers by the error that it makes, so that an activation
     takes this many bits on average, with what says where its window lies (qk.choose_windows).
+    dynamic: as in QuantSpec, for every Linear, the first and last too; convolutions keep steps of calibration, and
+    overrides may name single layers. Not with sparq.
     match_statistics: qk.quantize gives layers that took up a BatchNorm the output mean and variance of the float model.
     only_faster: qk.quantize times each layer on this machine, at the shape of the example, and leaves it in float where
     its integer call is slower by more than the noise. Off, because a layer alone pays for quantizing its input and
@@ -264,6 +272,7 @@ class Recipe:
     grid: Grid = "mid-tread"
     sparq: Cutting = None
     sparq_bits: float | None = Field(default=None, gt=0)
+    dynamic: bool = False
     match_statistics: bool = False
     only_faster: bool = False
 
@@ -274,9 +283,11 @@ class Recipe:
             raise ValueError("sparq must be there with sparq_bits, which chooses its windows")
         if self.grid == "mid-rise" and self.method != "nearest":
             raise ValueError(f"method must be nearest with grid mid-rise, got {self.method}")
+        if self.sparq is not None and self.dynamic:
+            raise ValueError("dynamic must be false with sparq; overrides can give single layers either")
 
-    def spec_for(self, name: str, is_first_or_last: bool, is_second: bool = False) -> QuantSpec:
-        """The widths of one layer, before linked layers are made to agree."""
+    def spec_for(self, name: str, is_first_or_last: bool, is_second: bool = False, kind: str = "linear") -> QuantSpec:
+        """The widths of one layer, before linked layers are made to agree. kind: of the layer, as in Layer."""
         if any(fnmatchcase(name, pattern) for pattern in self.skip):
             return float_spec("named in the recipe's skip")
         fields: dict[str, Any] = {
@@ -297,7 +308,10 @@ class Recipe:
         fields.setdefault("points", 1 if fields["weights"] in (None, 8) else self.points)
         if fields["points"] != 1:
             fields["symmetric"] = True
-        fields.setdefault("sparq", None if is_exception or fields["activations"] != 8 else self.sparq)
+        is_linear, is_float = kind == "linear", fields["weights"] is None
+        fields.setdefault("dynamic", self.dynamic and is_linear and not is_float)
+        is_whole = is_exception or fields["dynamic"] or fields["activations"] != 8
+        fields.setdefault("sparq", None if is_whole else self.sparq)
         return _parse(QuantSpec, fields, f"recipe: overrides for {name}")
 
     def to_dict(self) -> dict[str, Any]:

@@ -18,12 +18,14 @@ from qk.calibrate.statistics import match_statistics
 from qk.errors import fail
 from qk.prepare.insert import ActQuantizer, QuantLayer
 from qk.prepare.prepared import Prepared, check_prepared, float_activations
+from qk.prepare.rows import RowQuantizer
 from qk.spec import Ranges
 
 __all__ = ["RANGES", "calibrate", "calibrate_activations", "correct_bias", "match_statistics"]
 
 RANGES = get_args(Ranges)
 STAGE = "qk.calibrate"
+Observers = dict[ActQuantizer | RowQuantizer, Observer]
 
 
 @torch.no_grad()
@@ -81,8 +83,7 @@ def calibrate(
     if ranges == "lapq":
         found = search(p, observers, batches, labels=given, loss=loss, seed=seed, memory_mb=memory_mb)
     else:
-        for quantizer, observer in observers.items():
-            quantizer.set_range(*_activation_range(observer, quantizer.bits, ranges))
+        _set_ranges(observers, ranges)
         for layer in layers.values():
             layer.set_weight_range(*weight_range(layer, ranges))
     p.search = found
@@ -95,8 +96,7 @@ def calibrate_activations(p: Prepared, batches: list, ranges: Ranges) -> None:
     float. ranges: as for calibrate, with mse in place of lapq, which chooses for all at once."""
     with float_activations(p), p.quantized():
         observers = _observe(p, p.quant_layers(), batches, HistogramObserver if ranges == "kl" else Observer, None)
-    for quantizer, observer in observers.items():
-        quantizer.set_range(*_activation_range(observer, quantizer.bits, "mse" if ranges == "lapq" else ranges))
+    _set_ranges(observers, "mse" if ranges == "lapq" else ranges)
 
 
 def _checked_labels(labels: Iterable[Tensor]) -> list[Tensor]:
@@ -117,6 +117,13 @@ def weight_range(layer: QuantLayer, ranges: str) -> tuple[Tensor, Tensor]:
     return choose(layer.weight_rows(), layer.spec.weights, layer.spec.weight_symmetric)
 
 
+def _set_ranges(observers: Observers, ranges: str) -> None:
+    """Of quantizers that have a step; inputs of dynamic layers were only watched for NaN and infinities."""
+    for quantizer, observer in observers.items():
+        if isinstance(quantizer, ActQuantizer):
+            quantizer.set_range(*_activation_range(observer, quantizer.bits, ranges))
+
+
 def _activation_range(observer: Observer, bits: int, ranges: str) -> tuple[Tensor, Tensor]:
     low, high = torch.tensor([observer.low]), torch.tensor([observer.high])
     if ranges == "minmax":
@@ -130,10 +137,10 @@ def _activation_range(observer: Observer, bits: int, ranges: str) -> tuple[Tenso
 
 def _observe(
     p: Prepared, layers: dict[str, QuantLayer], batches: Iterable, kind: type[Observer], max_batches: int | None
-) -> dict[ActQuantizer, Observer]:
+) -> Observers:
     """One observer for each distinct quantizer, at the input of the first layer that has it: linked layers read the
     same tensor. The model runs as it stands."""
-    observers: dict[ActQuantizer, Observer] = {}
+    observers: Observers = {}
     was_training = p.model.training
     with ExitStack() as stack:
         stack.callback(p.model.train, was_training)

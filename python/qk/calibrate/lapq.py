@@ -159,7 +159,7 @@ def search(
     layers = p.quant_layers()
     with _unchanged_on_error(layers), evaluating(p.model), p.quantized():
         steps = Steps(layers)
-        uses = {layer: (steps.place[layer.input], steps.place[layer]) for layer in layers.values()}
+        uses = {layer: [steps.place[o] for o in owners_of(layer)] for layer in layers.values()}
         with PrefixCache(p, uses, data.left / 2**20, STAGE) as cache:
 
             def measured(x: np.ndarray) -> float:
@@ -246,6 +246,11 @@ def widest(owner: Owner, observers: dict[ActQuantizer, Observer]) -> Range:
     return find.step_and_zero(torch.tensor([seen.low]), torch.tensor([seen.high]), owner.bits)
 
 
+def owners_of(layer: QuantLayer) -> list[Owner]:
+    """What of the layer has steps: its input, unless each row brings its own, and its weight."""
+    return [layer] if layer.spec.dynamic else [layer.input, layer]
+
+
 class Steps:
     """All steps of a network as one vector: element i is the logarithm of the factor on the first choice of its owner.
 
@@ -255,7 +260,7 @@ class Steps:
     """
 
     def __init__(self, layers: dict[str, QuantLayer]) -> None:
-        forwards = dict.fromkeys(owner for layer in layers.values() for owner in (layer.input, layer))
+        forwards = dict.fromkeys(owner for layer in layers.values() for owner in owners_of(layer))
         self.owners: list[Owner] = list(forwards)[::-1]
         self.place = {owner: i for i, owner in enumerate(self.owners)}
         self.still = np.zeros(len(self.owners))
@@ -293,7 +298,8 @@ class Steps:
 @contextmanager
 def _unchanged_on_error(layers: dict[str, QuantLayer]) -> Iterator[None]:
     weights = [(layer, {name: getattr(layer, name) for name in DEPLOYED}) for layer in layers.values()]
-    inputs = [(q, q.step.detach().clone(), q.zero.clone(), q.calibrated) for q in {x.input for x in layers.values()}]
+    quantizers = {x.input for x in layers.values() if not x.spec.dynamic}
+    inputs = [(q, q.step.detach().clone(), q.zero.clone(), q.calibrated) for q in quantizers]
     try:
         yield
     except BaseException:

@@ -21,10 +21,12 @@ from qk.inputs import device_of, evaluating
 from qk.ops import dequantize, quantize
 from qk.prepare.insert import ActQuantizer, QuantLayer, to_kernel_order
 from qk.prepare.prepared import Path, Prepared
+from qk.prepare.rows import RowQuantizer
 from qk.prepare.scaling import Scaled, divide_inputs, read_ranges, scale, times_input, usable_paths
 
 STAGE = "qk.smooth"
 SEARCHED = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
+Quantizer = ActQuantizer | RowQuantizer
 SAMPLE = 2**18  # values of an input that the search looks at: 1 MiB
 
 
@@ -44,7 +46,10 @@ def output_error(layer: QuantLayer, x: Tensor, factor: Tensor) -> float:
 
     assert layer.spec.weights is not None
     x_scaled = x / factor.reshape(-1, *[1] * (layer.weight.dim() - 2))
-    x_rounded = _rounded(x_scaled.reshape(1, -1), layer.input.bits).reshape(x.shape)
+    if layer.spec.dynamic:
+        x_rounded = layer.input(x_scaled)
+    else:
+        x_rounded = _rounded(x_scaled.reshape(1, -1), layer.input.bits).reshape(x.shape)
     rows = to_kernel_order(times_input(layer, factor)).reshape(layer.weight_rows().shape)
     rows = _rounded(rows, layer.spec.weights, layer.spec.weight_symmetric)
     weight = rows.reshape(to_kernel_order(layer.weight).shape)
@@ -100,7 +105,7 @@ def smooth(
 def _inputs_without_path(p: Prepared, paths: list[Path], skipped: dict[str, str]) -> list[Path]:
     """Inputs of Linear layers alone, as paths without a source; into `skipped` why other inputs are not."""
     reached = {name for path in paths for name in path.readers}
-    sharing: dict[ActQuantizer, list[str]] = defaultdict(list)
+    sharing: dict[Quantizer, list[str]] = defaultdict(list)
     for name, layer in p.quant_layers().items():
         sharing[layer.input].append(name)
     found = []
@@ -117,13 +122,11 @@ def _inputs_without_path(p: Prepared, paths: list[Path], skipped: dict[str, str]
     return found
 
 
-def _watch(
-    p: Prepared, places: list[Path], batches: list
-) -> tuple[dict[str, Tensor], dict[ActQuantizer, list[Tensor]]]:
+def _watch(p: Prepared, places: list[Path], batches: list) -> tuple[dict[str, Tensor], dict[Quantizer, list[Tensor]]]:
     """max |x| of each channel, float64 [C], by source; and samples of the inputs of quantized readers."""
     device = device_of(p.model)
     peaks = {place.source: torch.zeros(place.channels, dtype=torch.float64, device=device) for place in places}
-    samples: dict[ActQuantizer, list[Tensor]] = defaultdict(list)
+    samples: dict[Quantizer, list[Tensor]] = defaultdict(list)
     quota = SAMPLE // len(batches)
 
     def sees(into: Tensor, channels: Tensor, first: bool) -> Callable:
@@ -140,7 +143,7 @@ def _watch(
         return see
 
     with ExitStack() as stack, evaluating(p.model), p.quantized(set()):
-        known: set[ActQuantizer] = set()
+        known: set[Quantizer] = set()
         for place in places:
             for name, channels in place.readers.items():
                 layer = p.model.get_submodule(name)
@@ -157,7 +160,7 @@ def _watch(
 
 
 def _least_error(
-    p: Prepared, place: Path, samples: dict[ActQuantizer, list[Tensor]], tried: dict[float, Tensor]
+    p: Prepared, place: Path, samples: dict[Quantizer, list[Tensor]], tried: dict[float, Tensor]
 ) -> float | None:
     """The alpha with which the readers err least together; None if they err less without."""
     layers = p.quant_layers()

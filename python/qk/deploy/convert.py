@@ -86,10 +86,10 @@ def to_integer(name: str, layer: QuantLayer) -> IntegerLayer:
         "weight_step": step.detach().clone(),
         "weight_zero": zero.clone(),
         "bias": None if layer.quantized_bias is None else layer.quantized_bias.detach().to(torch.float32, copy=True),
-        "input_step": layer.input.step.detach().clone(),
-        "input_zero": layer.input.zero.clone(),
         "input_scale": None if layer.input_scale is None else layer.input_scale.clone(),
     }
+    if not layer.spec.dynamic:
+        tensors |= {"input_step": layer.input.step.detach().clone(), "input_zero": layer.input.zero.clone()}
     if layer.tail_owners is not None:
         rows = layer.tail_codes.reshape(-1, k)
         tensors |= {"tail_packed": ops.pack(rows, layer.spec.storage_bits), "tail_step": layer.tail_step.clone()}

@@ -21,6 +21,7 @@ from qk.ops.conv2d import reference as conv2d_definition
 from qk.ops.gemm import reference as gemm_definition
 from qk.ops.pack import row_bytes
 from qk.ops.quantize import reference as quantize_definition
+from qk.ops.quantize_rows import reference as quantize_rows_definition
 from qk.ops.sparq import reference as sparq_definition
 from qk.ops.unpack import reference as unpack_definition
 from qk.prepare.points import parts_of
@@ -49,10 +50,11 @@ class IntegerLayer(nn.Module):
     """What QLinear and QConv2d share.
 
     packed: uint8 [N, bytes of a row], codes of the weight along K. weight_step float32, weight_zero int32: [N] or
-    [N, groups along K]. bias: float32 [N] or None. input_step float32, input_zero int32: [1]. input_scale: float32 [K]
-    of a QLinear that multiplies its input with it first (qk.smooth), or None. shape: of the weight in kernel order,
-    [N, K] or [N, kh, kw, C / groups]. spec: the widths. tail_packed uint8 [T, bytes of a row], tail_step float32 and
-    tail_owners int64 [T], or None: rows that are added to those of their owners (qk.prepare.points).
+    [N, groups along K]. bias: float32 [N] or None. input_step float32, input_zero int32: [1]; None in a dynamic
+    QLinear, which finds those of each row when it comes. input_scale: float32 [K] of a QLinear that multiplies its
+    input with it first (qk.smooth), or None. shape: of the weight in kernel order, [N, K] or [N, kh, kw, C / groups].
+    spec: the widths. tail_packed uint8 [T, bytes of a row], tail_step float32 and tail_owners int64 [T], or None: rows
+    that are added to those of their owners (qk.prepare.points).
 
     Inputs are float32. float16 and bfloat16 are widened to float32 and the result is cast back. `half()` and the like
     move the layer but leave its numbers in float32. After changing `packed`, `weight_zero` or the tail in place, call
@@ -63,8 +65,8 @@ class IntegerLayer(nn.Module):
     weight_step: Tensor
     weight_zero: Tensor
     bias: Tensor | None
-    input_step: Tensor
-    input_zero: Tensor
+    input_step: Tensor | None
+    input_zero: Tensor | None
     input_scale: Tensor | None
     tail_packed: Tensor | None
     tail_step: Tensor | None
@@ -98,9 +100,10 @@ class IntegerLayer(nn.Module):
             self._prepack_tail()
         algorithm = self.algorithm if self.packed.device.type == "cpu" else "direct"
         packed, shape = self.packed, self.shape
-        if not self.input_zero.is_meta:
-            sparq, zero = self.spec.sparq, int(self.input_zero)
-            self.cuts = None if sparq is None or why_whole(sparq, zero, self.shape[-1]) else sparq
+        sparq = self.spec.sparq
+        if sparq is not None and not self.input_zero.is_meta:
+            zero = int(self.input_zero)
+            self.cuts = None if why_whole(sparq, zero, self.shape[-1]) else sparq
             self.cuts_distance = zero != 0
         if self._pairs_by_weights:
             codes = self.multiplied_codes()
@@ -214,7 +217,10 @@ class QLinear(IntegerLayer):
         b = self._buffers  # as attributes they would cost as much as a small product
         weight = b["prepacked"] if b["prepacked"] is not None else self.prepack()
         step, zero = b["input_step"], b["input_zero"]
-        codes = self._cut(ops.quantize(x, step, zero, self.input_bits))
+        if step is None:
+            codes, step, zero = ops.quantize_rows(x, self.input_bits)
+        else:
+            codes = self._cut(ops.quantize(x, step, zero, self.input_bits))
         y = ops.gemm(codes, step, zero, weight, b["weight_step"], b["bias"], self.bits, self.input_bits)
         if b["tail_packed"] is None:
             return y
@@ -223,7 +229,10 @@ class QLinear(IntegerLayer):
 
     def _by_definition(self, x: Tensor) -> Tensor:
         step, zero = self.input_step, self.input_zero
-        codes = self._cut(quantize_definition(x, step, zero, self.input_bits))
+        if step is None:
+            codes, step, zero = quantize_rows_definition(x, self.input_bits)
+        else:
+            codes = self._cut(quantize_definition(x, step, zero, self.input_bits))
         y = gemm_definition(codes, step, zero, self.multiplied_codes(), self.weight_zero, self.weight_step, self.bias)
         for owners, *weight in self._by_parts():
             y[..., owners] += gemm_definition(codes, step, zero, *weight)[..., owners]
@@ -246,6 +255,8 @@ class QConv2d(IntegerLayer):
         dilation: tuple[int, int] = (1, 1),
         groups: int = 1,
     ) -> None:
+        if spec.dynamic:
+            raise fail("QConv2d", "spec.dynamic", "false, as a convolution reads many rows at once", "true")
         super().__init__(tensors, spec, shape, groups)
         self.stride, self.padding, self.dilation = tuple(stride), tuple(padding), tuple(dilation)
         self.kernel_size, self.in_channels = self.shape[1:3], self.shape[3] * groups
@@ -336,14 +347,18 @@ def _check_tensors(stage: str, tensors: dict[str, Tensor | None], spec: QuantSpe
     }
     for name, (dtype, shape) in expected.items():
         tensor = tensors.get(name)
+        if spec.dynamic and name in ("input_step", "input_zero"):
+            if tensor is not None:
+                raise fail(stage, name, "absent in a dynamic layer, whose rows bring their own", "one for all")
+            continue
         if tensor is None and name in ("bias", "input_scale"):
             continue
         got = None if tensor is None else (tensor.dtype, tuple(tensor.shape))
         if got != (dtype, shape):
             raise fail(stage, name, f"{dtype} {list(shape)}", "nothing" if got is None else f"{got[0]} {list(got[1])}")
     for name, bits in (("weight", spec.code_bits), ("input", spec.activations)):
-        step, zero = tensors[f"{name}_step"], tensors[f"{name}_zero"]
-        if step.is_meta:
+        step, zero = tensors.get(f"{name}_step"), tensors.get(f"{name}_zero")
+        if step is None or step.is_meta:
             continue
         if not bool(((step > 0) & step.isfinite()).all()):
             raise fail(stage, f"{name}_step", "positive and finite", f"{step.min().item()} to {step.max().item()}")

@@ -95,14 +95,16 @@ def reconstruct(
     with the same bits as an uninterrupted run. Same seed, data and number of threads: same bits.
     folder: each finished unit is written there, and those that it holds already are taken from it instead of being
     learned: a run that was killed goes on in another process, to the same bits. One file for each unit.
+    Dynamic layers learn their rounding alone, as their steps come with the rows.
     Raises QkError for p that is not calibrated, for bad batches, and for a folder that holds another run's units.
     """
     check_learnable(p, STAGE)
     recipe = checked_recipe(recipe, STAGE)
     if is_trainable(p):
         raise fail(STAGE, "p", "as prepared and calibrated", "one in training", ANEW)
-    units, phases = units_of(p, recipe.granularity), phases_of(recipe)
-    entries = [replace(unit, name=unit.name + phase.suffix) for phase in phases for unit in units]
+    units = units_of(p, recipe.granularity)
+    passes = [(phase, units if phase.rounding else _with_steps(p, units)) for phase in phases_of(recipe)]
+    entries = [replace(unit, name=unit.name + phase.suffix) for phase, those in passes for unit in those]
     held = hold(batches, STAGE, max_batches, recipe.memory_mb)
     before = p.steps_before if resume and p.history else steps_digest(p)
     kept = None if folder is None else Finished(folder, p, entries, held, recipe, before)
@@ -111,13 +113,25 @@ def reconstruct(
     p.steps_before = before
     if torch.is_inference_mode_enabled():
         raise fail(STAGE, "the call", "outside torch.inference_mode", "inside it", "Learning needs gradients.")
-    total = len(units) * sum(phase.iterations for phase in phases)
+    total = sum(len(those) * phase.iterations for phase, those in passes)
     with torch.enable_grad(), frozen(p.model), Progress(progress, STAGE, len(entries), total) as shown:
         outputs = outputs_of(p, held, Room(recipe.memory_mb)) if recipe.loss != "mse" else None
         run = _Run(p, recipe, held, outputs, kept, shown)
-        for at, phase in enumerate(phases):
-            first = at * len(units)
-            run.learn(phase, units, entries[first : first + len(units)], first)
+        first = 0
+        for phase, those in passes:
+            if those:
+                run.learn(phase, those, entries[first : first + len(those)], first)
+            first += len(those)
+
+
+def _with_steps(p: Prepared, units: list[Unit]) -> list[Unit]:
+    """Those with a step of activations to learn: of a layer that is not dynamic, and of no unit before."""
+    layers, known, found = p.quant_layers(), set(), []
+    for unit in units:
+        own = {layers[name].input for name in unit.layers if not layers[name].spec.dynamic} - known
+        known |= own
+        found += [unit] if own else []
+    return found
 
 
 @dataclass
@@ -247,7 +261,8 @@ class _Unit:
         modules = unit.modules(p.model)
         self.module: nn.Module = modules[0] if len(modules) == 1 else nn.Sequential(*modules)
         self.layers: list[QuantLayer] = [layers[name] for name in unit.layers]
-        self.quantizers = [q for q in dict.fromkeys(layer.input for layer in self.layers) if q not in learned]
+        static = dict.fromkeys(layer.input for layer in self.layers if not layer.spec.dynamic)
+        self.quantizers = [q for q in static if q not in learned]
 
     def reconstruct(self, cache: Cache, shown: Progress) -> list[dict]:
         """The history. Whatever goes wrong, the unit is left as it was."""

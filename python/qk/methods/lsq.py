@@ -23,6 +23,7 @@ from qk.ops.lsq import grad_scale_for
 from qk.prepare.apply import put
 from qk.prepare.insert import ActQuantizer, QuantLayer, from_kernel_order, to_kernel_order
 from qk.prepare.prepared import Prepared, check_learnable
+from qk.prepare.rows import RowQuantizer
 from qk.spec import Plan, QuantSpec, Tuning
 
 STAGE = "qk.trainable"
@@ -95,7 +96,7 @@ class LsqLayer(QuantLayer):
     """
 
     def __init__(
-        self, layer: nn.Conv2d | nn.Linear, spec: QuantSpec, quantizer: LearnedActivation, step: Tensor
+        self, layer: nn.Conv2d | nn.Linear, spec: QuantSpec, quantizer: LearnedActivation | RowQuantizer, step: Tensor
     ) -> None:
         super().__init__(layer, spec, quantizer)
         self.raw_step = nn.Parameter(step)
@@ -126,7 +127,8 @@ class LsqLayer(QuantLayer):
 def trainable(p: Prepared, tuning: Tuning | None = None, first: Any = None) -> nn.Module:
     """p.model with weights and steps to train in any loop of PyTorch; qk.convert(p) then gives the integer model.
 
-    All quantized layers are switched on; weights become symmetric, and the plan says so. tuning: steps, start, count.
+    All quantized layers are switched on; weights become symmetric, and the plan says so. Dynamic layers train weights
+    alone. tuning: steps, start, count.
     first: a batch of inputs, for start="paper". Nothing is set later, at a first call: the state dict is complete, and
     fits the trainable model of any equally prepared p. Steps are named raw_step; param_groups sorts the parameters.
     A p that is trainable already is left as it is.
@@ -150,7 +152,8 @@ def trainable(p: Prepared, tuning: Tuning | None = None, first: Any = None) -> n
         if first is None:
             raise fail(STAGE, "first", "a batch of inputs for start='paper'", "none", "start='calibrated' needs none.")
         means = _mean_magnitudes(p, first)
-    learned = {layer.input: LearnedActivation(layer.input, tuning.count) for layer in layers.values()}
+    static = [layer.input for layer in layers.values() if not layer.spec.dynamic]
+    learned = {quantizer: LearnedActivation(quantizer, tuning.count) for quantizer in static}
     for quantizer, activation in learned.items():
         if means is not None:
             q_p = top(activation.bits, int(activation.zero))
@@ -158,7 +161,8 @@ def trainable(p: Prepared, tuning: Tuning | None = None, first: Any = None) -> n
     specs = {name: replace(layer.spec, symmetric=True) for name, layer in layers.items()}
     for name, layer in layers.items():
         step = _weight_step(layer, tuning)
-        new = LsqLayer(p.originals[name], specs[name], learned[layer.input], step).train(layer.training)
+        quantizer = learned.get(layer.input, layer.input)
+        new = LsqLayer(p.originals[name], specs[name], quantizer, step).train(layer.training)
         new.weight, new.input_scale = layer.weight, layer.input_scale  # the original's, or what smoothing made of it
         put(p, name, new)
     p.plan, p.history = Plan(p.plan.layers | specs), {}
@@ -208,9 +212,9 @@ def _weight_step(layer: QuantLayer, tuning: Tuning) -> Tensor:
     return step.reshape(layer.weight_step.shape) if per_channel else step
 
 
-def _mean_magnitudes(p: Prepared, batch: Any) -> dict[ActQuantizer, Tensor]:
+def _mean_magnitudes(p: Prepared, batch: Any) -> dict[ActQuantizer | RowQuantizer, Tensor]:
     """mean|x| in front of each quantizer, in the float model on one batch."""
-    found: dict[ActQuantizer, Tensor] = {}
+    found: dict[ActQuantizer | RowQuantizer, Tensor] = {}
 
     def see(layer: QuantLayer, args: tuple, kwargs: dict) -> None:
         x = layer.taken(*args, **kwargs)

@@ -66,7 +66,8 @@ class Finished:
             for name in self.units[number].layers:
                 layer = layers[name]
                 layer.last_codes = tensors[f"{name}.codes"].to(layer.weight.device)
-                layer.input.step.copy_(tensors[f"{name}.step"])
+                if not layer.spec.dynamic:
+                    layer.input.step.copy_(tensors[f"{name}.step"])
         self.p.history[self.units[number].name] = history
         return True
 
@@ -76,7 +77,8 @@ class Finished:
         tensors = {}
         for name in unit.layers:
             tensors[f"{name}.codes"] = layers[name].last_codes.cpu()
-            tensors[f"{name}.step"] = layers[name].input.step.detach().cpu().clone()  # linked layers share it
+            if not layers[name].spec.dynamic:
+                tensors[f"{name}.step"] = layers[name].input.step.detach().cpu().clone()  # linked layers share it
         header = {"format": FORMAT, "unit": unit.name, "run": self.run, "history": self.p.history[unit.name]}
         header["content"] = digest(sorted(tensors.items()))
         content = tensor_bytes(tensors, {"qk": json.dumps(header)})
@@ -140,7 +142,7 @@ def facts(p: Prepared, units: list[Unit], batches: list, recipe: Recipe) -> dict
 
 def steps_digest(p: Prepared) -> str:
     """Of the activation steps as they are now."""
-    return digest([(name, layer.input.step) for name, layer in p.quant_layers().items()])
+    return digest([(name, layer.input.step) for name, layer in p.quant_layers().items() if not layer.spec.dynamic])
 
 
 def _is_learned(name: str) -> bool:

@@ -8,6 +8,7 @@ from qk.prepare.blocks import quantized_units
 from qk.prepare.insert import ActQuantizer, QuantLayer, to_kernel_order
 from qk.prepare.plan import checked
 from qk.prepare.prepared import Prepared
+from qk.prepare.rows import RowQuantizer
 from qk.prepare.tree import replace_module
 from qk.prepare.windows import check_sparse
 from qk.spec import Plan, float_spec
@@ -23,14 +24,15 @@ def apply_plan(p: Prepared, plan: Plan) -> None:
     by_weights = [name for name, spec in plan.layers.items() if spec.sparq and spec.sparq.pairs == "weights"]
     check_sparse({name: to_kernel_order(p.originals[name].weight.detach()) for name in by_weights}, "qk.apply_plan")
     group_of = {name: group for group in p.links for name in group}
-    quantizers: dict[tuple[str, ...], ActQuantizer] = {}
+    quantizers: dict[tuple[tuple[str, ...], bool], ActQuantizer | RowQuantizer] = {}
     for name, original in p.originals.items():
         spec, new = plan[name], original
         if not spec.is_float:
-            group = group_of.get(name, (name,))
-            if group not in quantizers:
-                quantizers[group] = ActQuantizer(spec.activations).to(original.weight.device)
-            new = QuantLayer(original, spec, quantizers[group]).train(p.model.training)
+            shared = group_of.get(name, (name,)), spec.dynamic
+            if shared not in quantizers:
+                kind = RowQuantizer if spec.dynamic else ActQuantizer
+                quantizers[shared] = kind(spec.activations).to(original.weight.device)
+            new = QuantLayer(original, spec, quantizers[shared]).train(p.model.training)
         put(p, name, new)
     _record(p, plan)
     p.calibrated, p.history = False, {}

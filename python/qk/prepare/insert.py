@@ -17,6 +17,7 @@ from qk import ops
 from qk.ops.lsq import grad_scale_for
 from qk.prepare import mid_rise
 from qk.prepare.points import Tail, add_to_owners, last_of, with_last
+from qk.prepare.rows import RowQuantizer
 from qk.prepare.windows import fake_cut, repeated, spread, why_whole
 from qk.spec import QuantSpec, Sparq
 
@@ -92,7 +93,7 @@ class QuantLayer(nn.Module):
     corrected_bias: Tensor | None
     input_scale: Tensor | None
 
-    def __init__(self, layer: nn.Conv2d | nn.Linear, spec: QuantSpec, quantizer: ActQuantizer) -> None:
+    def __init__(self, layer: nn.Conv2d | nn.Linear, spec: QuantSpec, quantizer: ActQuantizer | RowQuantizer) -> None:
         super().__init__()
         # What models ask of a layer (in_features, stride, ...) stays answered; private names and the mode are not.
         vars(self).update({k: v for k, v in vars(layer).items() if k[0] != "_" and k != "training"})

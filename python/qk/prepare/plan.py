@@ -20,13 +20,14 @@ def plan_from(
 ) -> Plan:
     """The recipe's widths for each layer; a layer whose sums could leave int32 stays in float.
 
-    Raises QkError for a pattern of skip or overrides that matches nothing, and for a group size that does not fit.
+    Raises QkError for a pattern of skip or overrides that matches nothing, for a group size that does not fit, and for
+    overrides that make the input of a convolution dynamic.
     """
     _check_patterns("skip", recipe.skip, [*layers, *kept])
     _check_patterns("overrides", recipe.overrides, layers)
     names = list(layers)
     ends = {names[0], *last_layers(layers)}
-    plan = agree(Plan({n: recipe.spec_for(n, n in ends, n in names[1:2]) for n in names}), links)
+    plan = agree(Plan({n: recipe.spec_for(n, n in ends, n in names[1:2], layers[n].kind) for n in names}), links)
     long = {n: reason for n in names if (reason := too_long(layers[n], plan[n]))}
     plan = Plan({n: float_spec(long[n]) if n in long else spec for n, spec in plan.layers.items()})
     return checked(plan, layers, links, STAGE)
@@ -55,6 +56,10 @@ def checked(plan: Plan, layers: Mapping[str, Layer], links: list[tuple[str, ...]
     if uneven:
         expected = "a divisor of K, which is kh * kw * C / groups or the input features"
         raise fail(stage, "group_size", expected, ", ".join(uneven), "Give them another one, or null, in overrides.")
+    images = [n for n, spec in plan.layers.items() if spec.dynamic and layers[n].kind != "linear"]
+    if images:
+        advice = "A convolution reads many pixels at once and has one step for all."
+        raise fail(stage, "dynamic", "false for what is no Linear", f"true for {', '.join(images)}", advice)
     long = [f"{n}: {reason}" for n in layers if (reason := too_long(layers[n], plan[n]))]
     if long:
         advice = "Use fewer bits, or leave it in float."

@@ -70,11 +70,12 @@ class Prepared:
     """A copy of the model, BatchNorm folded, with a QuantLayer at every layer of the plan that is not float.
 
     layers: every quantizable layer that ran, in running order. units: in running order; together they hold every
-    quantized layer once. links: groups of layers that read the same tensor; they share one ActQuantizer and one
-    activation width. folds: BatchNorm name -> the layer it was folded into. kept: module with weights -> why it stays
-    in float, be it that no kernel runs it or that the plan says so; "" is the model itself. stages: the units with
-    successive blocks at one resolution put together. all_units, all_stages: as they would be if no layer stayed in
-    float. originals: the float modules, folded, that QuantLayers stand for.
+    quantized layer once. links: groups of layers that read the same tensor; they share one
+    activation width and one quantizer, but dynamic layers do not share it with others. folds: BatchNorm name -> the
+    layer it was folded into. kept: module with weights -> why it stays in float, be it that no kernel runs it or that
+    the plan says so; "" is the model itself. stages: the units with successive blocks at one resolution put together.
+    all_units, all_stages: as they would be if no layer stayed in float. originals: the float modules, folded, that
+    QuantLayers stand for.
     steps_before: digest of the activation steps that learning started from. paths: along which channels can be scaled;
     blocked: every other layer or norm -> why not there. unclipped: ReLU6 modules that became ReLU.
     """

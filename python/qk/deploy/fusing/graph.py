@@ -14,6 +14,7 @@ from qk.deploy.fusing import nhwc
 aten, qk = torch.ops.aten, torch.ops.qk
 
 QUANTIZE, DEQUANTIZE = qk.quantize.default, qk.dequantize.default
+ROWS = qk.quantize_rows.default
 CONV2D, GEMM = qk.conv2d.default, qk.gemm.default
 LAYERS = (CONV2D, GEMM)
 SPARQ = qk.sparq.default
@@ -59,6 +60,11 @@ def activation_of(node: fx.Node) -> str | None:
     if is_call(node, HARDTANH, aten.clamp.default) and tuple(node.args[1:]) == (0, 6) and not node.kwargs:
         return "relu6"
     return None
+
+
+def is_dynamic(node: Any) -> bool:
+    """Whether it is a layer whose input has a step for each row: no constant, so no part of a program."""
+    return is_call(node, *LAYERS) and node.kwargs["x_step"].op != "get_attr"
 
 
 def inputs_of(node: fx.Node) -> list[fx.Node]:

@@ -6,7 +6,7 @@ import operator
 
 from torch import fx, nn
 
-from qk.deploy.fusing.graph import MOVES, aten, is_call
+from qk.deploy.fusing.graph import MOVES, ROWS, aten, is_call, is_dynamic
 from qk.deploy.fusing.tensors import Roles, is_known
 
 WEIGHTED = (aten.conv2d.default, aten.linear.default)
@@ -35,7 +35,7 @@ def left_in_float(graph: fx.Graph) -> list[tuple[str, str]]:
 
 
 def _works_on_floats(node: fx.Node) -> bool:
-    return (
+    return is_dynamic(node) or (
         node.op == "call_function"
         and not is_call(node, *MOVES, *PLAIN)
         and not str(node.target).startswith("qk.")
@@ -44,6 +44,8 @@ def _works_on_floats(node: fx.Node) -> bool:
 
 
 def _reason(node: fx.Node, roles: Roles, model: nn.Module, tensors: int | None) -> str:
+    if is_dynamic(node):
+        return "each row of its input has a step of its own, which no fused step finds"
     if is_call(node, *WEIGHTED):
         info = getattr(model, "qk_info", None)
         kept = {} if info is None else info.kept
@@ -55,7 +57,8 @@ def _reason(node: fx.Node, roles: Roles, model: nn.Module, tensors: int | None) 
     if node not in roles.supplied:
         return "reads values that no integer layer made"
     if node not in roles.wanted:
-        return "no integer layer reads what it makes"
+        by_rows = any(is_call(user, ROWS) for user in node.users)
+        return "what reads it finds a step for each row" if by_rows else "no integer layer reads what it makes"
     return "tensors=None leaves what it reads in float" if tensors is None else "stays in float"
 
 

@@ -74,4 +74,5 @@ class FusedModel(nn.Module):
 
     def extra_repr(self) -> str:
         steps = ", ".join(f"{count} {op}" for op, count in self.steps.items())
-        return f"{len(self.regions)} regions: {steps}; {len(self.report)} left in float"
+        regions = f"{len(self.regions)} regions" + (f": {steps}" if steps else "")
+        return f"{regions}; {len(self.report)} left in float"

@@ -203,10 +203,9 @@ class _Canonical:
         names = [argument.name for argument in node.target._schema.arguments]
         given = {a.name: a.default_value for a in node.target._schema.arguments if a.has_default_value()}
         given |= dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-        if given["x_step"].op != "get_attr" or given["x_step"].meta["val"].numel() != 1:
-            return False
         kwargs = {name: self._plain(v) if isinstance(v, fx.Node) else v for name, v in given.items()}
-        kwargs["x_step"], kwargs["x_zero"] = self._grid(given["x_step"], given["x_zero"])
+        if given["x_step"].op == "get_attr":  # else those of dynamic rows
+            kwargs["x_step"], kwargs["x_zero"] = self._grid(given["x_step"], given["x_zero"])
         self.plain[node] = self.graph.call_function(node.target, (), kwargs)
         self.plain[node].meta["module"] = given["weight"].target.rpartition(".")[0]
         return True
