@@ -10,8 +10,16 @@ from typing import Any
 
 from qk import machine
 from qk.files import replace_file
+from qk.spec import Recipe
 
 Row = dict[str, Any]
+SAID = ("iterations", "weight_lr", "act_lr", "seed")  # of a recipe in every row, as their defaults may change
+
+
+def said(recipe: Recipe) -> Row:
+    """A recipe as a row's fact: what differs from the defaults, and SAID. A field that is new changes no old row."""
+    plain = Recipe().to_dict()
+    return {name: x for name, x in recipe.to_dict().items() if name in SAID or x != plain[name]}
 
 
 class Ledger:

@@ -20,7 +20,7 @@ from torch import nn
 import qk
 from pages import fill
 from proof import networks
-from proof.ledger import Ledger, Row
+from proof.ledger import Ledger, Row, said
 from qk.deploy import definition
 from qk.spec import Recipe, Tuning
 from qk.tables import Table
@@ -104,7 +104,7 @@ def study(ledger: Ledger, name: str, cases: dict[str, Recipe], seeds: int) -> Ta
     for case, recipe in cases.items():
         found = [
             ledger.row(
-                {"network": name, "case": case, "seed": seed, "recipe": replace(recipe, seed=seed).to_dict()},
+                {"network": name, "case": case, "seed": seed, "recipe": said(replace(recipe, seed=seed))},
                 lambda seed=seed, recipe=recipe: measure(name, replace(recipe, seed=seed)),
             )
             for seed in range(seeds if recipe.method != "nearest" or recipe.ranges == "lapq" else 1)

@@ -40,7 +40,13 @@ RECIPES = {
     "W8A8 nearest": Recipe(weights=8, activations=8, method="nearest"),
     "W4A8 nearest": Recipe(weights=4, activations=8, method="nearest"),
     "W4A8 groups of 64, nearest": Recipe(weights=4, activations=8, method="nearest", group_size=64),
-    "W4A8 brecq": Recipe(weights=4, activations=8, iterations=400, weight_lr=1e-2),
+    "W4A8 dynamic, nearest": Recipe(weights=4, activations=8, method="nearest", dynamic=True),
+    "W4A8 dynamic, groups of 64, nearest": Recipe(
+        weights=4, activations=8, method="nearest", group_size=64, dynamic=True
+    ),
+    "W4A8 groups of 64, gptq": Recipe(weights=4, activations=8, method="gptq", group_size=64),
+    "W4A8 dynamic, groups of 64, gptq": Recipe(weights=4, activations=8, method="gptq", group_size=64, dynamic=True),
+    "W4A8 brecq": Recipe(weights=4, activations=8, iterations=400, act_lr=4e-5),
 }
 
 

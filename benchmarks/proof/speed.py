@@ -20,7 +20,7 @@ import qk
 import small_digits
 from pages import fill
 from proof import networks
-from proof.ledger import Ledger, Row
+from proof.ledger import Ledger, Row, said
 from qk.spec import Recipe
 from qk.tables import Table
 
@@ -79,7 +79,7 @@ def table(ledger: Ledger, name: str, seeds: int) -> Table:
     for case, recipe in CASES.items():
         found = [
             ledger.row(
-                {"task": name, "case": case, "recipe": replace(recipe, seed=seed).to_dict()},
+                {"task": name, "case": case, "recipe": said(replace(recipe, seed=seed))},
                 lambda seed=seed, recipe=recipe: measure(TASKS[name], replace(recipe, seed=seed)),
             )
             for seed in range(seeds)

@@ -41,6 +41,7 @@ from qk.prepare.prepared import Prepared, Unit, check_learnable, float_activatio
 from qk.spec import Recipe, checked_recipe
 
 RECORDS = 100  # points of a loss curve
+FASTEST = 2e-3  # of the step it starts from: Adam moves one by no more in an iteration, however small it is
 SMALLEST = 1e-3  # a learned step stays above this part of the one it started from, so it stays positive
 STEPS_POWER = 2.4  # of the loss where steps are learned alone, as in BRECQ's released code
 STEPS_SHARE = 4  # iterations of learning both, for one of learning steps alone
@@ -193,8 +194,10 @@ class Learner:
         self.steps = [q.step for q in quantizers] if self.phase.steps and recipe.act_lr > 0 else []
         self.floors = [step.detach() * SMALLEST for step in self.steps]
         rounding = {"params": [rounding.v for rounding in self.roundings], "lr": recipe.weight_lr}
-        groups: list[dict] = [rounding, {"params": self.steps, "lr": recipe.act_lr}]
-        self.optimizer = torch.optim.Adam([group for group in groups if group["params"]], fused=True)
+        groups: list[dict] = [
+            {"params": [s], "start": min(recipe.act_lr, FASTEST * float(s.detach()))} for s in self.steps
+        ]
+        self.optimizer = torch.optim.Adam([*groups, rounding] if self.roundings else groups, fused=True)
 
     def __enter__(self) -> Learner:
         for rounding in self.roundings:
@@ -219,13 +222,13 @@ class Learner:
         self.optimizer.zero_grad()
         output.backward(slope)
         self._penalize(iteration)
+        left = 0.5 * (1 + math.cos(math.pi * iteration / self.phase.iterations))  # a cosine to 0
+        for group in self.optimizer.param_groups[: len(self.steps)]:
+            group["lr"] = left * group["start"]
         self.optimizer.step()
         with torch.no_grad():
             for step, floor in zip(self.steps, self.floors, strict=True):
                 step.clamp_(min=floor)
-        if self.steps:  # cosine to 0
-            done = (iteration + 1) / self.phase.iterations
-            self.optimizer.param_groups[-1]["lr"] = 0.5 * self.recipe.act_lr * (1 + math.cos(math.pi * done))
         return loss
 
     def _mix(self, x: Tensor, quantized: Tensor) -> Tensor:
