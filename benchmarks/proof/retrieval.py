@@ -45,7 +45,6 @@ RECIPES = {
         weights=4, activations=8, method="nearest", group_size=64, dynamic=True
     ),
     "W4A8 groups of 64, gptq": Recipe(weights=4, activations=8, method="gptq", group_size=64),
-    "W4A8 dynamic, groups of 64, gptq": Recipe(weights=4, activations=8, method="gptq", group_size=64, dynamic=True),
     "W4A8 brecq": Recipe(weights=4, activations=8, iterations=400, act_lr=4e-5),
 }
 
