@@ -111,10 +111,10 @@ def _checked_labels(labels: Iterable[Tensor]) -> list[Tensor]:
 
 def weight_range(layer: QuantLayer, ranges: str) -> tuple[Tensor, Tensor]:
     """Step and zero for each of layer.weight_rows(). On the grid mid-rise all but "minmax" are "mse"."""
-    if layer.spec.grid == "mid-rise":
-        return find.mid_rise(layer.weight_rows(), layer.spec.weights, torch.inf if ranges == "minmax" else find.POWER)
-    choose = {"minmax": find.minmax, "percentile": find.percentile}.get(ranges, find.mse)
-    return choose(layer.weight_rows(), layer.spec.weights, layer.spec.weight_symmetric)
+    rows, spec = layer.weight_rows(), layer.spec
+    if ranges == "percentile" and spec.grid == "mid-tread":
+        return find.percentile(rows, spec.weights, spec.weight_symmetric)
+    return find.of_weight(rows, spec, torch.inf if ranges == "minmax" else find.POWER)
 
 
 def _set_ranges(observers: Observers, ranges: str) -> None:

@@ -46,8 +46,8 @@ class Found:
 
     by_power: p -> loss of the network with Lp steps; inf: with steps that clip nothing. power: the p taken. start, end:
     loss on the half that is searched, before and after Powell's method. judged_start, judged_end: on the other half.
-    sweeps: iterations accepted there.
-    evaluations: passes over the first half. hits, misses: calls of watched modules answered from the cache, and run.
+    sweeps: iterations accepted there. evaluations: passes over the first half. hits, misses: calls of watched modules
+    answered from the cache, and run.
     """
 
     by_power: dict[float, float] = field(default_factory=dict)
@@ -222,11 +222,7 @@ def lp_ranges(owners: Sequence[Owner], observers: dict[ActQuantizer, Observer], 
     found: dict[Owner, Range] = {}
     for owner in owners:
         if isinstance(owner, QuantLayer):
-            rows, spec = owner.weight_rows(), owner.spec
-            if spec.grid == "mid-rise":
-                found[owner] = find.mid_rise(rows, spec.weights, power)
-            else:
-                found[owner] = find.mse(rows, spec.weights, spec.weight_symmetric, power=power)
+            found[owner] = find.of_weight(owner.weight_rows(), owner.spec, power)
         else:
             seen = observers[owner]
             low, high = torch.tensor([seen.low]), torch.tensor([seen.high])
@@ -238,10 +234,7 @@ def lp_ranges(owners: Sequence[Owner], observers: dict[ActQuantizer, Observer], 
 def widest(owner: Owner, observers: dict[ActQuantizer, Observer]) -> Range:
     """Steps that clip nothing, and their zeros."""
     if isinstance(owner, QuantLayer):
-        rows, spec = owner.weight_rows(), owner.spec
-        if spec.grid == "mid-rise":
-            return find.mid_rise(rows, spec.weights, math.inf)
-        return find.minmax(rows, spec.weights, spec.weight_symmetric)
+        return find.of_weight(owner.weight_rows(), owner.spec, math.inf)
     seen = observers[owner]
     return find.step_and_zero(torch.tensor([seen.low]), torch.tensor([seen.high]), owner.bits)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qk import ops
 from qk.prepare.mid_rise import codes_of, middle
+from qk.spec import QuantSpec
 
 SHRINKS = 80  # BRECQ: the range is tried at 100 %, 99 %, ... 21 % of its size
 POWER = 2.4  # the p of the Lp error there
@@ -89,6 +90,15 @@ def mid_rise(rows: Tensor, bits: int, power: float = POWER) -> tuple[Tensor, Ten
         error = (values - rows).abs().pow(power).sum(1, dtype=torch.float64)
         found, best = torch.where(error < best, step, found), torch.minimum(error, best)
     return found, zero
+
+
+def of_weight(rows: Tensor, spec: QuantSpec, power: float = POWER) -> tuple[Tensor, Tensor]:
+    """As mse or mid_rise, whichever the layer's grid asks for. rows: of its weight; power inf clips nothing."""
+    if spec.grid == "mid-rise":
+        return mid_rise(rows, spec.weights, power)
+    if power == torch.inf:
+        return minmax(rows, spec.weights, spec.weight_symmetric)
+    return mse(rows, spec.weights, spec.weight_symmetric, power=power)
 
 
 def kl(histogram: Tensor, width: float, low: float, high: float, bits: int) -> tuple[Tensor, Tensor]:
