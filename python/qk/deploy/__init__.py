@@ -1,8 +1,9 @@
 """From the prepared model to integer layers, and to a checkpoint and back."""
 
+from qk.calibrate.table import Table, quantize_table
 from qk.deploy.checkpoint import check_state, checkpoint_bytes, file_bytes, load, save
 from qk.deploy.convert import Info, convert
-from qk.deploy.embedding import QEmbedding, QEmbeddingBag, Table, pack_table, quantize_embedding, quantize_table
+from qk.deploy.embedding import QEmbedding, QEmbeddingBag, pack_table, quantize_embedding
 from qk.deploy.fuse import FusedModel, fuse, unfused
 from qk.deploy.measure import LayerMeasure, LayerTimes, all_layer_times, layer_errors, measure_layers
 from qk.deploy.modules import IntegerLayer, QConv2d, QLinear, definition

@@ -18,7 +18,8 @@ from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qk.deploy.embedding import Packer, QEmbedding, Table, of_table, spread
+from qk.calibrate.table import Packer, Table, spread
+from qk.deploy.embedding import QEmbedding, of_table
 from qk.errors import fail
 from qk.files import replacing
 from qk.ops.embedding_bag import DTYPES, row_bytes
