@@ -17,6 +17,8 @@ from qk import ops
 from qk.calibrate import rows as methods
 from qk.errors import fail
 from qk.ops.embedding_bag import DTYPES, row_bytes, values
+from qk.prepare.lookup import QuantTable
+from qk.spec import row_kind
 
 AT_ONCE = 1 << 22  # values of a piece of a table, so that a search needs no second table
 SAMPLE = 1 << 16  # rows to which the books of two-tier are fitted
@@ -24,9 +26,14 @@ BOOKS = 1024  # of two-tier, at most, unless asked for
 STAGE = "qk.quantize_embedding"
 
 
+def rows_at_once(cols: int) -> int:
+    """Of a piece of a table."""
+    return max(1, AT_ONCE // cols)
+
+
 @dataclass(frozen=True)
 class Table:
-    """rows uint8 [N, bytes of a row] and how to read them, as `qk.ops.embedding_bag` takes it."""
+    """rows uint8 [N, bytes of a row] and how to read them, as `qk.ops.embedding_bag` takes it. method: of them."""
 
     rows: Tensor
     bits: int
@@ -34,6 +41,7 @@ class Table:
     kind: str = "affine"
     dtype: str = "float16"
     books: Tensor | None = None
+    method: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -42,7 +50,18 @@ class Table:
 
     def values(self) -> Tensor:
         """What the rows stand for, float32 [N, cols]."""
-        return values(self.rows, self.bits, self.cols, self.kind, self.dtype, books=self.books)
+        return self._values(self.rows)
+
+    def error(self, weight: Tensor) -> float:
+        """Length of the error over the length of the float table, as the paper compares methods; 0 without any."""
+        noise, signal, count = 0.0, 0.0, rows_at_once(self.cols)
+        for piece, rows in zip(weight.detach().split(count), self.rows.split(count), strict=True):
+            noise += (self._values(rows).double() - piece.double()).square().sum().item()
+            signal += piece.double().square().sum().item()
+        return (noise / signal) ** 0.5 if noise else 0.0
+
+    def _values(self, rows: Tensor) -> Tensor:
+        return values(rows, self.bits, self.cols, self.kind, self.dtype, books=self.books)
 
 
 class Packer:
@@ -71,7 +90,7 @@ class Packer:
         if bits == 8 and method not in methods.RANGES:
             raise fail(stage, "bits", f"2 or 4 for {method}", bits, "A book of 256 values a row saves nothing.")
         self.stage, self.bits, self.cols, self.method, self.dtype = stage, bits, shape[1], method, dtype
-        self.kind = {"kmeans": "codebook", "two-tier": "shared"}.get(method, "affine")
+        self.kind = row_kind(method)
         self.options = _checked(options, method, stage)
         self.middles = self.books = None
         if method == "two-tier":
@@ -86,11 +105,6 @@ class Packer:
     def row_bytes(self) -> int:
         """Of a packed row."""
         return sum(row_bytes(self.cols, self.bits, self.kind, self.dtype))
-
-    @property
-    def pieces(self) -> int:
-        """Rows to pack at once."""
-        return max(1, AT_ONCE // self.cols)
 
     def __call__(self, piece: Tensor) -> Tensor:
         """Packed rows uint8 [n, row_bytes]. Raises QkError for values that are not finite or beyond dtype."""
@@ -168,5 +182,14 @@ def quantize_table(
             options,
             stage,
         )
-        rows = torch.cat([pack(piece) for piece in weight.split(pack.pieces)])
-    return Table(rows, bits, weight.shape[1], pack.kind, pack.dtype, pack.books)
+        rows = torch.cat([pack(piece) for piece in weight.split(rows_at_once(pack.cols))])
+    return Table(rows, bits, weight.shape[1], pack.kind, pack.dtype, pack.books, method)
+
+
+def quantized_rows(name: str, module: QuantTable, stage: str) -> tuple[Table, float]:
+    """The table of a prepared model as its spec says, and its error. Raises QkError, with its name, as
+    quantize_embedding does."""
+    spec, weight = module.spec, module.weight
+    where = f"{stage}: table {name or 'of the model'}"
+    table = quantize_table(weight, spec.bits, spec.method, spec.scale_dtype, stage=where)
+    return table, table.error(weight)

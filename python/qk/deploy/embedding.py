@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from qk import ops
 from qk.calibrate.table import STAGE, Table, quantize_table
+from qk.deploy.modules import by_definition
 from qk.errors import fail
+from qk.ops.embedding_bag import embedding, values
+from qk.ops.embedding_bag import reference as bags_definition
+from qk.prepare.lookup import QuantTable
+
+BAG = ("mode", "include_last_offset", "padding_idx")  # what of an EmbeddingBag says how it sums
 
 
 def pack_table(weight: Tensor, bits: int, scale_dtype: str = "float16", method: str = "asymmetric") -> Tensor:
@@ -52,11 +58,26 @@ def quantize_embedding(
 
 def of_table(table: Table, module: nn.Module | None = None, mapped: bool = False) -> QEmbedding | QEmbeddingBag:
     """The module for a table that stands for a float `module`; mapped: without copying the rows."""
-    fields = {"kind": table.kind, "dtype": table.dtype, "books": table.books, "mapped": mapped}
-    if not isinstance(module, nn.EmbeddingBag):
-        return QEmbedding(table.rows, table.bits, table.cols, **fields)
-    own = {name: getattr(module, name) for name in ("mode", "include_last_offset", "padding_idx")}
-    return QEmbeddingBag(table.rows, table.bits, table.cols, **own, **fields)
+    fields = {name: getattr(table, name) for name in ("rows", "bits", "cols", "kind", "dtype", "books", "method")}
+    fields["mapped"] = mapped
+    if isinstance(module, nn.EmbeddingBag) or (isinstance(module, QuantTable) and module.is_bag):
+        return QEmbeddingBag(**fields, **{name: getattr(module, name) for name in BAG})
+    return QEmbedding(**fields, padding_idx=None if module is None else module.padding_idx)
+
+
+def to_integer_table(table: QuantTable) -> QEmbedding | QEmbeddingBag:
+    """The module that looks up as `table` simulates it."""
+    spec = table.spec
+    form = (spec.bits, table.weight.shape[1], spec.row_kind, spec.scale_dtype)
+    books = None if table.books is None else table.books.clone()
+    module = of_table(Table(table.rows.clone(), *form, books, spec.method), table)
+    module.error = table.error
+    return module
+
+
+def table_modules(model: nn.Module) -> dict[str, QEmbedding | QEmbeddingBag]:
+    """Name -> module with a quantized table; of one with several names the first."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, _Table)}
 
 
 def in_huge_pages(table: Tensor) -> Tensor:
@@ -75,7 +96,10 @@ def in_huge_pages(table: Tensor) -> Tensor:
 
 
 class _Table(nn.Module):
-    """What QEmbeddingBag and QEmbedding share: rows, and how to read them (see `qk.ops.embedding_bag`)."""
+    """What QEmbeddingBag and QEmbedding share: rows, and how to read them (see `qk.ops.embedding_bag`).
+
+    method: that made the rows, where it is known; error: length of their error over the length of the float table.
+    """
 
     rows: Tensor
     books: Tensor | None
@@ -90,27 +114,43 @@ class _Table(nn.Module):
         codes_first: bool = True,
         books: Tensor | None = None,
         mapped: bool = False,
+        method: str = "",
+        error: float | None = None,
+        padding_idx: int | None = None,
     ) -> None:
         """mapped: rows are kept as they lie, such as in a mapped file; else large ones move to huge pages."""
         super().__init__()
         self.bits, self.cols, self.kind, self.dtype, self.codes_first = bits, cols, kind, dtype, codes_first
+        self.method, self.error, self.padding_idx = method, error, padding_idx
         self.register_buffer("rows", rows if mapped else in_huge_pages(rows))
         self.register_buffer("books", books)
-        self._bags(torch.zeros(0, 1, dtype=torch.int64, device=rows.device), None)  # refuses what does not fit
+        nothing = torch.zeros(0, 1, dtype=torch.int64, device=rows.device)
+        embedding(rows, nothing, **self.form)  # refuses what does not fit
+
+    @property
+    def num_embeddings(self) -> int:
+        """Rows, as the float module names them."""
+        return self.rows.shape[0]
+
+    @property
+    def embedding_dim(self) -> int:
+        """Columns, as the float module names them."""
+        return self.cols
+
+    @property
+    def nbytes(self) -> int:
+        """Of rows and books."""
+        return self.rows.nbytes + (0 if self.books is None else self.books.nbytes)
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """How rows are read, as arguments of `qk.ops.embedding_bag`."""
+        names = ("bits", "cols", "kind", "dtype", "codes_first", "books")
+        return {name: getattr(self, name) for name in names}
 
     def _bags(self, indices: Tensor, offsets: Tensor | None, **options: Any) -> Tensor:
-        return ops.embedding_bag(
-            self.rows,
-            indices,
-            offsets,
-            self.bits,
-            self.cols,
-            self.kind,
-            self.dtype,
-            self.codes_first,
-            self.books,
-            **options,
-        )
+        look_up = bags_definition if by_definition() else ops.embedding_bag
+        return look_up(self.rows, indices, offsets, **self.form, **options)
 
     def _apply(self, fn: Any, recurse: bool = True) -> _Table:
         books = self.books
@@ -131,12 +171,11 @@ class QEmbeddingBag(_Table):
         *table: Any,
         mode: str = "sum",
         include_last_offset: bool = False,
-        padding_idx: int | None = None,
         **options: Any,
     ) -> None:
         """table, options: the arguments of the rows, as in `qk.ops.embedding_bag`: rows, bits, cols, kind, ..."""
         super().__init__(*table, **options)
-        self.mode, self.include_last_offset, self.padding_idx = mode, include_last_offset, padding_idx
+        self.mode, self.include_last_offset = mode, include_last_offset
 
     @classmethod
     def from_float(
@@ -169,7 +208,9 @@ class QEmbedding(_Table):
         return of_table(quantize_table(module.weight, bits, method, scale_dtype), module)
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._bags(input.reshape(-1, 1), None).reshape(*input.shape, self.cols)
+        if by_definition():
+            return values(self.rows[input.long()], **self.form)
+        return embedding(self.rows, input, **self.form)
 
 
 def _check_norm(stage: str, module: nn.Module) -> None:
