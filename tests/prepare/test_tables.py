@@ -81,11 +81,11 @@ def test_tables_alone_are_enough():
 
 
 def test_a_model_with_nothing_to_quantize_is_refused():
-    with pytest.raises(QkError, match="embeddings must be null for a model without an Embedding or EmbeddingBag"):
+    with pytest.raises(QkError, match="must be null for a model without an Embedding or EmbeddingBag"):
         prepare(nn.Linear(3, 3), torch.ones(1, 3), recipe())
-    with pytest.raises(QkError, match="one with a Conv2d, Linear or embedding table .* Doubled has its own forward"):
+    with pytest.raises(QkError, match=r"Conv2d, Linear or embedding table .* Doubled has its own forward"):
         prepare(Doubled(9, 16), torch.arange(9), recipe())
-    with pytest.raises(QkError, match="one with a Conv2d or Linear .* leaves embedding tables in float"):
+    with pytest.raises(QkError, match=r"Conv2d or Linear .* leaves embedding tables in float"):
         prepare(nn.Embedding(9, 16), torch.arange(9), Recipe())
     with pytest.raises(QkError, match="plan must be one that quantizes a layer"):
         prepare(made(Ranker), inputs(), recipe(skip=("*",)))

@@ -60,7 +60,7 @@ def prepare(
     seen = observe(copied, example)
     layers, kept = sort_modules(copied, seen)
     tables, in_float = find_tables(copied, seen, recipe)
-    kept = {name: in_float.get(name, reason) for name, reason in kept.items() if name not in tables}
+    kept = {name: reason for name, reason in kept.items() if name not in tables} | in_float
     if not layers and not tables:
         reasons = "; ".join(f"{name or 'the model'}: {reason}" for name, reason in list(kept.items())[:5])
         advice = "model.float() gives it float32 weights." if "float32" in reasons else ""
