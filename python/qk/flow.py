@@ -32,7 +32,7 @@ from qk.deploy import (
 )
 from qk.errors import QkError, fail
 from qk.files import writable_folder
-from qk.inputs import copied_to, device_of, evaluating, feed, map_tensors
+from qk.inputs import copied_to, device_of, evaluating, feed, map_tensors, tensors_in
 from qk.methods import (
     choose_windows,
     input_statistics,
@@ -97,8 +97,8 @@ def quantize(
     evaluate: model -> share of labels met, in [0, 1]; called on the float, the simulated and the integer model.
     out: folder to save the checkpoint in. Until all is done, what was learned lies in out/unfinished: the same call
     goes on there after it was killed, to the same bits, and another one is refused. latency_batches: sizes at which the
-    whole model is timed, with the example repeated or cut along its first axis. measure: False leaves out errors and
-    times of layers, and latency. fused: False leaves out qk.fuse, whose model holds weights of its own.
+    whole model is timed, with the example repeated or cut along its first axis; () for none. measure: False leaves out
+    errors and times of layers, and latency. fused: False leaves out qk.fuse, whose model holds weights of its own.
     Raises QkError for input that a stage cannot work with, before that stage changes anything; whatever can be checked
     without learning is checked before it.
     """
@@ -288,8 +288,13 @@ def _check_training(recipe: Recipe, given: dict[str, Any]) -> None:
         raise fail(STAGE, "recipe.bias_correction", "false", got)
 
 
-def _check_batches(model: nn.Module, example: Any, sizes: Iterable[int]) -> None:
+def _check_batches(model: nn.Module, example: Any, sizes: tuple[int, ...]) -> None:
     """Raises QkError for sizes at which the model cannot be timed."""
+    lengths = sorted({x.shape[0] for x in tensors_in(example) if x.dim()})
+    if len(lengths) > 1 and sizes and any(hasattr(module, "include_last_offset") for module in model.modules()):
+        # Cut offsets would point beyond the values that are left, and torch's bags read and write there.
+        got = f"{list(sizes)} with tensors of {', '.join(map(str, lengths))} rows for a model with an EmbeddingBag"
+        raise fail(STAGE, "latency_batches", "()", got, "Bags of another batch cannot be made up.")
     for n in sizes:
         if not isinstance(n, int) or n < 1:
             raise fail(STAGE, "latency_batches", "sizes of at least 1", n)
