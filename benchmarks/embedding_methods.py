@@ -4,9 +4,9 @@ import time
 
 import torch
 
+from qk.calibrate.rows import METHODS
 from qk.deploy import quantize_table
 from qk.machine import cpu_name
-from qk.methods.embedding import METHODS
 
 ROWS, COLS, THREADS = 20_000, 64, 2
 

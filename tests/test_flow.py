@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from torch import nn
 
 import qk
+from qk import inspection
 from qk.deploy import LayerTimes, measure
 from qk.flow import resized
 from qk.prepare import QuantLayer
+from rankers import ROWS, Ranker, inputs, made
 
 
 class Net(nn.Module):
@@ -211,3 +214,61 @@ def test_an_example_is_cut_or_repeated_along_its_first_axis():
     x = torch.arange(3)
     assert resized({"x": x}, 5)["x"].tolist() == [0, 1, 2, 0, 1]
     assert resized((x, x), 1)[1].tolist() == [0]
+
+
+def words(shown):
+    """Of each line."""
+    return [line.split() for table in shown for line in table.plain().splitlines()]
+
+
+def test_tables_of_a_model_are_in_the_report_and_in_what_inspect_shows(tmp_path):
+    batch = inputs()
+    embeddings = {"bits": 4, "overrides": {"bag": {"bits": 8, "scale_dtype": "float32"}}}
+    recipe = quick(method="nearest", weights=8, embeddings=embeddings, skip=("item",))
+    result = qk.quantize(made(Ranker), [batch], recipe, measure=False, out=tmp_path)
+    assert result.report.title == "Ranker: W8A8, nearest, tables 4 bits greedy"
+    user, bag = result.report.embeddings
+    assert (user.name, user.rows, user.cols, user.bits, user.method) == ("user", ROWS, 24, 4, "greedy")
+    assert (user.float_bytes, user.integer_bytes) == (ROWS * 24 * 4, ROWS * (12 + 4))
+    assert (bag.bits, bag.method, bag.integer_bytes) == (8, "greedy", ROWS * (24 + 8))
+    assert 15 < user.sqnr_db < 30 < bag.sqnr_db
+    assert "named in the recipe's skip" in {layer.name: layer.reason for layer in result.report.layers}["item"]
+    assert any(row[:6] == ["user", "40", "x", "24", "4", "greedy"] for row in words(result.report.tables()))
+    assert "Embedding tables" in result.report.section()
+    assert qk.report.Report.from_dict(result.report.to_dict()).embeddings == result.report.embeddings
+    assert result.fused is not None
+
+    facts, shown = inspection.of_checkpoint(tmp_path)
+    assert facts["tables"] == [asdict(user), asdict(bag)]
+    assert any("SQNR" in table.plain() and "bag" in table.plain() for table in shown)
+    facts, _ = inspection.described(qk.prepare(made(Ranker), batch, recipe))
+    assert facts["tables"] == [asdict(replace(x, sqnr_db=None)) for x in (user, bag)]
+
+
+@pytest.mark.parametrize("fields", [{}, {"method": "gptq"}, {"granularity": "net"}, {"ranges": "lapq"}])
+def test_tables_alone_are_quantized_where_nothing_can_be_learned(fields, tmp_path):
+    recipe = quick(embeddings=2, skip=("first", "last"), bias_correction=True, only_faster=True, **fields)
+    batch = inputs()
+    result = qk.quantize(made(Ranker), [batch], recipe, measure=False, out=tmp_path)
+    assert result.report.title == "Ranker: tables 2 bits greedy"
+    assert result.report.losses == {}
+    assert [x.bits for x in result.report.embeddings] == [2, 2, 2]
+    assert any(note.startswith("Not fused: qk.fuse: model must be") for note in result.report.notes)
+    with torch.no_grad():
+        assert torch.equal(qk.load(tmp_path, made(Ranker, seed=3))(**batch), result.model(**batch))
+
+
+def test_bags_are_not_made_up_for_another_batch():
+    recipe = quick(method="nearest", weights=8, embeddings=4)
+    with pytest.raises(qk.QkError, match=r"latency_batches must be \(\), got \[1\] with tensors of 6, 7, 11 rows"):
+        qk.quantize(made(Ranker), [inputs()], recipe)
+    result = qk.quantize(made(Ranker), [inputs()], recipe, latency_batches=())
+    assert result.report.latency == []
+    assert all(layer.float_ms > 0 for layer in result.report.layers)
+
+
+def test_training_needs_a_layer():
+    recipe = quick(method="lsq", embeddings=4, skip=("first", "last"))
+    batch = inputs()
+    with pytest.raises(qk.QkError, match="one whose tables alone are quantized"):
+        qk.quantize(made(Ranker), [batch], recipe, train=[(batch, torch.zeros(6))], measure=False)

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1] / "python"
 # The longest name that a module starts with gives its place; modules of one place may import from each other.
 ORDER = (
     ("qk._core", "qk.errors"),
+    ("qk.fields",),
     ("qk._native", "qk.files", "qk.inputs", "qk.tables", "qk.timing", "qk.spec"),
     ("qk.ops", "qk.machine"),
     ("qk.prepare",),

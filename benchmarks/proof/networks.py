@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -123,14 +124,29 @@ def train(config: Training, say: Callable[[str], object] = print) -> nn.Module:
 def trained(config: Training, folder: str | Path) -> nn.Module:
     """From the folder where it is there, else trained now and put there."""
     key = asdict(config) | {"pictures": digest([("", shapes.draw(8, TRAIN_SEED).images)])}
-    path = Path(folder) / f"{config.name}-{digest([(json.dumps(key, sort_keys=True), '')])[:12]}.safetensors"
+    return kept(folder, config.name, key, lambda: untrained(config.name), lambda: train(config, say))
+
+
+def kept(
+    folder: str | Path, name: str, key: dict[str, Any], empty: Callable[[], nn.Module], train: Callable[[], nn.Module]
+) -> nn.Module:
+    """What `train` gives, from a file of the folder where an earlier run with this key put it; in eval mode.
+
+    empty: makes the module that the file's tensors fill.
+    """
+    path = Path(folder) / f"{name}-{digest([(json.dumps(key, sort_keys=True), '')])[:12]}.safetensors"
     if path.exists():
-        model = untrained(config.name)
+        model = empty()
         model.load_state_dict(load_file(path))
         return model.eval()
-    model = train(config, lambda line: print(line, file=sys.stderr, flush=True))
+    model = train().eval()
     replace_file(path, save({name: tensor.contiguous() for name, tensor in model.state_dict().items()}))
     return model
+
+
+def say(line: str) -> None:
+    """Progress of training, apart from results."""
+    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,11 @@ from qk.methods.gptq import gptq
 from qk.prepare import prepare
 from qk.prepare.equalize import equalize
 from qk.prepare.unclip import unclip
-from qk.spec import Plan, QuantSpec, Recipe, Sparq, Tuning
+from qk.spec import Embeddings, Plan, QuantSpec, Recipe, Sparq, Tuning
 
 # qk.prepare and qk.calibrate are the functions; `from qk.prepare.links import ...` still finds the folders.
 __all__ = [
+    "Embeddings",
     "Plan",
     "QkError",
     "QuantSpec",

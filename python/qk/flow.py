@@ -27,10 +27,12 @@ from qk.deploy import (
     fuse,
     measure_layers,
     save,
+    table_modules,
+    table_sqnr,
 )
 from qk.errors import QkError, fail
 from qk.files import writable_folder
-from qk.inputs import copied_to, device_of, evaluating, feed, map_tensors
+from qk.inputs import copied_to, device_of, evaluating, feed, map_tensors, tensors_in
 from qk.methods import (
     choose_windows,
     input_statistics,
@@ -46,7 +48,7 @@ from qk.methods.tune import Loss, Score
 from qk.prepare import Prepared, leave_in_float, prepare
 from qk.prepare.equalize import equalize
 from qk.prepare.unclip import unclip
-from qk.report import Latency, LayerReport, Report
+from qk.report import Latency, LayerReport, Report, TableReport
 from qk.spec import Plan, Recipe, checked_recipe
 
 STAGE = "qk.quantize"
@@ -95,8 +97,8 @@ def quantize(
     evaluate: model -> share of labels met, in [0, 1]; called on the float, the simulated and the integer model.
     out: folder to save the checkpoint in. Until all is done, what was learned lies in out/unfinished: the same call
     goes on there after it was killed, to the same bits, and another one is refused. latency_batches: sizes at which the
-    whole model is timed, with the example repeated or cut along its first axis. measure: False leaves out errors and
-    times of layers, and latency. fused: False leaves out qk.fuse, whose model holds weights of its own.
+    whole model is timed, with the example repeated or cut along its first axis; () for none. measure: False leaves out
+    errors and times of layers, and latency. fused: False leaves out qk.fuse, whose model holds weights of its own.
     Raises QkError for input that a stage cannot work with, before that stage changes anything; whatever can be checked
     without learning is checked before it.
     """
@@ -122,7 +124,7 @@ def quantize(
     if measure:
         _check_batches(p.model, example, latency_batches)
     report = Report(
-        title=f"{title or type(model).__name__}: {_widths(p.plan)}, {recipe.method}",
+        title=f"{title or type(model).__name__}: {_widths(p, recipe.method)}",
         seconds=seconds,
         size_bytes={"float": file_bytes(model)},
         folds=dict(p.folds),
@@ -144,22 +146,23 @@ def quantize(
     if recipe.sparq_bits is not None:
         with _timed(seconds, "choose windows"):
             choose_windows(p, held[:MEASURED_BATCHES], recipe.sparq_bits)
-    if recipe.only_faster:
+    learns = bool(p.quant_layers())  # a model may have tables alone to quantize, which have nothing to learn
+    if recipe.only_faster and learns:
         with _timed(seconds, "time layers"):
             _leave_slower_in_float(p)
     folder = None if out is None else Path(out) / UNFINISHED
     shown = "auto" if progress else "off"
-    if recipe.method in ("brecq", "gptq"):
+    if recipe.method in ("brecq", "gptq") and learns:
         learn = reconstruct if recipe.method == "brecq" else gptq
         with _timed(seconds, "reconstruct"):
             learn(p, held, recipe, progress=shown, folder=folder)
     if recipe.method == "lsq":
         with _timed(seconds, "tune"):
             tune(p, train, recipe, loss=loss, validate=validate, folder=folder, progress=shown)
-    if recipe.match_statistics:
+    if recipe.match_statistics and learns:
         with _timed(seconds, "match statistics"):
             match_statistics(p, held)
-    if recipe.bias_correction:
+    if recipe.bias_correction and learns:
         with _timed(seconds, "correct biases"):
             correct_bias(p, held)
     with _timed(seconds, "convert"):
@@ -183,7 +186,7 @@ def quantize(
     report.losses = {  # without the last entry, which is of another kind: over all data, with weights rounded
         unit: [{"iteration": s["iteration"], "loss": s["loss"]} for s in h[:-1]] for unit, h in p.history.items()
     }
-    report.layers = _layers(p, measured)
+    report.layers, report.embeddings = _layers(p, measured), _tables(integer)
     report.notes = scaled + _static(p, recipe) + _notes(p, measured) + (left if fused else [])
     if recipe.method in ("brecq", "gptq") and out is not None:  # else it may hold another run's
         resume.remove(folder)
@@ -285,8 +288,13 @@ def _check_training(recipe: Recipe, given: dict[str, Any]) -> None:
         raise fail(STAGE, "recipe.bias_correction", "false", got)
 
 
-def _check_batches(model: nn.Module, example: Any, sizes: Iterable[int]) -> None:
+def _check_batches(model: nn.Module, example: Any, sizes: tuple[int, ...]) -> None:
     """Raises QkError for sizes at which the model cannot be timed."""
+    lengths = sorted({x.shape[0] for x in tensors_in(example) if x.dim()})
+    if len(lengths) > 1 and sizes and any(hasattr(module, "include_last_offset") for module in model.modules()):
+        # Cut offsets would point beyond the values that are left, and torch's bags read and write there.
+        got = f"{list(sizes)} with tensors of {', '.join(map(str, lengths))} rows for a model with an EmbeddingBag"
+        raise fail(STAGE, "latency_batches", "()", got, "Bags of another batch cannot be made up.")
     for n in sizes:
         if not isinstance(n, int) or n < 1:
             raise fail(STAGE, "latency_batches", "sizes of at least 1", n)
@@ -334,6 +342,23 @@ def _layers(p: Prepared, measured: list[LayerMeasure]) -> list[LayerReport]:
     return rows + [LayerReport(n, type(p.model.get_submodule(n)).__name__, reason=p.kept[n]) for n in others]
 
 
+def _tables(integer: nn.Module) -> list[TableReport]:
+    """Every quantized embedding table, those that the model held before too."""
+    return [
+        TableReport(
+            name,
+            table.num_embeddings,
+            table.cols,
+            table.bits,
+            table.method,
+            None if table.error is None else table_sqnr(table.error),
+            table.num_embeddings * table.cols * 4,
+            table.nbytes,
+        )
+        for name, table in table_modules(integer).items()
+    ]
+
+
 def _notes(p: Prepared, measured: list[LayerMeasure]) -> list[str]:
     """What the tables do not say aloud."""
     notes = [] if p.search is None else [p.search.describe()]
@@ -352,10 +377,12 @@ def _notes(p: Prepared, measured: list[LayerMeasure]) -> list[str]:
     return notes
 
 
-def _widths(plan: Plan) -> str:
-    """The commonest width of the plan."""
-    names = [spec.describe() for spec in plan.layers.values() if not spec.is_float]
-    return max(sorted(set(names)), key=names.count)
+def _widths(p: Prepared, method: str) -> str:
+    """The commonest width of the plan and how its weights are rounded, and the commonest of the tables."""
+    names = [spec.describe() for spec in p.plan.layers.values() if not spec.is_float]
+    tables = [f"tables {spec.describe()}" for spec in p.tables.values()]
+    commonest = [max(sorted(set(some)), key=some.count) for some in (names, tables) if some]
+    return ", ".join(commonest[:1] + [method] * bool(names) + commonest[1:])
 
 
 @contextmanager

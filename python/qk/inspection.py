@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import torch
 
 from qk import sources, tables
-from qk.deploy import checkpoint_bytes
+from qk.deploy import checkpoint_bytes, table_sqnr
 from qk.deploy.manifest import read_manifest
 from qk.errors import fail
 from qk.ops.pack import row_bytes
 from qk.prepare import Prepared, prepare
+from qk.prepare.tables import packed_bytes
+from qk.report import TableReport, embedding_table, plain
 from qk.spec import Recipe
 from qk.tables import Table
 
@@ -43,8 +46,14 @@ def described(p: Prepared) -> tuple[dict[str, Any], list[Table]]:
         }
         for name, layer in p.layers.items()
     ]
+    found = []
+    for name, spec in p.tables.items():
+        rows, cols = p.quant_tables()[name].weight.shape
+        sizes = (rows * cols * 4, packed_bytes(spec, rows, cols))
+        found.append(TableReport(name, rows, cols, spec.bits, spec.method, None, *sizes))
     facts = {
         "layers": layers,
+        "tables": [asdict(x) for x in found],
         "blocks": {unit.name: list(unit.layers) for unit in p.blocks},
         "links": [list(link) for link in p.links],
         "folds": p.folds,
@@ -56,6 +65,7 @@ def described(p: Prepared) -> tuple[dict[str, Any], list[Table]]:
     ]
     shown = [
         Table("", headers, rows),
+        embedding_table(found),
         Table("", ["layers that read one tensor"], [[", ".join(link)] for link in p.links]),
         Table("", ["BatchNorm", "folded into"], [list(pair) for pair in p.folds.items()]),
         Table("", ["left in float", "why"], [list(pair) for pair in p.kept.items()]),
@@ -85,11 +95,25 @@ def of_checkpoint(folder: Path) -> tuple[dict[str, Any], list[Table]]:
         width = spec.describe() + (f", {shape[0]} + {extra} rows" if extra else "")
         layers.append({"name": name, "kind": config and config.kind, "width": width, "weight": shape})
         layers[-1] |= {"bytes": packed, "reason": spec.reason}
+    found = [
+        TableReport(
+            name,
+            x.rows,
+            x.cols,
+            x.bits,
+            x.method,
+            None if x.error is None else table_sqnr(x.error),
+            x.rows * x.cols * 4,
+            x.nbytes,
+        )
+        for name, x in manifest.tables.items()
+    ]
     facts = {
         "format": manifest.format,
         "written by": {"qk": manifest.qk, "torch": manifest.torch},
         "bytes": checkpoint_bytes(folder),
         "layers": layers,
+        "tables": plain([asdict(x) for x in found]),
         "links": manifest.links,
         "folds": manifest.folds,
         "kept": manifest.kept,
@@ -109,6 +133,7 @@ def of_checkpoint(folder: Path) -> tuple[dict[str, Any], list[Table]]:
     shown = [
         Table("", ["checkpoint", str(folder)], about),
         Table("", ["layer", "kind", "width", "weight (kernel order)", "packed"], rows),
+        embedding_table(found),
         Table("", ["layers that read one tensor"], [[", ".join(link)] for link in manifest.links]),
         Table("", ["left in float", "why"], [list(pair) for pair in manifest.kept.items()]),
         Table("", ["learned unit", "iterations", "first loss", "last loss"], learned),

@@ -54,6 +54,20 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class TableReport:
+    """One embedding table before and after. sqnr_db: power of its values over power of their error; inf: no error."""
+
+    name: str
+    rows: int
+    cols: int
+    bits: int
+    method: str
+    sqnr_db: float | None
+    float_bytes: int
+    integer_bytes: int
+
+
+@dataclass(frozen=True)
 class Latency:
     """Milliseconds per call of the whole model at one batch size, alternating in one process; fused may be missing."""
 
@@ -87,6 +101,7 @@ class Report:
     machine: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     inputs: dict[str, InputStatistics] = field(default_factory=dict)
+    embeddings: list[TableReport] = field(default_factory=list)
 
     def summary(self) -> Table:
         """The whole model, before and after."""
@@ -121,7 +136,7 @@ class Report:
         headers = ["layer", "kind", "width", "SQNR (dB)", "weight", "quantized", "float (ms)", "quantized (ms)"]
         rows = []
         for layer in self.layers:
-            error = None if layer.sqnr_db is None else "no error" if layer.sqnr_db == inf else f"{layer.sqnr_db:.1f}"
+            error = decibels(layer.sqnr_db)
             sizes = [tables.size(layer.float_bytes), tables.size(layer.integer_bytes)]
             times = [tables.ms(layer.float_ms), tables.ms(layer.integer_ms)]
             rows.append([layer.name, layer.kind, layer.width, error, *sizes, *times])
@@ -144,14 +159,21 @@ class Report:
         return Table("", ["left in float", "why"], [[x.name, x.reason] for x in self.layers if x.weights is None])
 
     def tables(self) -> list[Table]:
-        """What a terminal shows: the model, its layers, what stayed in float, notes."""
+        """What a terminal shows: the model, its layers and tables, what stayed in float, notes."""
         notes = Table("", ["notes"], [[note] for note in self.notes])
-        shown = (self.summary(), self.layer_table(), self.inputs_table(), self.kept_table(), notes)
+        shown = (
+            self.summary(),
+            self.layer_table(),
+            embedding_table(self.embeddings),
+            self.inputs_table(),
+            self.kept_table(),
+            notes,
+        )
         return [t for t in shown if t.rows]
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: what is not finite (the error ratio of a layer without error) is None."""
-        return _plain(asdict(self))
+        return plain(asdict(self))
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Report:
@@ -159,6 +181,7 @@ class Report:
         data = dict(data)
         data["layers"] = [LayerReport(**x) for x in data.get("layers", [])]
         data["latency"] = [Latency(**x) for x in data.get("latency", [])]
+        data["embeddings"] = [TableReport(**x) for x in data.get("embeddings", [])]
         data["links"] = [tuple(x) for x in data.get("links", [])]
         data["inputs"] = {name: InputStatistics.of(x) for name, x in data.get("inputs", {}).items()}
         return Report(**data)
@@ -167,6 +190,8 @@ class Report:
         """The report as HTML to put into a page."""
         parts = [self.summary().html() if self.summary().rows else "", figures(self)]
         parts += [f"<h2>Layers</h2>{self.layer_table().html()}" if self.layers else ""]
+        if self.embeddings:
+            parts.append(f"<h2>Embedding tables</h2>{embedding_table(self.embeddings).html()}")
         if self.inputs:
             parts.append(f"<h2>Inputs cut by SPARQ (shares in %)</h2>{self.inputs_table().html()}")
         if self.kept_table().rows:
@@ -196,11 +221,27 @@ class Report:
             raise fail("report", str(path), "a file that can be written", error.strerror or error) from error
 
 
-def _plain(value: Any) -> Any:
+def decibels(sqnr_db: float | None) -> str | None:
+    """An error ratio as text."""
+    return None if sqnr_db is None else "no error" if sqnr_db == inf else f"{sqnr_db:.1f}"
+
+
+def embedding_table(embeddings: list[TableReport]) -> Table:
+    """Every quantized embedding table: width, error, size before and after."""
+    headers = ["table", "rows x columns", "bits", "method", "SQNR (dB)", "float", "quantized"]
+    rows = []
+    for x in embeddings:
+        sizes = [tables.size(x.float_bytes), tables.size(x.integer_bytes)]
+        rows.append([x.name, f"{x.rows} x {x.cols}", x.bits, x.method, decibels(x.sqnr_db), *sizes])
+    return Table("", headers, rows)
+
+
+def plain(value: Any) -> Any:
+    """For JSON: tuples as lists, what is not finite as None."""
     if isinstance(value, dict):
-        return {name: _plain(v) for name, v in value.items()}
+        return {name: plain(v) for name, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     return None if isinstance(value, float) and not isfinite(value) else value
 
 

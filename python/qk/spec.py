@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from qk.errors import QkError, fail
+from qk.errors import fail
+from qk.fields import STRICT, parsed, refuses_in_words
 
 WeightBits = Literal[2, 3, 4, 8]  # as the kernels store them; 3 lies in 4
 ActivationBits = Literal[2, 3, 4, 5, 6, 7, 8]
@@ -20,29 +20,14 @@ Ranges = Literal["minmax", "percentile", "mse", "kl", "lapq"]
 Points = Literal[1, 2, 3]
 Grid = Literal["mid-tread", "mid-rise"]
 Window = Literal["5opt", "3opt", "2opt", "6opt", "7opt"]
+RangeMethod = Literal["symmetric", "asymmetric", "greedy", "greedy+", "golden", "histogram", "histogram-brute"]
+TableMethod = Literal[RangeMethod, "kmeans", "two-tier"]
 Exponent = Annotated[float, Field(ge=1)]  # of the rounding penalty; below 1 its slope has no bound
 Alpha = Annotated[float, Field(ge=0, le=1)]
-_strict = ConfigDict(extra="forbid", strict=False, allow_inf_nan=False)
-Kind = TypeVar("Kind", bound=type)
 
 
-def _refuses_in_words(kind: Kind) -> Kind:
-    """Makes the constructor of a pydantic dataclass raise QkError for fields that do not fit."""
-    init = kind.__init__
-
-    @wraps(init)
-    def checked(self: Any, *args: Any, **fields: Any) -> None:
-        try:
-            init(self, *args, **fields)
-        except ValidationError as error:
-            raise _refusal(kind, error, kind.__name__) from None
-
-    kind.__init__ = checked
-    return kind
-
-
-@_refuses_in_words
-@dataclass(frozen=True, config=_strict)
+@refuses_in_words
+@dataclass(frozen=True, config=STRICT)
 class Sparq:
     """SPARQ: the 8-bit codes of a layer's input cut to windows of fewer bits (docs/methods/sparq.md).
 
@@ -68,8 +53,64 @@ def _named_window(value: Any) -> Any:
 Cutting = Annotated[Sparq | None, BeforeValidator(_named_window)]
 
 
-@_refuses_in_words
-@dataclass(frozen=True, config=_strict)
+@refuses_in_words
+@dataclass(frozen=True, config=STRICT)
+class Embeddings:
+    """How embedding tables are quantized (docs/methods/embedding.md).
+
+    bits: of a code; kmeans and two-tier have 2 or 4. method: how a row's codes are chosen. scale_dtype: of what a row
+    keeps beside them. overrides: name pattern -> those of these fields that differ there; the last that matches wins.
+    """
+
+    bits: Literal[2, 4, 8] = 4
+    method: TableMethod = "greedy"
+    scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    overrides: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.bits == 8 and self.row_kind != "affine":
+            raise ValueError(f"bits must be 2 or 4 with {self.method}, as a book of 256 values saves nothing, got 8")
+        for pattern, changed in self.overrides.items():
+            self._with(changed, pattern)
+
+    def for_table(self, name: str) -> Embeddings:
+        """What holds for one table, without overrides."""
+        changed: dict[str, Any] = {}
+        for pattern, fields in self.overrides.items():
+            changed |= fields if fnmatchcase(name, pattern) else {}
+        return self._with(changed, name)
+
+    def _with(self, changed: dict[str, Any], name: str) -> Embeddings:
+        fields = {"bits": self.bits, "method": self.method, "scale_dtype": self.scale_dtype}
+        if unknown := changed.keys() - fields:
+            raise ValueError(f"overrides for {name} must be of {', '.join(fields)}, got {', '.join(sorted(unknown))}")
+        return parsed(Embeddings, fields | changed, f"overrides for {name}")
+
+    @property
+    def row_kind(self) -> str:
+        """What a row keeps beside its codes, as qk.ops.embedding_bag names it."""
+        return row_kind(self.method)
+
+    def describe(self) -> str:
+        """In short: 4 bits greedy."""
+        return f"{self.bits} bits {self.method}"
+
+
+def row_kind(method: str) -> str:
+    """Of the rows that a method makes: affine, codebook or shared."""
+    return {"kmeans": "codebook", "two-tier": "shared"}.get(method, "affine")
+
+
+def _width_alone(value: Any) -> Any:
+    """A number of bits alone stands for Embeddings of that width."""
+    return {"bits": value} if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Tables = Annotated[Embeddings | None, BeforeValidator(_width_alone)]
+
+
+@refuses_in_words
+@dataclass(frozen=True, config=STRICT)
 class QuantSpec:
     """Widths of one layer. Both None: the layer stays in float, and `reason` says why.
 
@@ -144,13 +185,16 @@ class QuantSpec:
         return widths + grid + ("" if self.sparq is None else f" {self.sparq.window}") + points
 
 
+SKIPPED = "named in the recipe's skip"
+
+
 def float_spec(reason: str) -> QuantSpec:
     """Of a layer that stays in float, and why."""
     return QuantSpec(None, None, reason=reason)
 
 
-@_refuses_in_words
-@dataclass(frozen=True, config=_strict)
+@refuses_in_words
+@dataclass(frozen=True, config=STRICT)
 class Plan:
     """Layer name -> QuantSpec, in the order in which the layers run."""
 
@@ -166,11 +210,11 @@ class Plan:
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Plan:
         """Raises QkError for fields that do not fit, all of them named."""
-        return _parse(Plan, data, "plan")
+        return parsed(Plan, data, "plan")
 
 
-@_refuses_in_words
-@dataclass(frozen=True, config=_strict)
+@refuses_in_words
+@dataclass(frozen=True, config=STRICT)
 class Tuning:
     """How to train with method "lsq", beside Recipe's seed. None follows from the narrowest weights, as in the paper.
 
@@ -193,15 +237,16 @@ class Tuning:
     patience: int | None = Field(default=None, ge=1)
 
 
-@_refuses_in_words
-@dataclass(frozen=True, config=_strict)
+@refuses_in_words
+@dataclass(frozen=True, config=STRICT)
 class Recipe:
     """How to quantize. The defaults are BRECQ with learned activation steps.
 
     weights, activations: widths of every layer but the first and the last (of each head, where a model has several),
     which take `first_last` (None: no exception).
-    group_size, symmetric: as in QuantSpec. skip: name patterns (fnmatch) of layers to leave in float. overrides: name
-    pattern -> fields of QuantSpec that differ there; the last pattern that matches wins.
+    group_size, symmetric: as in QuantSpec. skip: name patterns (fnmatch) of layers and tables to leave in float.
+    overrides: name pattern -> fields of QuantSpec that differ there; the last pattern that matches wins.
+    embeddings: how tables of Embedding and EmbeddingBag are quantized, or their bits alone; None: they stay in float.
     ranges: how a step is chosen before learning. method: "nearest" stops after that; "brecq" learns the rounding;
     "lsq" trains weights and steps on labels, as `tuning` says; "gptq" rounds column by column, with act_order those of
     large inputs first, for inputs from the "quantized" or the "float" prefix.
@@ -242,6 +287,7 @@ class Recipe:
     symmetric: bool = False
     skip: tuple[str, ...] = ()
     overrides: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    embeddings: Tables = None
     ranges: Ranges = "mse"
     method: Literal["nearest", "brecq", "lsq", "gptq"] = "brecq"
     act_order: bool = True
@@ -286,10 +332,14 @@ class Recipe:
         if self.sparq is not None and self.dynamic:
             raise ValueError("dynamic must be false with sparq; overrides can give single layers either")
 
+    def skips(self, name: str) -> bool:
+        """Whether a layer or table stays in float by its name."""
+        return any(fnmatchcase(name, pattern) for pattern in self.skip)
+
     def spec_for(self, name: str, is_first_or_last: bool, is_second: bool = False, kind: str = "linear") -> QuantSpec:
         """The widths of one layer, before linked layers are made to agree. kind: of the layer, as in Layer."""
-        if any(fnmatchcase(name, pattern) for pattern in self.skip):
-            return float_spec("named in the recipe's skip")
+        if self.skips(name):
+            return float_spec(SKIPPED)
         fields: dict[str, Any] = {
             "weights": self.weights,
             "activations": self.activations,
@@ -312,7 +362,7 @@ class Recipe:
         fields.setdefault("dynamic", self.dynamic and is_linear and not is_float)
         is_whole = is_exception or fields["dynamic"] or fields["activations"] != 8
         fields.setdefault("sparq", None if is_whole else self.sparq)
-        return _parse(QuantSpec, fields, f"recipe: overrides for {name}")
+        return parsed(QuantSpec, fields, f"recipe: overrides for {name}")
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON and YAML hold it; from_dict gives an equal one back."""
@@ -321,7 +371,7 @@ class Recipe:
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Recipe:
         """Raises QkError for fields that do not fit, all of them named."""
-        return _parse(Recipe, data, "recipe")
+        return parsed(Recipe, data, "recipe")
 
     @staticmethod
     def from_yaml(path: str | Path) -> Recipe:
@@ -333,30 +383,6 @@ class Recipe:
         if not isinstance(data, dict):
             raise fail("recipe", str(path), "a mapping of Recipe's fields", type(data).__name__)
         return Recipe.from_dict(data)
-
-
-def _parse(kind: Any, data: Mapping[str, Any], where: str) -> Any:
-    """data as `kind`. Raises QkError for fields that do not fit."""
-    if not isinstance(data, Mapping):
-        raise fail(where, "it", f"a mapping of the fields of {kind.__name__}", type(data).__name__)
-    try:
-        return TypeAdapter(kind).validate_python(dict(data))
-    except ValidationError as error:
-        raise _refusal(kind, error, where) from error
-
-
-def _refusal(kind: Any, error: ValidationError, where: str) -> QkError:
-    """Names every field that does not fit; for one that is unknown, those that there are."""
-    found = error.errors()
-    lines = []
-    for e in found:
-        name = ".".join(map(str, e["loc"]))
-        text = e["msg"].removeprefix("Value error, ").replace("Input should", "must", 1)
-        text = text.replace("Unexpected", "is an unexpected", 1)
-        lines.append(f"{name} {text[0].lower()}{text[1:]}, got {e['input']!r}" if name else text)
-    unknown = any(e["type"].startswith("unexpected") for e in found)
-    advice = f" The fields are: {', '.join(kind.__dataclass_fields__)}." if unknown else ""
-    return QkError(f"{where}: {'; '.join(lines)}.{advice}")
 
 
 def checked_recipe(recipe: Recipe | None, stage: str) -> Recipe:

@@ -15,6 +15,7 @@ from qk.calibrate.bias import correct_bias
 from qk.calibrate.lapq import Loss, search
 from qk.calibrate.observe import HistogramObserver, Observer
 from qk.calibrate.statistics import match_statistics
+from qk.calibrate.table import quantized_rows
 from qk.errors import fail
 from qk.prepare.insert import ActQuantizer, QuantLayer
 from qk.prepare.prepared import Prepared, check_prepared, float_activations
@@ -40,7 +41,8 @@ def calibrate(
     seed: int = 0,
     memory_mb: int = 1024,
 ) -> None:
-    """Sets step and zero of every quantizer of p, in place, and the codes of the weights to the nearest ones.
+    """Sets step and zero of every quantizer of p, in place, the codes of the weights to the nearest ones, and the rows
+    of embedding tables, which need no data and are left where they are set.
 
     The float model runs once over the batches (tensors, tuples of positional arguments, or dicts of keywords). Memory
     is bounded: exact ends and a sample of 2^18 values (kl: 2048 counts) for each tensor, spread over all batches.
@@ -55,7 +57,7 @@ def calibrate(
     outputs kept; more memory, fewer layers that run twice.
     max_batches: by default a list or DataLoader is consumed whole and an iterable of unknown length up to 64 batches.
     Raises QkError for no batch, a batch that the model does not take, a NaN or infinity in the data or in a weight, a
-    model without a quantized layer, and labels or a loss that do not fit. p is unchanged then.
+    model with nothing to quantize, and labels or a loss that do not fit. p is unchanged then.
     """
     check_prepared(p, STAGE)
     if ranges not in RANGES:
@@ -66,21 +68,26 @@ def calibrate(
     if loss is not None and not callable(loss):
         raise fail(STAGE, "loss", "a function of output and labels", type(loss).__name__)
     layers = p.quant_layers()
-    if not layers:
+    if not layers and not p.tables:
         reasons = "; ".join(f"{name}: {why}" for name, why in p.kept.items())
         raise fail(STAGE, "p", "a model with a quantized layer", f"none ({reasons})")
     for name, layer in layers.items():
         if not torch.isfinite(layer.weight).all():
             raise fail(STAGE, f"the weight of {name}", "finite", "NaN or infinity")
-    if ranges == "lapq":
+    if ranges == "lapq" and layers:
         if torch.is_inference_mode_enabled():  # its tensors do not say whether they were written into
             raise fail(STAGE, "the call", "outside torch.inference_mode for lapq", "inside it")
         batches = hold(batches, STAGE, max_batches, memory_mb)
         given = None if labels is None else _checked_labels(labels)
+    tables = {name: quantized_rows(name, t, STAGE) for name, t in p.quant_tables().items() if t.rows is None}
     with p.quantized(set()):
         observers = _observe(p, layers, batches, HistogramObserver if ranges == "kl" else Observer, max_batches)
+    for name, (table, error) in tables.items():
+        p.quant_tables()[name].set_rows(table.rows, table.books, error)
     found = None
-    if ranges == "lapq":
+    if not layers:
+        pass
+    elif ranges == "lapq":
         found = search(p, observers, batches, labels=given, loss=loss, seed=seed, memory_mb=memory_mb)
     else:
         _set_ranges(observers, ranges)

@@ -20,19 +20,34 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from qk.deploy.convert import Info
-from qk.deploy.manifest import ASK_AGAIN, FILE, FORMAT, STAGE, LayerConfig, Manifest, TensorFile, read_manifest
+from qk.deploy.embedding import BAG, QEmbedding, QEmbeddingBag, table_modules
+from qk.deploy.manifest import (
+    ASK_AGAIN,
+    FILE,
+    FORMAT,
+    STAGE,
+    LayerConfig,
+    Manifest,
+    TableConfig,
+    TensorFile,
+    read_manifest,
+)
 from qk.deploy.modules import TENSORS, IntegerLayer, QConv2d, QLinear, integer_layers
 from qk.errors import QkError, fail
 from qk.files import TEMPORARY, replace_file
 from qk.machine import qk_version
 from qk.prepare.insert import padding_of
 from qk.prepare.source import check_device
+from qk.spec import Plan
 
+TABLES = {"embedding": (nn.Embedding, QEmbedding), "embedding_bag": (nn.EmbeddingBag, QEmbeddingBag)}
 KINDS = {"linear": (nn.Linear, QLinear), "conv2d": (nn.Conv2d, QConv2d)}
 
 
 def save(model: nn.Module, folder: str | Path) -> Path:
     """Writes the integer model (of qk.convert or qk.load) into `folder`, which is made when it is not there.
+
+    A float model in which tables of qk.quantize_embedding stand is one too.
 
     Returns the folder. A checkpoint that is there already is replaced as a whole or not at all.
     Raises QkError for a model that is not an integer one, or holds state that is no tensor, and for a path that cannot
@@ -40,8 +55,11 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     """
     folder = Path(folder)
     info = getattr(model, "qk_info", None)
+    tables = table_modules(model) if isinstance(model, nn.Module) else {}
+    if info is None and tables:
+        info = Info(Plan({}))
     layers = integer_layers(model) if isinstance(info, Info) else {}
-    if not layers:
+    if not layers and not tables:
         raise fail("qk.save", "model", "the result of qk.convert or qk.load", type(model).__name__)
     check_state(model, "qk.save")
     tensors, tied = unshared(model)
@@ -63,6 +81,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
         fingerprint=info.fingerprint,
         new_biases=info.new_biases,
         unclipped=info.unclipped,
+        tables={name: _table_config(table) for name, table in tables.items()},
     )
     try:
         replace_file(folder / file.name, content)
@@ -159,6 +178,14 @@ def _config(layer: IntegerLayer) -> LayerConfig:
     return LayerConfig(kind="conv2d", **common, **conv)
 
 
+def _table_config(table: QEmbedding | QEmbeddingBag) -> TableConfig:
+    bag = {"mode": table.mode, "include_last_offset": table.include_last_offset} if hasattr(table, "mode") else {}
+    names = ("cols", "bits", "dtype", "codes_first", "method", "error", "padding_idx")
+    common = {name: getattr(table, name) for name in names} | {"row_kind": table.kind, "rows": table.num_embeddings}
+    books = None if table.books is None else len(table.books)
+    return TableConfig(kind="embedding_bag" if bag else "embedding", books=books, **common, **bag)
+
+
 def _classes(model: nn.Module) -> dict[str, str]:
     return {name: type(module).__name__ for name, module in model.named_modules(remove_duplicate=False)}
 
@@ -188,8 +215,8 @@ def _check_modules(folder: Path, manifest: Manifest, model: nn.Module) -> None:
     """Raises QkError unless `model` is what the checkpoint was made of: the same modules, layers of the same shapes."""
     if not isinstance(model, nn.Module):
         raise fail(STAGE, "model", "the float nn.Module that was quantized", type(model).__name__)
-    if integer_layers(model):
-        raise fail(STAGE, "model", "the float model", "one with integer layers", "Build it anew.")
+    if integer_layers(model) or table_modules(model):
+        raise fail(STAGE, "model", "the float model", "one with integer layers or tables", "Build it anew.")
     check_device(model, STAGE)
     there = dict(model.named_modules(remove_duplicate=False))
     where, kind_of_model = f"{folder / FILE}: modules", type(model).__name__
@@ -207,6 +234,8 @@ def _check_modules(folder: Path, manifest: Manifest, model: nn.Module) -> None:
         if name in manifest.layers:
             given = name in manifest.folds.values() or name in manifest.new_biases
             _check_layer(folder, name, manifest.layers[name], module, given)
+        elif name in manifest.tables:
+            _check_table(folder, name, manifest.tables[name], module)
         elif name in manifest.folds:
             if not isinstance(module, _BatchNorm):
                 raise fail(STAGE, f"{where}.{name}", "a folded BatchNorm", type(module).__name__, advice)
@@ -237,6 +266,20 @@ def _check_layer(folder: Path, name: str, config: LayerConfig, module: nn.Module
             raise fail(STAGE, f"{where}: {field}", value, got[field], advice)
 
 
+def _check_table(folder: Path, name: str, config: TableConfig, module: nn.Module) -> None:
+    where = f"model: table {name or 'itself'}"
+    advice = f"{folder / FILE} is the checkpoint of another model, or it was edited."
+    if not isinstance(module, TABLES[config.kind][0]):
+        raise fail(STAGE, where, TABLES[config.kind][0].__name__, type(module).__name__, advice)
+    expected: dict[str, Any] = {"shape": (config.rows, config.cols), "max_norm": None}
+    got: dict[str, Any] = {"shape": tuple(module.weight.shape), "max_norm": module.max_norm}
+    for field in BAG if config.kind == "embedding_bag" else ():
+        expected[field], got[field] = getattr(config, field), getattr(module, field)
+    for field, value in expected.items():
+        if got[field] != value:
+            raise fail(STAGE, f"{where}: {field}", value, got[field], advice)
+
+
 def _build(path: Path, manifest: Manifest, tensors: dict[str, Tensor], model: nn.Module) -> nn.Module:
     """A copy of the float model with integer layers and without folded norms; floats are not filled in yet."""
     there = dict(model.named_modules(remove_duplicate=False))
@@ -257,6 +300,9 @@ def _build(path: Path, manifest: Manifest, tensors: dict[str, Tensor], model: nn
             new[id(there[name])] = layer.to(there[name].weight.device)
         except (QkError, RuntimeError) as error:
             raise QkError(f"{STAGE}: {path}: layer {name}: {error}") from error
+    for name, table in manifest.tables.items():
+        if id(there[name]) not in new:
+            new[id(there[name])] = _table(path, name, table, manifest, tensors).to(there[name].weight.device)
     # deepcopy takes what its memo holds for an object: the float weights of integer layers are never copied.
     result = copy.deepcopy(model, dict(new))
     for target in set(manifest.folds.values()) - manifest.layers.keys():  # a float layer takes up its norm's shift
@@ -264,6 +310,23 @@ def _build(path: Path, manifest: Manifest, tensors: dict[str, Tensor], model: nn
         if getattr(layer, "bias", None) is None:
             layer.bias = nn.Parameter(layer.weight.new_empty(layer.weight.shape[0]), layer.weight.requires_grad)
     return result
+
+
+def _table(
+    path: Path, name: str, config: TableConfig, manifest: Manifest, tensors: dict[str, Tensor]
+) -> QEmbedding | QEmbeddingBag:
+    own = {key: tensors.get(manifest.tied.get(full, full)) for key in ("rows", "books") for full in [_join(name, key)]}
+    count = None if own["books"] is None else len(own["books"])
+    for key, expected, got in (
+        ("rows", config.rows, own["rows"] is not None and len(own["rows"])),
+        ("books", config.books, count),
+    ):
+        if got != expected:
+            raise fail(STAGE, f"{path}: {_join(name, key)}", f"{expected} rows", got, ASK_AGAIN)
+    try:
+        return TABLES[config.kind][1](**own, **config.options())
+    except (QkError, RuntimeError) as error:
+        raise QkError(f"{STAGE}: {path}: table {name}: {error}") from error
 
 
 def _fill(path: Path, manifest: Manifest, tensors: dict[str, Tensor], result: nn.Module) -> None:

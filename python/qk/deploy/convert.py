@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from qk import ops
+from qk.deploy.embedding import to_integer_table
 from qk.deploy.modules import IntegerLayer, QConv2d, QLinear
 from qk.errors import fail
 from qk.inputs import digest
 from qk.prepare.insert import QuantLayer, from_kernel_order
+from qk.prepare.lookup import QuantTable
 from qk.prepare.points import add_to_owners
 from qk.prepare.prepared import Prepared, check_prepared
 from qk.spec import Plan
@@ -40,18 +42,19 @@ class Info:
 
 
 def convert(p: Prepared) -> nn.Module:
-    """A copy of the prepared model with integer layers in the places of its quantized ones; p stays as it is.
+    """A copy of the prepared model with integer layers and tables where it has quantized ones; p stays as it is.
 
     The result is in eval mode and has `qk_info` (Info). Layers that the plan leaves in float stay float.
     Raises QkError when p is not calibrated, a layer's rounding is still being learned, or nothing is quantized.
     """
     check_prepared(p, "qk.convert")
     layers = p.quant_layers()
-    if not layers:
+    if not layers and not p.tables:
         raise fail("qk.convert", "p", "a model with a quantized layer", f"{len(p.kept)} layers, all float")
     if not p.calibrated:
         raise fail("qk.convert", "p", "calibrated", "no ranges", "Call qk.calibrate(p, batches) first.")
-    integer = {id(layer): to_integer(name, layer) for name, layer in layers.items()}
+    integer: dict[int, nn.Module] = {id(layer): to_integer(name, layer) for name, layer in layers.items()}
+    integer |= {id(table): to_integer_table(table) for table in p.quant_tables().values()}
     scales: dict[int, Tensor] = {}  # layers that read one tensor still share the factors on it
     for layer in layers.values():
         if layer.input_scale is not None:
@@ -115,7 +118,9 @@ def deployed_weight(module: IntegerLayer) -> Tensor:
 def fingerprint(model: nn.Module) -> str:
     """sha256 over names, types, shapes and contents of a prepared model's float tensors."""
     found = model.named_modules(remove_duplicate=False)
-    prefixes = tuple(f"{name}." if name else "" for name, module in found if isinstance(module, QuantLayer))
+    prefixes = tuple(
+        f"{name}." if name else "" for name, module in found if isinstance(module, QuantLayer | QuantTable)
+    )
     own = {prefix + name for prefix in prefixes for name in ("weight", "bias")}
     state = sorted(model.state_dict().items())
     return digest((name, tensor) for name, tensor in state if name in own or not name.startswith(prefixes))

@@ -1,14 +1,11 @@
 """Quantized embedding tables: rows of codes with their numbers, and the modules that look them up.
 
-How codes are chosen: qk.methods.embedding. Bytes of a row: docs/format.md. Tables beyond memory: qk.deploy.table_file.
+How codes are chosen: qk.calibrate.rows. Bytes of a row: docs/format.md. Tables beyond memory: qk.deploy.table_file.
 """
 
 from __future__ import annotations
 
-import inspect
 import mmap
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,162 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from qk import ops
+from qk.calibrate.table import STAGE, Table, quantize_table
+from qk.deploy.modules import by_definition
 from qk.errors import fail
-from qk.methods import embedding as methods
-from qk.ops.embedding_bag import DTYPES, row_bytes, values
+from qk.ops.embedding_bag import embedding, values
+from qk.ops.embedding_bag import reference as bags_definition
+from qk.prepare.lookup import QuantTable
 
-STAGE = "qk.quantize_embedding"
-AT_ONCE = 1 << 22  # values of a piece of a table, so that a search needs no second table
-SAMPLE = 1 << 16  # rows to which the books of two-tier are fitted
-BOOKS = 1024  # of two-tier, at most, unless asked for
-
-
-@dataclass(frozen=True)
-class Table:
-    """rows uint8 [N, bytes of a row] and how to read them, as `qk.ops.embedding_bag` takes it."""
-
-    rows: Tensor
-    bits: int
-    cols: int
-    kind: str = "affine"
-    dtype: str = "float16"
-    books: Tensor | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Of rows and books."""
-        return self.rows.nbytes + (0 if self.books is None else self.books.nbytes)
-
-    def values(self) -> Tensor:
-        """What the rows stand for, float32 [N, cols]."""
-        return values(self.rows, self.bits, self.cols, self.kind, self.dtype, books=self.books)
-
-
-class Packer:
-    """Turns pieces of a float table [N, cols] into packed rows; all checks of the arguments are made here.
-
-    sample: a function of a number of rows that gives so many of the table, to which two-tier fits its books.
-    """
-
-    def __init__(
-        self,
-        shape: tuple[int, int],
-        sample: Callable[[int], Tensor],
-        bits: int,
-        method: str,
-        scale_dtype: str | torch.dtype,
-        options: dict[str, Any],
-        stage: str = STAGE,
-    ) -> None:
-        if bits not in (2, 4, 8):
-            raise fail(stage, "bits", "2, 4 or 8", bits)
-        dtype = str(scale_dtype).removeprefix("torch.")
-        if dtype not in DTYPES:
-            raise fail(stage, "scale_dtype", " or ".join(DTYPES), dtype)
-        if method not in methods.METHODS:
-            raise fail(stage, "method", " or ".join(methods.METHODS), method)
-        if bits == 8 and method not in methods.RANGES:
-            raise fail(stage, "bits", f"2 or 4 for {method}", bits, "A book of 256 values a row saves nothing.")
-        self.stage, self.bits, self.cols, self.method, self.dtype = stage, bits, shape[1], method, dtype
-        self.kind = {"kmeans": "codebook", "two-tier": "shared"}.get(method, "affine")
-        self.options = _checked(options, method, stage)
-        self.middles = self.books = None
-        if method == "two-tier":
-            count = self.options.pop("books", None) or max(1, min(shape[0] // 32, BOOKS))
-            rows = self._finite(sample(SAMPLE))
-            if len(rows):
-                self.middles, self.books = methods.fit_books(rows, bits, count, **self.options)
-            else:
-                self.middles, self.books = rows.new_zeros(1, self.cols), rows.new_zeros(1, 2**bits)
-
-    @property
-    def row_bytes(self) -> int:
-        """Of a packed row."""
-        return sum(row_bytes(self.cols, self.bits, self.kind, self.dtype))
-
-    @property
-    def pieces(self) -> int:
-        """Rows to pack at once."""
-        return max(1, AT_ONCE // self.cols)
-
-    def __call__(self, piece: Tensor) -> Tensor:
-        """Packed rows uint8 [n, row_bytes]. Raises QkError for values that are not finite or beyond dtype."""
-        x, dtype = self._finite(piece), DTYPES[self.dtype]
-        if len(x) == 0:
-            return torch.zeros(0, self.row_bytes, dtype=torch.uint8, device=x.device)
-        if self.kind == "affine":
-            coded = methods.by_range(x, self.bits, dtype, self.method, **self.options)
-            numbers = torch.stack([coded.scale, coded.offset], 1)
-        elif self.kind == "codebook":
-            coded = methods.kmeans(x, self.bits, dtype)
-            numbers = coded.books
-        else:
-            coded = methods.two_tier(x, self.middles.to(x.device), self.books.to(x.device))
-            numbers, dtype = coded.number[:, None], torch.int32
-        if not bool(numbers.isfinite().all()):
-            got = float(x.abs().max())
-            raise fail(self.stage, "weight", f"within the range of {self.dtype}", got, "Use scale_dtype float32.")
-        packed = ops.pack(coded.codes, self.bits)[:, : -(-self.cols * self.bits // 8)]
-        return torch.cat([packed, numbers.to(dtype).contiguous().view(torch.uint8)], 1)
-
-    def _finite(self, piece: Tensor) -> Tensor:
-        x = piece.float()
-        if not bool(x.isfinite().all()):
-            raise fail(self.stage, "weight", "finite", "NaN or Inf")
-        return x
-
-
-def _checked(options: dict[str, Any], method: str, stage: str) -> dict[str, Any]:
-    """The options, if `method` has them and they are positive numbers."""
-    of = methods.fit_books if method == "two-tier" else methods.RANGES.get(method)
-    known = [n for n, p in inspect.signature(of).parameters.items() if p.default is not p.empty] if of else []
-    known += ["books"] if method == "two-tier" else []
-    for name, value in options.items():
-        if name not in known:
-            raise fail(stage, "options", f"{', '.join(known) or 'none'} for {method}", name)
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if name == "ratio" and not (isinstance(value, (int, float)) and 0 < value < 1):
-            raise fail(stage, name, "above 0 and below 1", value)
-        if name != "ratio" and not (whole and value >= (0 if name == "seed" else 1)):
-            raise fail(stage, name, "a whole number of at least 1", value)
-    return dict(options)
-
-
-def spread(rows: int, count: int) -> Tensor:
-    """The numbers of `count` rows spread evenly over a table, or of all of them; int64."""
-    count = min(rows, count)
-    return torch.arange(count) * rows // max(count, 1)
-
-
-def quantize_table(
-    weight: Tensor,
-    bits: int = 4,
-    method: str = "greedy",
-    scale_dtype: str | torch.dtype = "float16",
-    *,
-    stage: str = STAGE,
-    **options: Any,
-) -> Table:
-    """A float table [N, cols] in `bits` bits, on its device; a piece at a time, so that a search needs no second table.
-
-    Arguments and errors: as in quantize_embedding.
-    """
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.dtype.is_floating_point or not weight.shape[1]:
-        got = f"{weight.dtype} {list(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
-        raise fail(stage, "weight", "a float table [N, cols]", got)
-    with torch.no_grad():
-        weight = weight.detach()
-        pack = Packer(
-            tuple(weight.shape),
-            lambda count: weight[spread(len(weight), count)],
-            bits,
-            method,
-            scale_dtype,
-            options,
-            stage,
-        )
-        rows = torch.cat([pack(piece) for piece in weight.split(pack.pieces)])
-    return Table(rows, bits, weight.shape[1], pack.kind, pack.dtype, pack.books)
+BAG = ("mode", "include_last_offset", "padding_idx")  # what of an EmbeddingBag says how it sums
 
 
 def pack_table(weight: Tensor, bits: int, scale_dtype: str = "float16", method: str = "asymmetric") -> Tensor:
@@ -209,11 +58,26 @@ def quantize_embedding(
 
 def of_table(table: Table, module: nn.Module | None = None, mapped: bool = False) -> QEmbedding | QEmbeddingBag:
     """The module for a table that stands for a float `module`; mapped: without copying the rows."""
-    fields = {"kind": table.kind, "dtype": table.dtype, "books": table.books, "mapped": mapped}
-    if not isinstance(module, nn.EmbeddingBag):
-        return QEmbedding(table.rows, table.bits, table.cols, **fields)
-    own = {name: getattr(module, name) for name in ("mode", "include_last_offset", "padding_idx")}
-    return QEmbeddingBag(table.rows, table.bits, table.cols, **own, **fields)
+    fields = {name: getattr(table, name) for name in ("rows", "bits", "cols", "kind", "dtype", "books", "method")}
+    fields["mapped"] = mapped
+    if isinstance(module, nn.EmbeddingBag) or (isinstance(module, QuantTable) and module.is_bag):
+        return QEmbeddingBag(**fields, **{name: getattr(module, name) for name in BAG})
+    return QEmbedding(**fields, padding_idx=None if module is None else module.padding_idx)
+
+
+def to_integer_table(table: QuantTable) -> QEmbedding | QEmbeddingBag:
+    """The module that looks up as `table` simulates it."""
+    spec = table.spec
+    form = (spec.bits, table.weight.shape[1], spec.row_kind, spec.scale_dtype)
+    books = None if table.books is None else table.books.clone()
+    module = of_table(Table(table.rows.clone(), *form, books, spec.method), table)
+    module.error = table.error
+    return module
+
+
+def table_modules(model: nn.Module) -> dict[str, QEmbedding | QEmbeddingBag]:
+    """Name -> module with a quantized table; of one with several names the first."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, _Table)}
 
 
 def in_huge_pages(table: Tensor) -> Tensor:
@@ -232,7 +96,10 @@ def in_huge_pages(table: Tensor) -> Tensor:
 
 
 class _Table(nn.Module):
-    """What QEmbeddingBag and QEmbedding share: rows, and how to read them (see `qk.ops.embedding_bag`)."""
+    """What QEmbeddingBag and QEmbedding share: rows, and how to read them (see `qk.ops.embedding_bag`).
+
+    method: that made the rows, where it is known; error: length of their error over the length of the float table.
+    """
 
     rows: Tensor
     books: Tensor | None
@@ -247,27 +114,43 @@ class _Table(nn.Module):
         codes_first: bool = True,
         books: Tensor | None = None,
         mapped: bool = False,
+        method: str = "",
+        error: float | None = None,
+        padding_idx: int | None = None,
     ) -> None:
         """mapped: rows are kept as they lie, such as in a mapped file; else large ones move to huge pages."""
         super().__init__()
         self.bits, self.cols, self.kind, self.dtype, self.codes_first = bits, cols, kind, dtype, codes_first
+        self.method, self.error, self.padding_idx = method, error, padding_idx
         self.register_buffer("rows", rows if mapped else in_huge_pages(rows))
         self.register_buffer("books", books)
-        self._bags(torch.zeros(0, 1, dtype=torch.int64, device=rows.device), None)  # refuses what does not fit
+        nothing = torch.zeros(0, 1, dtype=torch.int64, device=rows.device)
+        embedding(rows, nothing, **self.form)  # refuses what does not fit
+
+    @property
+    def num_embeddings(self) -> int:
+        """Rows, as the float module names them."""
+        return self.rows.shape[0]
+
+    @property
+    def embedding_dim(self) -> int:
+        """Columns, as the float module names them."""
+        return self.cols
+
+    @property
+    def nbytes(self) -> int:
+        """Of rows and books."""
+        return self.rows.nbytes + (0 if self.books is None else self.books.nbytes)
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """How rows are read, as arguments of `qk.ops.embedding_bag`."""
+        names = ("bits", "cols", "kind", "dtype", "codes_first", "books")
+        return {name: getattr(self, name) for name in names}
 
     def _bags(self, indices: Tensor, offsets: Tensor | None, **options: Any) -> Tensor:
-        return ops.embedding_bag(
-            self.rows,
-            indices,
-            offsets,
-            self.bits,
-            self.cols,
-            self.kind,
-            self.dtype,
-            self.codes_first,
-            self.books,
-            **options,
-        )
+        look_up = bags_definition if by_definition() else ops.embedding_bag
+        return look_up(self.rows, indices, offsets, **self.form, **options)
 
     def _apply(self, fn: Any, recurse: bool = True) -> _Table:
         books = self.books
@@ -288,12 +171,11 @@ class QEmbeddingBag(_Table):
         *table: Any,
         mode: str = "sum",
         include_last_offset: bool = False,
-        padding_idx: int | None = None,
         **options: Any,
     ) -> None:
         """table, options: the arguments of the rows, as in `qk.ops.embedding_bag`: rows, bits, cols, kind, ..."""
         super().__init__(*table, **options)
-        self.mode, self.include_last_offset, self.padding_idx = mode, include_last_offset, padding_idx
+        self.mode, self.include_last_offset = mode, include_last_offset
 
     @classmethod
     def from_float(
@@ -326,7 +208,9 @@ class QEmbedding(_Table):
         return of_table(quantize_table(module.weight, bits, method, scale_dtype), module)
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._bags(input.reshape(-1, 1), None).reshape(*input.shape, self.cols)
+        if by_definition():
+            return values(self.rows[input.long()], **self.form)
+        return embedding(self.rows, input, **self.form)
 
 
 def _check_norm(stage: str, module: nn.Module) -> None:

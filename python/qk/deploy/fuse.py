@@ -8,6 +8,7 @@ import torch
 from torch import fx, nn
 
 from qk import ops
+from qk.deploy.embedding import table_modules
 from qk.deploy.fusing.graph import Constants, finished, merge_equal
 from qk.deploy.fusing.leftovers import left_in_float, note_reasons
 from qk.deploy.fusing.model import FusedModel, Inputs
@@ -84,7 +85,8 @@ def _checked(model: nn.Module, example: Any, tensors: int | None, ranges: str) -
         raise fail(STAGE, "model", "an unfused integer model", "a fused one")
     if not integer_layers(model):
         advice = "Make one with qk.quantize(model, batches).model, or qk.prepare, qk.calibrate and qk.convert."
-        raise fail(STAGE, "model", "one with an integer layer", f"{type(model).__name__}, all in float", advice)
+        rest = f"no integer layer beside {len(tables)} tables" if (tables := table_modules(model)) else "all in float"
+        raise fail(STAGE, "model", "one with an integer layer", f"{type(model).__name__}, {rest}", advice)
     if tensors not in (None, 8):
         raise fail(STAGE, "tensors", "8 or None", repr(tensors))
     if ranges not in RANGES:

@@ -6,12 +6,13 @@ import json
 from dataclasses import field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from qk.errors import fail
+from qk.ops.embedding_bag import row_bytes
 from qk.prepare.points import MOST
 from qk.spec import Plan
 
@@ -21,6 +22,7 @@ STAGE = "qk.load"
 
 _strict = ConfigDict(extra="forbid", strict=True)
 Pair = tuple[int, int]
+Size = Annotated[int, Field(ge=1)]
 Sha256 = Field(pattern=r"^[0-9a-f]{64}$")
 ASK_AGAIN = "The file was cut short or changed: copy it anew, or save the model again with qk.save."
 
@@ -58,6 +60,50 @@ class LayerConfig:
 
 
 @dataclass(frozen=True, config=_strict)
+class TableConfig:
+    """An embedding table: its rows, what stands in one, how they are read (`qk.ops.embedding_bag`). method: that made
+    them, error: length of their error over that of the float table; where they are known. books: how many of them rows
+    share. mode and include_last_offset are a bag's."""
+
+    kind: Literal["embedding", "embedding_bag"]
+    rows: Annotated[int, Field(ge=0)]
+    cols: Size
+    bits: Literal[2, 4, 8]
+    row_kind: Literal["affine", "codebook", "shared"]
+    dtype: Literal["float16", "bfloat16", "float32"]
+    codes_first: bool
+    books: Size | None = None
+    method: str = ""
+    error: float | None = Field(default=None, ge=0)
+    padding_idx: int | None = None
+    mode: Literal["sum", "mean", "max"] | None = None
+    include_last_offset: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.bits == 8 and self.row_kind != "affine":
+            raise ValueError(f"bits must be 2 or 4 with row_kind {self.row_kind}")
+        if (self.books is not None) != (self.row_kind == "shared"):
+            raise ValueError("books must be there for row_kind shared and only there")
+        bag = self.kind == "embedding_bag"
+        if any((value is not None) != bag for value in (self.mode, self.include_last_offset)):
+            raise ValueError("mode and include_last_offset must be there for embedding_bag and only there")
+        if self.padding_idx is not None and not -self.rows <= self.padding_idx < self.rows:
+            raise ValueError("padding_idx must be a row")
+
+    @property
+    def nbytes(self) -> int:
+        """Of rows and books."""
+        books = 0 if self.books is None else self.books * 2**self.bits * 4
+        return self.rows * sum(row_bytes(self.cols, self.bits, self.row_kind, self.dtype)) + books
+
+    def options(self) -> dict[str, Any]:
+        """The arguments of QEmbedding or QEmbeddingBag beyond tensors."""
+        names = ("bits", "cols", "dtype", "codes_first", "method", "error", "padding_idx")
+        names += ("mode", "include_last_offset") if self.kind == "embedding_bag" else ()
+        return {name: getattr(self, name) for name in names} | {"kind": self.row_kind}
+
+
+@dataclass(frozen=True, config=_strict)
 class TensorFile:
     """The tensors' file: its name comes from its content, so a new one never overwrites the one in use."""
 
@@ -74,8 +120,9 @@ class TensorFile:
 class Manifest:
     """Fields of qk.json (docs/format.md); `checksum`, over all others, is added when it is written.
 
-    layers: the integer ones. modules: name -> class of every module, integer ones included. tied: name of a tensor ->
-    name under which it is stored. fingerprint, new_biases, unclipped: of the float model (qk_info).
+    layers: the integer ones. tables: quantized embedding tables. modules: name -> class of every module, integer ones
+    included. tied: name of a tensor -> name under which it is stored. fingerprint, new_biases, unclipped: of the float
+    model (qk_info).
     """
 
     format: int
@@ -93,6 +140,7 @@ class Manifest:
     fingerprint: str
     new_biases: list[str] = field(default_factory=list)
     unclipped: list[str] = field(default_factory=list)
+    tables: dict[str, TableConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, layer in self.layers.items():
@@ -102,8 +150,12 @@ class Manifest:
                 raise ValueError(f"{name} has extra_rows, for which the plan has no points")
             if self.modules.get(name) != {"linear": "QLinear", "conv2d": "QConv2d"}[layer.kind]:
                 raise ValueError(f"layers and modules do not agree on {name}")
-        if not self.layers:
-            raise ValueError("layers must name an integer layer")
+        for name, table in self.tables.items():
+            kind = {"embedding": "QEmbedding", "embedding_bag": "QEmbeddingBag"}[table.kind]
+            if self.modules.get(name) != kind or name in self.layers:
+                raise ValueError(f"tables and modules do not agree on {name}")
+        if not self.layers and not self.tables:
+            raise ValueError("layers must name an integer layer, or tables a table")
         for norm, layer in self.folds.items():
             if self.modules.get(norm) != "Identity" or layer not in self.modules:
                 raise ValueError(f"folds names {norm} -> {layer}, which modules does not have")

@@ -88,6 +88,11 @@ def layer_errors(p: Prepared, batches: Iterable[Any]) -> dict[str, float]:
     return {name: sqnr(signal[name], noise[name]) for name in layers}
 
 
+def table_sqnr(error: float) -> float:
+    """In dB, of a table whose error has this length for a table of length 1; inf: no error."""
+    return sqnr(1.0, error * error)
+
+
 def sqnr(signal: float, noise: float) -> float:
     """Signal to quantization noise in dB, from sums of squares."""
     if noise == 0:

@@ -46,6 +46,11 @@ def definition() -> Iterator[None]:
         _mode.definition = before
 
 
+def by_definition() -> bool:
+    """Whether this thread is within `definition`."""
+    return _mode.definition
+
+
 class IntegerLayer(nn.Module):
     """What QLinear and QConv2d share.
 

@@ -18,7 +18,8 @@ from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qk.deploy.embedding import Packer, QEmbedding, Table, of_table, spread
+from qk.calibrate.table import Packer, Table, rows_at_once, spread
+from qk.deploy.embedding import QEmbedding, of_table
 from qk.errors import fail
 from qk.files import replacing
 from qk.ops.embedding_bag import DTYPES, row_bytes
@@ -59,7 +60,7 @@ def quantize_table_file(
     with torch.no_grad():
         sample = lambda count: _rows(table, spread(shape[0], count))  # noqa: E731
         pack = Packer(shape, sample, bits, method, scale_dtype, options, WRITE)
-        step = chunk_rows or pack.pieces
+        step = chunk_rows or rows_at_once(pack.cols)
         try:
             with replacing(out) as file, _bar(shape[0], progress) as advance:
                 file.write(_header(shape[0], pack))

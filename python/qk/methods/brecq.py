@@ -151,7 +151,7 @@ class _Run:
         p, recipe, kept = self.p, self.recipe, self.kept
         if not phase.rounding and not any(entry.name in p.history for entry in entries):
             calibrate_activations(p, self.batches, recipe.ranges)
-        finished: set[str] = set()
+        finished = set(p.tables)
         learned: set[ActQuantizer] = set()
         with nullcontext() if phase.steps else float_activations(p):
             for number, (unit, entry) in enumerate(zip(units, entries, strict=True), first):
@@ -259,7 +259,7 @@ class _Unit:
         generator: torch.Generator,
     ) -> None:
         layers = p.quant_layers()
-        self.p, self.names = p, set(unit.layers)
+        self.p, self.names = p, {*unit.layers, *p.tables}
         self.phase, self.recipe, self.generator = phase, recipe, generator
         modules = unit.modules(p.model)
         self.module: nn.Module = modules[0] if len(modules) == 1 else nn.Sequential(*modules)

@@ -27,7 +27,7 @@ def units_of(p: Prepared, granularity: str) -> list[Unit]:
     layers = tuple(p.quant_layers())
     if granularity == "layer":
         return [Unit(name, (name,)) for name in layers]
-    return {"block": p.units, "stage": p.stages, "net": [Unit("", layers)]}[granularity]
+    return {"block": p.units, "stage": p.stages, "net": [Unit("", layers)] if layers else []}[granularity]
 
 
 @contextmanager

@@ -185,7 +185,7 @@ def gptq(
     p.steps_before = steps_digest(p)
     kept = None if folder is None else Finished(folder, p, units, held, recipe, p.steps_before, STAGE)
     p.history = {}
-    finished: set[str] = set()
+    finished = set(p.tables)
     with frozen(p.model), Progress(progress, STAGE, len(units), len(units)) as shown:
         for number, unit in enumerate(units):
             shown.unit(unit.name)

@@ -127,19 +127,21 @@ class LsqLayer(QuantLayer):
 def trainable(p: Prepared, tuning: Tuning | None = None, first: Any = None) -> nn.Module:
     """p.model with weights and steps to train in any loop of PyTorch; qk.convert(p) then gives the integer model.
 
-    All quantized layers are switched on; weights become symmetric, and the plan says so. Dynamic layers train weights
-    alone. tuning: steps, start, count.
-    first: a batch of inputs, for start="paper". Nothing is set later, at a first call: the state dict is complete, and
-    fits the trainable model of any equally prepared p. Steps are named raw_step; param_groups sorts the parameters.
+    All quantized layers are switched on, and embedding tables, which stay as they are; weights become symmetric, and
+    the plan says so. Dynamic layers train weights alone. tuning: steps, start, count. first: a batch of inputs, for
+    start="paper". Nothing is set later, at a first call: the state dict is complete, and fits the trainable model of
+    any equally prepared p. Steps are named raw_step; param_groups sorts the parameters.
     A p that is trainable already is left as it is.
-    Raises QkError for p that is not calibrated, has channels of several points or pairs by sparse weights, and for
-    start="paper" without a batch; p is unchanged then.
+    Raises QkError for p that is not calibrated, has no quantized layer, channels of several points or pairs by sparse
+    weights, and for start="paper" without a batch; p is unchanged then.
     """
     check_learnable(p, STAGE)
     tuning = tuning or Tuning()
     layers = p.quant_layers()
     if is_trainable(p):
         return p.model
+    if not layers:
+        raise fail(STAGE, "p", "a model with a quantized layer", "one whose tables alone are quantized")
     several = [name for name, layer in layers.items() if layer.extra_rows]
     if several:
         raise fail(STAGE, "p", "with one row for each channel", f"several points in {', '.join(several)}", ANEW)
@@ -165,6 +167,8 @@ def trainable(p: Prepared, tuning: Tuning | None = None, first: Any = None) -> n
         new = LsqLayer(p.originals[name], specs[name], quantizer, step).train(layer.training)
         new.weight, new.input_scale = layer.weight, layer.input_scale  # the original's, or what smoothing made of it
         put(p, name, new)
+    for table in p.quant_tables().values():
+        table.quantized = True
     p.plan, p.history = Plan(p.plan.layers | specs), {}
     return p.model
 

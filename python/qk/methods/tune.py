@@ -26,6 +26,7 @@ from qk.methods.lsq import param_groups, trainable
 from qk.methods.progress import Progress
 from qk.methods.training_file import Place, TrainingFile, random_state, set_random_state, set_values, values_of
 from qk.prepare.insert import QuantLayer
+from qk.prepare.lookup import QuantTable
 from qk.prepare.prepared import Prepared, Unit, check_prepared
 from qk.spec import Recipe, checked_recipe
 
@@ -249,7 +250,7 @@ class Teacher:
     def __init__(self, p: Prepared, units: list[Unit]) -> None:
         self.model, self.units = copy.deepcopy(p.model).eval().requires_grad_(False), units
         for module in self.model.modules():
-            if isinstance(module, QuantLayer):
+            if isinstance(module, QuantLayer | QuantTable):
                 module.quantized = False
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,6 +59,14 @@ def embedding_bag(
         include_last_offset,
         padding_idx,
     )
+
+
+def embedding(rows: Tensor, indices: Tensor, **form: Any) -> Tensor:
+    """The rows that indices [...] name, as torch's embedding: float32 [..., cols].
+
+    form: bits, cols and what else embedding_bag takes of the table.
+    """
+    return embedding_bag(rows, indices.reshape(-1, 1), None, **form).reshape(*indices.shape, form["cols"])
 
 
 def row_bytes(cols: int, bits: int, kind: str = "affine", dtype: str = "float16") -> tuple[int, int]:

@@ -20,7 +20,7 @@ def apply_plan(p: Prepared, plan: Plan) -> None:
     Raises QkError, before anything changes, for a plan that names an unknown layer, leaves one out, quantizes nothing,
     asks for what no kernel can run, or pairs activations by weights that are not 2:4 sparse.
     """
-    plan = checked(plan, p.layers, p.links, "qk.apply_plan")
+    plan = checked(plan, p.layers, p.links, "qk.apply_plan", bool(p.tables))
     by_weights = [name for name, spec in plan.layers.items() if spec.sparq and spec.sparq.pairs == "weights"]
     check_sparse({name: to_kernel_order(p.originals[name].weight.detach()) for name in by_weights}, "qk.apply_plan")
     group_of = {name: group for group in p.links for name in group}
@@ -44,7 +44,9 @@ def leave_in_float(p: Prepared, reasons: dict[str, str]) -> None:
     Raises QkError, before anything changes, for a name that is no layer, and when nothing would be quantized any more.
     """
     specs = p.plan.layers | {name: float_spec(reason) for name, reason in reasons.items()}
-    plan = checked(Plan(specs), p.layers, [], "qk.leave_in_float")  # a link keeps the width that it was calibrated for
+    plan = checked(
+        Plan(specs), p.layers, [], "qk.leave_in_float", bool(p.tables)
+    )  # a link keeps the width that it was calibrated for
     for name in reasons:
         put(p, name, p.originals[name])
     _record(p, plan)

@@ -16,36 +16,44 @@ INT32_MAX = 2**31 - 1
 
 
 def plan_from(
-    recipe: Recipe, layers: Mapping[str, Layer], links: list[tuple[str, ...]], kept: Iterable[str] = ()
+    recipe: Recipe,
+    layers: Mapping[str, Layer],
+    links: list[tuple[str, ...]],
+    others: Iterable[str] = (),
+    may_be_float: bool = False,
 ) -> Plan:
     """The recipe's widths for each layer; a layer whose sums could leave int32 stays in float.
 
+    others: names that skip may match too. may_be_float: as in checked.
     Raises QkError for a pattern of skip or overrides that matches nothing, for a group size that does not fit, and for
     overrides that make the input of a convolution dynamic.
     """
-    _check_patterns("skip", recipe.skip, [*layers, *kept])
+    _check_patterns("skip", recipe.skip, [*layers, *others])
     _check_patterns("overrides", recipe.overrides, layers)
     names = list(layers)
-    ends = {names[0], *last_layers(layers)}
+    ends = {*names[:1], *last_layers(layers)}
     plan = agree(Plan({n: recipe.spec_for(n, n in ends, n in names[1:2], layers[n].kind) for n in names}), links)
     long = {n: reason for n in names if (reason := too_long(layers[n], plan[n]))}
     plan = Plan({n: float_spec(long[n]) if n in long else spec for n, spec in plan.layers.items()})
-    return checked(plan, layers, links, STAGE)
+    return checked(plan, layers, links, STAGE, may_be_float)
 
 
 def last_layers(layers: Mapping[str, Layer]) -> list[str]:
     """Those whose outputs no layer reads; where a loop leaves none, the last to run."""
-    return [name for name, layer in layers.items() if not layer.feeds] or [list(layers)[-1]]
+    return [name for name, layer in layers.items() if not layer.feeds] or list(layers)[-1:]
 
 
-def checked(plan: Plan, layers: Mapping[str, Layer], links: list[tuple[str, ...]], stage: str) -> Plan:
-    """The plan in running order with linked layers agreed. Raises QkError for what no kernel could run."""
+def checked(
+    plan: Plan, layers: Mapping[str, Layer], links: list[tuple[str, ...]], stage: str, may_be_float: bool = False
+) -> Plan:
+    """The plan in running order with linked layers agreed. may_be_float: a plan that quantizes no layer is one too, as
+    there are tables that are. Raises QkError for what no kernel could run."""
     unknown, missing = [n for n in plan.layers if n not in layers], [n for n in layers if n not in plan.layers]
     if unknown or missing:
         what = f"unknown {', '.join(unknown)}" if unknown else f"nothing for {', '.join(missing)}"
         raise fail(stage, "plan", "one spec for each layer of the model", what, "Its layers are in Prepared.layers.")
     plan = agree(Plan({n: plan[n] for n in layers}), links)
-    if all(spec.is_float for spec in plan.layers.values()):
+    if not may_be_float and all(spec.is_float for spec in plan.layers.values()):
         reasons = sorted({spec.reason or "the plan says so" for spec in plan.layers.values()})
         raise fail(stage, "plan", "one that quantizes a layer", f"float for all: {'; '.join(reasons)}")
     uneven = [

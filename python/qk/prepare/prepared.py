@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from qk.errors import fail
 from qk.prepare.insert import QuantLayer
-from qk.spec import Plan
+from qk.prepare.lookup import QuantTable
+from qk.spec import Embeddings, Plan
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ class Path:
 
 @dataclass
 class Prepared:
-    """A copy of the model, BatchNorm folded, with a QuantLayer at every layer of the plan that is not float.
+    """A copy of the model, BatchNorm folded, with a QuantLayer at every layer of the plan that is not float, and a
+    QuantTable at every embedding table that is quantized.
 
     layers: every quantizable layer that ran, in running order. units: in running order; together they hold every
     quantized layer once. links: groups of layers that read the same tensor; they share one
@@ -77,7 +79,8 @@ class Prepared:
     all_units, all_stages: as they would be if no layer stayed in float. originals: the float modules, folded, that
     QuantLayers stand for.
     steps_before: digest of the activation steps that learning started from. paths: along which channels can be scaled;
-    blocked: every other layer or norm -> why not there. unclipped: ReLU6 modules that became ReLU.
+    blocked: every other layer or norm -> why not there. unclipped: ReLU6 modules that became ReLU. tables: name of an
+    embedding table to quantize -> how.
     """
 
     model: nn.Module
@@ -97,6 +100,7 @@ class Prepared:
     paths: list[Path] = field(default_factory=list, repr=False)
     blocked: dict[str, str] = field(default_factory=dict, repr=False)
     unclipped: list[str] = field(default_factory=list)
+    tables: dict[str, Embeddings] = field(default_factory=dict)
     search: object = None  # qk.calibrate.lapq.Found: what lapq saw
 
     @property
@@ -109,10 +113,15 @@ class Prepared:
         found = {name: self.model.get_submodule(name) for name in self.layers}
         return {name: module for name, module in found.items() if isinstance(module, QuantLayer)}
 
+    def quant_tables(self) -> dict[str, QuantTable]:
+        """Name -> QuantTable, in running order."""
+        return {name: self.model.get_submodule(name) for name in self.tables}
+
     @contextmanager
     def quantized(self, names: set[str] | None = None) -> Iterator[nn.Module]:
-        """The model with the named layers quantized (all by default) and every other one in float, for a while."""
-        layers = self.quant_layers()
+        """The model with the named layers and tables quantized (all by default) and every other one in float, for a
+        while."""
+        layers = {**self.quant_tables(), **self.quant_layers()}
         before = {name: layer.quantized for name, layer in layers.items()}
         for name, layer in layers.items():
             layer.quantized = names is None or name in names

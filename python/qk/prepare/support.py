@@ -16,14 +16,15 @@ from qk.prepare.tree import has_hooks
 
 Place = tuple[int, int]  # storage and offset
 ReadBy = dict[Place, set[str]]  # -> the modules in which an operator read from there
+SHARED = "its weight is shared with another module"
+HOOKED = "it has hooks, which a replaced layer would lose"
+COMPUTED = "its weight is computed by a parametrization; remove that first"
+IDLE = "it did not run on the example"
 
 
 def sort_modules(model: nn.Module, seen: Observation) -> tuple[dict[str, Layer], dict[str, str]]:
     """The layers that can be quantized, in running order, and for every other module with weights the reason."""
-    owners = Counter(_place(p) for m in model.modules() for p in m._parameters.values() if p is not None)
-    read_by: ReadBy = defaultdict(set)
-    for value, readers in seen.readers.items():
-        read_by[value.storage, value.offset].update(readers)
+    uses = Uses(model, seen)
     layers: dict[str, Layer] = {}
     kept: dict[str, str] = {}
     started = {name: order for order, name in enumerate(seen.calls)}
@@ -32,7 +33,7 @@ def sort_modules(model: nn.Module, seen: Observation) -> tuple[dict[str, Layer],
         if not holds_weights and not isinstance(module, (nn.Conv2d, nn.Linear)):  # whose weight may be computed
             continue
         calls = seen.calls.get(name, [])
-        reason = _against(module, name, calls, read_by, owners)
+        reason = _against(module, name, calls, uses)
         if reason is None:
             layers[name] = _layer(name, module, len(layers), seen)
         else:
@@ -40,13 +41,38 @@ def sort_modules(model: nn.Module, seen: Observation) -> tuple[dict[str, Layer],
     return layers, kept
 
 
-def _layer(name: str, module: nn.Module, order: int, seen: Observation) -> Layer:
-    weight: Tensor = module.weight
-    calls = seen.calls[name]
-    for what, tensor in (("weight", weight), ("bias", module.bias)):
+class Uses:
+    """Who holds and who reads each weight of a model."""
+
+    def __init__(self, model: nn.Module, seen: Observation) -> None:
+        self.owners = Counter(_place(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+        self.read_by: ReadBy = defaultdict(set)
+        for value, readers in seen.readers.items():
+            self.read_by[value.storage, value.offset].update(readers)
+
+    def is_shared(self, weight: Tensor) -> bool:
+        """Whether several modules hold it, or several parameters lie on its memory."""
+        return self.owners[_place(weight)] > 1
+
+    def by_others(self, weight: Tensor, name: str) -> str:
+        """Why the weight of module `name` is needed outside of its calls; "" if it is not."""
+        others = sorted(self.read_by[_place(weight)] - {name})
+        named = ", ".join(other or "the model" for other in others)
+        return f"its weight is read by {named} without a call of the layer" if others else ""
+
+
+def check_finite(name: str, **tensors: Tensor | None) -> None:
+    """Raises QkError for a weight or bias of module `name` with a NaN or infinity."""
+    for what, tensor in tensors.items():
         if tensor is not None and not torch.isfinite(tensor).all():
             where = f"the {what} of {name or 'the model'}"
             raise fail(STAGE, where, "finite", "NaN or Inf in it", "Load the trained weights again.")
+
+
+def _layer(name: str, module: nn.Module, order: int, seen: Observation) -> Layer:
+    weight: Tensor = module.weight
+    calls = seen.calls[name]
+    check_finite(name, weight=weight, bias=module.bias)
     outputs = [call.outputs[0] for call in calls]
     return Layer(
         name=name,
@@ -61,15 +87,15 @@ def _layer(name: str, module: nn.Module, order: int, seen: Observation) -> Layer
     )
 
 
-def _against(module: nn.Module, name: str, calls: list[Call], read_by: ReadBy, owners: Counter) -> str | None:
+def _against(module: nn.Module, name: str, calls: list[Call], uses: Uses) -> str | None:
     """Why this module with weights stays in float; None if it can be quantized."""
     kind = type(module).__name__
     ran = bool(calls)
     if not isinstance(module, (nn.Conv2d, nn.Linear)):
         what = f"{kind} holds parameters of its own, which have" if module._modules else f"{kind} has"
         return f"{what} no integer kernel" if ran else f"{kind} did not run on the example"
-    if parametrize.is_parametrized(module) or not isinstance(module._parameters.get("weight"), nn.Parameter):
-        return "its weight is computed by a parametrization; remove that first"
+    if is_computed(module):
+        return COMPUTED
     if _changes_forward(module):
         return f"{kind} has its own forward"
     if module.weight.numel() == 0:
@@ -79,17 +105,16 @@ def _against(module: nn.Module, name: str, calls: list[Call], read_by: ReadBy, o
     for what, p in (("weight", module.weight), ("bias", module.bias)):
         if p is not None and p.dtype != torch.float32:
             return f"its {what} is {_short(p.dtype)}, not float32"
-    if owners[_place(module.weight)] > 1:
-        return "its weight is shared with another module"
+    if uses.is_shared(module.weight):
+        return SHARED
     if isinstance(module, nn.Conv2d) and (reason := _against_padding(module)):
         return reason
-    others = sorted(read_by[_place(module.weight)] - {name})
-    if others:
-        return f"its weight is read by {', '.join(r or 'the model' for r in others)} without a call of the layer"
+    if reason := uses.by_others(module.weight, name):
+        return reason
     if not ran:
-        return "it did not run on the example"
+        return IDLE
     if has_hooks(module):
-        return "it has hooks, which a replaced layer would lose"
+        return HOOKED
     for call in calls:
         if len(call.inputs) != 1 or len(call.outputs) != 1:
             return "it was not called with one tensor to return one"
@@ -98,6 +123,11 @@ def _against(module: nn.Module, name: str, calls: list[Call], read_by: ReadBy, o
         if isinstance(module, nn.Conv2d) and len(call.inputs[0].shape) != 4:
             return "its input has no batch axis"
     return None
+
+
+def is_computed(module: nn.Module) -> bool:
+    """Whether its weight is no plain parameter."""
+    return parametrize.is_parametrized(module) or not isinstance(module._parameters.get("weight"), nn.Parameter)
 
 
 def _changes_forward(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from torch import fx, nn
 from qk.deploy.fusing.graph import MOVES, ROWS, aten, is_call, is_dynamic
 from qk.deploy.fusing.tensors import Roles, is_known
 
-WEIGHTED = (aten.conv2d.default, aten.linear.default)
+WEIGHTED = (aten.conv2d.default, aten.linear.default, aten.embedding.default)
 PLAIN = (  # bookkeeping, no work worth a line
     *(operator.getitem, aten.sym_size.int, aten.arange.default, aten.slice.Tensor, aten.select.int),
     *(aten.expand.default, aten.new_ones.default, aten.contiguous.default, aten.clone.default),
@@ -49,7 +49,7 @@ def _reason(node: fx.Node, roles: Roles, model: nn.Module, tensors: int | None) 
     if is_call(node, *WEIGHTED):
         info = getattr(model, "qk_info", None)
         kept = {} if info is None else info.kept
-        return kept.get(node.meta.get("module", ""), "its layer is in float")
+        return kept.get(node.meta.get("module", ""), "it is in float")
     if is_call(node, aten.index_add.default, aten.index_add_.default):
         return "rows of several points are summed in float"
     if not is_known(node):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from qk.calibrate import rows
+from qk.calibrate.rows import RANGES, best_centres, by_range, greedy_range, kmeans, row_loss
 from qk.deploy import pack_table, quantize_table
-from qk.methods import embedding
-from qk.methods.embedding import RANGES, best_centres, by_range, greedy_range, kmeans, row_loss
 from qk.ops.embedding_bag import DTYPES
 
 HALF = torch.float16
@@ -204,8 +204,8 @@ def test_searches_come_near_the_best_range(bits):
 
 
 def test_pairs_are_numbered_as_they_are_listed():
-    _, pairs = embedding._pair_losses(4, 9)
-    assert torch.equal(embedding._pair(pairs[:, 0], pairs[:, 1], 9), torch.arange(45))
+    _, pairs = rows._pair_losses(4, 9)
+    assert torch.equal(rows._pair(pairs[:, 0], pairs[:, 1], 9), torch.arange(45))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
@@ -254,9 +254,9 @@ def test_a_row_of_few_values_keeps_them():
 def test_two_tier_books_beat_one_book_where_rows_differ():
     scale = torch.tensor([0.01, 1.0, 30.0]).repeat(60)[:, None]
     x = normal(180, 32) * scale
-    many = embedding.two_tier(x, *embedding.fit_books(x, 4, 12))
-    one = embedding.two_tier(x, *embedding.fit_books(x, 4, 1))
-    again = embedding.two_tier(x, *embedding.fit_books(x, 4, 12))
+    many = rows.two_tier(x, *rows.fit_books(x, 4, 12))
+    one = rows.two_tier(x, *rows.fit_books(x, 4, 1))
+    again = rows.two_tier(x, *rows.fit_books(x, 4, 12))
     assert error(many, x) < error(one, x)
     assert torch.equal(many.values(), again.values())
     assert bool((many.books.diff(dim=1) >= 0).all())

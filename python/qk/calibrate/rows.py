@@ -18,11 +18,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from qk.spec import TableMethod
 
 BINS = 200  # of the whole range: steps of the greedy walk, bins of a histogram
 RATIO = {2: 0.5, 4: 0.16, 8: 0.16}  # part of the range that the walk takes off; 0.16 is torch's, too little for 2 bits
@@ -295,7 +297,7 @@ RANGES: dict[str, Callable[..., Range]] = {
     "histogram": histogram_range,
     "histogram-brute": histogram_brute_range,
 }
-METHODS = (*RANGES, "kmeans", "two-tier")
+METHODS = get_args(TableMethod)
 
 
 def by_range(x: Tensor, bits: int, dtype: torch.dtype, method: str, **options: float) -> Affine:
