@@ -21,27 +21,26 @@ from qk import sources
 from qk.files import replace_file
 from qk.inputs import digest
 
-TRAINED_ON, TESTED_ON = 20_000, 4_000
-TRAIN_SEED, TEST_SEED = 1, 2
+TRAINED_ON, TESTED_ON = 20_000, 20_000  # in a pass
+CALIBRATION_SEED, TEST_SEED = 1, 2  # of pictures
 EVALUATED = 500  # pictures at a time
+STEMS = {"mobilenet_v2": "features.0.0", "regnet_x_400mf": "stem.0"}  # whose stride is taken out
 
 
 @dataclass(frozen=True)
 class Training:
-    """How a network is trained; a cached one is bound to these values and to the definition of the pictures."""
+    """How a network is trained; a cached one is bound to these values and to the definition of the pictures.
+
+    passes: each of pictures drawn for it, so that a network sees none twice.
+    """
 
     name: str
     seed: int = 0
-    epochs: int = 8
+    passes: int = 8
     batch_size: int = 64
     lr: float = 0.05
     weight_decay: float = 5e-4
     label_smoothing: float = 0.05
-
-
-@cache
-def training_set() -> shapes.Pictures:
-    return shapes.draw(TRAINED_ON, TRAIN_SEED)
 
 
 @cache
@@ -50,24 +49,22 @@ def test_set() -> shapes.Pictures:
 
 
 def calibration(count: int = 1024, rows: int = 64) -> list[Tensor]:
-    """The first training pictures, in batches."""
-    return list(training_set().images[:count].split(rows))
+    """Pictures in batches."""
+    return list(shapes.draw(count, CALIBRATION_SEED).images.split(rows))
 
 
 @dataclass(frozen=True)
-class Augmented:
-    """The training pictures and their labels for qk.tune, in each pass in another order, mirrored and moved anew."""
+class Drawn:
+    """Batches of pictures and labels, each pass of its own ones, drawn from the caller's random state."""
 
     batch_size: int = Training.batch_size
 
     def __len__(self) -> int:
-        return -(-len(training_set()) // self.batch_size)
+        return -(-TRAINED_ON // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        data = training_set()
-        generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))  # of the caller's seed
-        for index in torch.randperm(len(data), generator=generator).split(self.batch_size):
-            yield shapes.augment(data.images[index], generator), data.labels[index]
+        data = shapes.draw(TRAINED_ON, int(torch.randint(2**31, ())))
+        yield from zip(data.images.split(self.batch_size), data.labels.split(self.batch_size), strict=True)
 
 
 @torch.no_grad()
@@ -79,8 +76,9 @@ def accuracy(model: nn.Module) -> float:
 
 
 def untrained(name: str) -> nn.Module:
-    """resnet18, mobilenet_v2 or regnet_x_400mf as torchvision has them, for 24 classes; vgg: a small VGG with
-    BatchNorm (six 3x3 convolutions and a Linear), as the ones there have 119 million weights in their Linears."""
+    """resnet18, mobilenet_v2 or regnet_x_400mf of torchvision for 24 classes, the last two without the first halving
+    of the picture, as they learn nothing from these small ones with it; vgg: a small VGG with BatchNorm (six 3x3
+    convolutions and a Linear), as the ones there have 119 million weights in their Linears."""
     sources.import_torchvision()
     from torchvision import models
 
@@ -90,40 +88,42 @@ def untrained(name: str) -> nn.Module:
         model.avgpool = nn.AdaptiveAvgPool2d(1)
         model.classifier = nn.Linear(64, shapes.CLASSES)
         return model
-    return getattr(models, name)(num_classes=shapes.CLASSES)
+    model = getattr(models, name)(num_classes=shapes.CLASSES)
+    if name in STEMS:
+        model.get_submodule(STEMS[name]).stride = (1, 1)
+    return model
 
 
 def train(config: Training, say: Callable[[str], object] = print) -> nn.Module:
     """In eval mode. The caller's random state is left as it was."""
-    data = training_set()
+    batches = Drawn(config.batch_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = untrained(config.name)
-        generator = torch.Generator().manual_seed(config.seed)
-        steps = -(-len(data) // config.batch_size) * config.epochs
+        model = untrained(config.name).to(memory_format=torch.channels_last).train()
         optimizer = torch.optim.SGD(
             model.parameters(), lr=config.lr, momentum=0.9, nesterov=True, weight_decay=config.weight_decay
         )
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=steps)
-        for epoch in range(config.epochs):
-            model.train()
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, config.lr, epochs=config.passes, steps_per_epoch=len(batches)
+        )
+        for number in range(config.passes):
             began, total = time.perf_counter(), 0.0
-            for index in torch.randperm(len(data), generator=generator).split(config.batch_size):
-                images = shapes.augment(data.images[index], generator)
-                loss = F.cross_entropy(model(images), data.labels[index], label_smoothing=config.label_smoothing)
+            for images, labels in batches:
+                images = images.contiguous(memory_format=torch.channels_last)
+                loss = F.cross_entropy(model(images), labels, label_smoothing=config.label_smoothing)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-                total += loss.item() * len(index)
+                total += loss.item() * len(images)
             seconds = time.perf_counter() - began
-            say(f"{config.name} seed {config.seed}: epoch {epoch + 1}, loss {total / len(data):.3f}, {seconds:.0f} s")
-    return model.eval()
+            say(f"{config.name} seed {config.seed}: pass {number + 1}, loss {total / TRAINED_ON:.3f}, {seconds:.0f} s")
+    return model.to(memory_format=torch.contiguous_format).eval()
 
 
 def trained(config: Training, folder: str | Path) -> nn.Module:
     """From the folder where it is there, else trained now and put there."""
-    key = asdict(config) | {"pictures": digest([("", shapes.draw(8, TRAIN_SEED).images)])}
+    key = asdict(config) | {"pictures": digest([("", shapes.draw(8, CALIBRATION_SEED).images)])}
     return kept(folder, config.name, key, lambda: untrained(config.name), lambda: train(config, say))
 
 

@@ -82,7 +82,7 @@ def network(name: str) -> nn.Module:
 
 
 def measure(name: str, recipe: Recipe) -> Row:
-    train = networks.Augmented() if recipe.method == "lsq" else None
+    train = networks.Drawn() if recipe.method == "lsq" else None
     result = qk.quantize(network(name), networks.calibration(), recipe, train=train, measure=False, fused=False)
     seconds = result.report.seconds
     batch = networks.test_set().images[:64]
@@ -145,7 +145,7 @@ def main() -> None:
     text = section(ledger, options.studies.split(","), change, options.network, options.seeds)
     facts = ledger.rows[-1]["machine"]
     note = f"Iterations {options.iterations}, weight_lr {options.weight_lr}, act_lr {options.act_lr}; "
-    note += f"{networks.TESTED_ON} test pictures, 1024 training pictures to calibrate; seeds 0 to {options.seeds - 1}. "
+    note += f"{networks.TESTED_ON} test pictures, 1024 others to calibrate; seeds 0 to {options.seeds - 1}. "
     note += f"Machine: {facts['cpu']}, threads {facts['threads']}.\n\n"
     fill(ROOT / "docs" / "results.md", f"pictures {options.network}", note + text)
     print(text)

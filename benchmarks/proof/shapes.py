@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from math import pi
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 SHAPES = ("disc", "square", "triangle", "ring", "cross", "star", "crescent", "bar")
 TEXTURES = ("stripes", "checks", "dots")
 CLASSES = len(SHAPES) * len(TEXTURES)
 SIZE = 32
-NOISE = 0.05  # deviation of the grain, in units of the range of a colour
+NOISE = 0.08  # deviation of the grain, in units of the range of a colour
 CHUNK = 4096  # pictures drawn together
 
 
@@ -37,14 +36,6 @@ def draw(count: int, seed: int) -> Pictures:
     generator = torch.Generator().manual_seed(seed)
     parts = [_chunk(min(CHUNK, count - start), generator) for start in range(0, count, CHUNK)]
     return Pictures(torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts]))
-
-
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each picture mirrored half the time, then moved by up to two pixels."""
-    mirrored = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
-    images = F.pad(torch.where(mirrored, images.flip(3), images), (2, 2, 2, 2), mode="reflect")
-    top, left = torch.randint(0, 5, (2,), generator=generator).tolist()
-    return images[:, :, top : top + SIZE, left : left + SIZE]
 
 
 def _chunk(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -47,6 +47,7 @@ from qk.methods.gptq import gptq
 from qk.methods.tune import Loss, Score
 from qk.prepare import Prepared, leave_in_float, prepare
 from qk.prepare.equalize import equalize
+from qk.prepare.joins import working
 from qk.prepare.unclip import unclip
 from qk.report import Latency, LayerReport, Report, TableReport
 from qk.spec import Plan, Recipe, checked_recipe
@@ -187,7 +188,7 @@ def quantize(
         unit: [{"iteration": s["iteration"], "loss": s["loss"]} for s in h[:-1]] for unit, h in p.history.items()
     }
     report.layers, report.embeddings = _layers(p, measured), _tables(integer)
-    report.notes = scaled + _static(p, recipe) + _notes(p, measured) + (left if fused else [])
+    report.notes = scaled + _static(p, recipe) + _joined(p, recipe) + _notes(p, measured) + (left if fused else [])
     if recipe.method in ("brecq", "gptq") and out is not None:  # else it may hold another run's
         resume.remove(folder)
     if recipe.method == "lsq" and out is not None:
@@ -252,6 +253,14 @@ def _scale_channels(p: Prepared, held: list[Any], recipe: Recipe) -> list[str]:
     if recipe.smooth is not None:
         notes += smooth(p, held, recipe.smooth, memory_mb=recipe.memory_mb).notes("Smoothed")
     return notes
+
+
+def _joined(p: Prepared, recipe: Recipe) -> list[str]:
+    """A note on where additions read quantized values."""
+    if recipe.additions == "float":
+        return []
+    names = ", ".join(name or "the model" for name in working(p.model, p.joins)) or "nowhere"
+    return [f"Quantized at the entry, for layers and additions: {names}."]
 
 
 def _static(p: Prepared, recipe: Recipe) -> list[str]:

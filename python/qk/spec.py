@@ -252,6 +252,8 @@ class Recipe:
     large inputs first, for inputs from the "quantized" or the "float" prefix.
     first_output: width of the first layer's output, which the second to run reads: "plain" is that of every other
     layer's, as in LSQ; "first_last" is `first_last`, as in BRECQ's released code.
+    additions: what one takes of a tensor that layers read too: "float" is the tensor as it came; "quantized" its values
+    behind the layers' quantizer, as in BRECQ's released code.
     granularity: what is reconstructed together: a layer, a block, the blocks at one resolution, the whole net.
     loss: "fisher" weighs errors by squared gradients of the task loss; "fisher_full" lets the errors of a sample act
     together. order: "joint" learns rounding and steps at once; "weights_first" all rounding with float activations,
@@ -293,6 +295,7 @@ class Recipe:
     act_order: bool = True
     prefix: Literal["quantized", "float"] = "quantized"
     first_output: Literal["plain", "first_last"] = "plain"
+    additions: Literal["float", "quantized"] = "float"
     granularity: Literal["layer", "block", "stage", "net"] = "block"
     loss: Literal["mse", "fisher", "fisher_full"] = "mse"
     order: Literal["joint", "weights_first"] = "joint"

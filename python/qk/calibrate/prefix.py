@@ -69,9 +69,10 @@ class PrefixCache:
         self._originals: list[tuple[nn.Module, Any]] = []
 
     def __enter__(self) -> PrefixCache:
-        names = dict.fromkeys([*(unit.name for unit in self.p.units), *self.p.quant_layers()])
+        p = self.p
+        names = dict.fromkeys([*(unit.name for unit in p.units), *p.joins, *p.quant_layers()])
         for name in names:
-            module = self.p.model.get_submodule(name)
+            module = p.model.get_submodule(name)
             self._originals.append((module, vars(module).get("forward")))
             module.forward = self._watched(name, module, module.forward)
         return self
@@ -101,6 +102,8 @@ class PrefixCache:
 
     def _watched(self, name: str, module: nn.Module, forward: Callable) -> Callable:
         own = self.uses.get(module, ()) if isinstance(module, QuantLayer) else ()
+        readers = [module.get_submodule(reader) for reader in self.p.joins.get(name, ())]
+        first = {at for reader in readers for at in self.uses.get(reader, ())}  # their quantizer worked at the entry
 
         def run(*args: Any, **kwargs: Any) -> Any:
             key = (name, self._batch)
@@ -118,6 +121,7 @@ class PrefixCache:
             start = len(self._ran)
             self._ran.append(name)
             given = [(x, x._version) for x in tensors_in((args, kwargs))]
+            self._used |= first
             output = forward(*args, **kwargs)
             self._used |= set(own)
             inside = tuple(self._ran[start:])

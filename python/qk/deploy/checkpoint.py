@@ -37,6 +37,7 @@ from qk.errors import QkError, fail
 from qk.files import TEMPORARY, replace_file
 from qk.machine import qk_version
 from qk.prepare.insert import padding_of
+from qk.prepare.joins import place
 from qk.prepare.source import check_device
 from qk.spec import Plan
 
@@ -81,6 +82,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
         fingerprint=info.fingerprint,
         new_biases=info.new_biases,
         unclipped=info.unclipped,
+        joins={name: list(readers) for name, readers in info.joins.items()},
         tables={name: _table_config(table) for name, table in tables.items()},
     )
     try:
@@ -110,6 +112,8 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
     result = _build(path, manifest, tensors, model)
     _fill(path, manifest, tensors, result)
     result.eval()
+    joins = {name: tuple(readers) for name, readers in manifest.joins.items()}
+    place(result, joins)
     result.qk_info = Info(
         plan=manifest.plan,
         links=[tuple(link) for link in manifest.links],
@@ -119,6 +123,7 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
         fingerprint=manifest.fingerprint,
         new_biases=manifest.new_biases,
         unclipped=manifest.unclipped,
+        joins=joins,
     )
     return result
 

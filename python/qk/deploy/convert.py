@@ -15,6 +15,7 @@ from qk.deploy.embedding import to_integer_table
 from qk.deploy.modules import IntegerLayer, QConv2d, QLinear
 from qk.errors import fail
 from qk.inputs import digest
+from qk.prepare import joins
 from qk.prepare.insert import QuantLayer, from_kernel_order
 from qk.prepare.lookup import QuantTable
 from qk.prepare.points import add_to_owners
@@ -29,6 +30,7 @@ class Info:
     plan, links, folds, kept: as in Prepared. history: unit name -> first and last loss and iterations of
     reconstruction. fingerprint: of the float weights, BatchNorm folded, that were quantized. new_biases: layers that
     have none in float, and were given one (qk.correct_bias). unclipped: ReLU6 modules that became ReLU (qk.unclip).
+    joins: as in Prepared, those that work.
     """
 
     plan: Plan
@@ -39,6 +41,7 @@ class Info:
     fingerprint: str = ""
     new_biases: list[str] = field(default_factory=list)
     unclipped: list[str] = field(default_factory=list)
+    joins: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def convert(p: Prepared) -> nn.Module:
@@ -71,6 +74,7 @@ def convert(p: Prepared) -> nn.Module:
         fingerprint=fingerprint(p.model),
         new_biases=[name for name, layer in layers.items() if layer.bias is None and layer.quantized_bias is not None],
         unclipped=list(p.unclipped),
+        joins=joins.working(p.model, p.joins),
     )
     return model
 

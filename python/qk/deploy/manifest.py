@@ -121,8 +121,9 @@ class Manifest:
     """Fields of qk.json (docs/format.md); `checksum`, over all others, is added when it is written.
 
     layers: the integer ones. tables: quantized embedding tables. modules: name -> class of every module, integer ones
-    included. tied: name of a tensor -> name under which it is stored. fingerprint, new_biases, unclipped: of the float
-    model (qk_info).
+    included. tied: name of a tensor -> name under which it is stored. joins: module at whose entry a tensor is
+    quantized for all that read it -> layers inside that do, by their names from it on. fingerprint, new_biases,
+    unclipped: of the float model (qk_info).
     """
 
     format: int
@@ -141,6 +142,7 @@ class Manifest:
     new_biases: list[str] = field(default_factory=list)
     unclipped: list[str] = field(default_factory=list)
     tables: dict[str, TableConfig] = field(default_factory=dict)
+    joins: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, layer in self.layers.items():
@@ -159,6 +161,10 @@ class Manifest:
         for norm, layer in self.folds.items():
             if self.modules.get(norm) != "Identity" or layer not in self.modules:
                 raise ValueError(f"folds names {norm} -> {layer}, which modules does not have")
+        for name, readers in self.joins.items():
+            unknown = [reader for reader in readers if (f"{name}.{reader}" if name else reader) not in self.modules]
+            if unknown or not readers or name not in self.modules:
+                raise ValueError(f"joins names {name} -> {', '.join(readers)}, which modules does not have")
         for name in self.unclipped:
             if self.modules.get(name) != "ReLU":
                 raise ValueError(f"unclipped names {name}, which is no ReLU in modules")

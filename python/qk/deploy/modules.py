@@ -18,6 +18,7 @@ from qk import ops
 from qk.deploy.tail import TAIL, check_tail, padded, prepacked, slots_for
 from qk.errors import fail
 from qk.ops.conv2d import reference as conv2d_definition
+from qk.ops.dequantize import reference as dequantize_definition
 from qk.ops.gemm import reference as gemm_definition
 from qk.ops.pack import row_bytes
 from qk.ops.quantize import reference as quantize_definition
@@ -66,6 +67,7 @@ class IntegerLayer(nn.Module):
     `prepack`; `load_state_dict`, `to`, copies and pickles do it themselves.
     """
 
+    arrived: Tensor | None = None  # set by qk.prepare.joins; its codes are found again, as they are the same ones
     packed: Tensor
     weight_step: Tensor
     weight_zero: Tensor
@@ -164,6 +166,22 @@ class IntegerLayer(nn.Module):
     @property
     def _pairs_by_weights(self) -> bool:
         return self.cuts is not None and self.cuts.pairs == "weights"
+
+    @property
+    def can_join(self) -> bool:
+        """As of QuantLayer."""
+        return not self.spec.dynamic and self.spec.sparq is None and self._buffers["input_scale"] is None
+
+    def values_read(self, x: Tensor) -> Tensor | None:
+        """What the codes of x stand for, in its type, if that may stand in its place."""
+        if not self.can_join:
+            return None
+        if x.dtype != torch.float32:
+            return self.values_read(x.float()).to(x.dtype)
+        step, zero = self.input_step, self.input_zero
+        if _mode.definition:
+            return dequantize_definition(quantize_definition(x, step, zero, self.input_bits), step, zero)
+        return ops.dequantize(ops.quantize(x, step, zero, self.input_bits), step, zero)
 
     def _cut(self, codes: Tensor) -> Tensor:
         """The codes of the input as they are multiplied."""
@@ -286,6 +304,13 @@ class QConv2d(IntegerLayer):
             rows = self._convolved(codes, b["tail_prepacked"], b["tail_steps"], None, self.tail_groups)
             y = self._add_tail(y, rows if places is None else rows.index_select(-1, places))
         return y.permute(0, 3, 1, 2)
+
+    def values_read(self, x: Tensor) -> Tensor | None:
+        """As of IntegerLayer; in channels_last."""
+        if x.dim() == 3:
+            return self.values_read(x.unsqueeze(0)).squeeze(0) if self.can_join else None
+        values = super().values_read(x.permute(0, 2, 3, 1))
+        return None if values is None else values.permute(0, 3, 1, 2)
 
     def _convolved(self, codes: Tensor, weight: Tensor, steps: Tensor, bias: Tensor | None, groups: int) -> Tensor:
         b = self._buffers

@@ -14,6 +14,7 @@ from qk.prepare.apply import apply_plan, leave_in_float, put
 from qk.prepare.blocks import find_stages, find_units
 from qk.prepare.fold import fold_batchnorms
 from qk.prepare.insert import ActQuantizer, QuantLayer
+from qk.prepare.joins import find_joins, place
 from qk.prepare.links import find_links
 from qk.prepare.lookup import QuantTable
 from qk.prepare.observe import Observation, observe
@@ -87,6 +88,9 @@ def prepare(
         originals={name: copied.get_submodule(name) for name in layers},
         tables=tables,
     )
+    if recipe.additions == "quantized":
+        p.joins = find_joins(seen, layers)
+        place(copied, p.joins)
     floats = {name: copied.get_submodule(name) for name in tables}
     for name, module in floats.items():
         put(p, name, QuantTable(module, tables[name]))

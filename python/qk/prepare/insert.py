@@ -81,8 +81,10 @@ class QuantLayer(nn.Module):
     `corrected_bias` in place of `bias` where there is one (qk.calibrate.bias). `tail_codes`, `tail_step` and
     `tail_owners` are rows that are added to channels' first ones (qk.prepare.points); None: there are none.
     `input_scale` float32 [K]: what a Linear multiplies its input with before anything else, quantized or not, where
-    smoothing gave it a share of the weights.
+    smoothing gave it a share of the weights. `arrived`: an input that was quantized on its way (qk.prepare.joins).
     """
+
+    arrived: Tensor | None = None
 
     codes: Tensor | None
     weight_step: Tensor | None
@@ -213,6 +215,16 @@ class QuantLayer(nn.Module):
         whole = sparq is None or why_whole(sparq, int(self.input.zero), self.weight.shape[1])
         return None if whole else sparq
 
+    @property
+    def can_join(self) -> bool:
+        """Whether what it makes of its input may stand in the place of the input: plain codes with a step that is
+        known, of the input itself."""
+        return not self.spec.dynamic and self.spec.sparq is None and self.input_scale is None
+
+    def values_read(self, x: Tensor) -> Tensor | None:
+        """What the layer quantizes x to, if that may stand in the place of x; None while it is in float."""
+        return self.input(x) if self.quantized and self.can_join else None
+
     def _cut(self, x: Tensor, quantized: Tensor) -> tuple[Tensor, Tensor]:
         """The input and its cut codes' values, as they are multiplied."""
         groups, channels = (1, -1) if self.conv_args is None else (self.conv_args["groups"], -3)
@@ -229,7 +241,8 @@ class QuantLayer(nn.Module):
         x, weight, bias = self.taken(input), self.weight, self.bias
         if self.quantized:
             sparq = None if self.input.passes else self.cuts
-            x, weight, bias = self.input(x, sparq and self._cut), self.quantized_weight(), self.quantized_bias
+            x = x if x is self.arrived else self.input(x, sparq and self._cut)
+            weight, bias = self.quantized_weight(), self.quantized_bias
             if sparq is not None and sparq.pairs == "weights":
                 weight = self._at_partners(weight)
         if self.conv_args is None:

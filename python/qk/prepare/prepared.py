@@ -80,7 +80,8 @@ class Prepared:
     QuantLayers stand for.
     steps_before: digest of the activation steps that learning started from. paths: along which channels can be scaled;
     blocked: every other layer or norm -> why not there. unclipped: ReLU6 modules that became ReLU. tables: name of an
-    embedding table to quantize -> how.
+    embedding table to quantize -> how. joins: module at whose entry a tensor is quantized for all that read it -> the
+    layers inside that do, by their names from it on (qk.prepare.joins).
     """
 
     model: nn.Module
@@ -101,6 +102,7 @@ class Prepared:
     blocked: dict[str, str] = field(default_factory=dict, repr=False)
     unclipped: list[str] = field(default_factory=list)
     tables: dict[str, Embeddings] = field(default_factory=dict)
+    joins: dict[str, tuple[str, ...]] = field(default_factory=dict)
     search: object = None  # qk.calibrate.lapq.Found: what lapq saw
 
     @property

@@ -52,11 +52,11 @@ class Roles:
     """Which nodes of a graph work in integers once tensors are quantized."""
 
     def __init__(self, graph: fx.Graph) -> None:
-        self.supplied: set[fx.Node] = set()  # made by an integer layer, or from such tensors alone
+        self.supplied: set[fx.Node] = set()  # made by an integer layer or of codes, or from such tensors alone
         self.wanted: set[fx.Node] = set()  # read, in the end, by an integer layer
         nodes = list(graph.nodes)
         for node in nodes:
-            if is_call(node, *LAYERS) or (is_known(node) and all(n in self.supplied for n in inputs_of(node))):
+            if is_call(node, *LAYERS, DEQUANTIZE) or (is_known(node) and all(n in self.supplied for n in inputs_of(node))):
                 self.supplied.add(node)
         for node in reversed(nodes):
             if any(is_call(user, QUANTIZE) or self.is_integer(user) for user in node.users):
@@ -148,8 +148,9 @@ class _Classes:
             for source in inputs_of(node)
             if (source, node) not in fused
         }
-        # A class is quantized where it is made: what moves has the codes already.
-        self.tensors = [n for n in graph.nodes if n in read and not (roles.is_integer(n) and moves(n))]
+        # A class is quantized where it is made: what moves has the codes already, and so has what a module quantizes.
+        made = [node for node in graph.nodes if node in read and not is_call(node, DEQUANTIZE)]
+        self.tensors = [node for node in made if not (roles.is_integer(node) and moves(node))]
 
     def _root(self, node: fx.Node) -> fx.Node:
         while self.parent.get(node, node) is not node:

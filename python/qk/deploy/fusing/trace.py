@@ -11,7 +11,20 @@ import torch
 from torch import Tensor, fx, nn
 
 from qk.deploy.fusing import nhwc
-from qk.deploy.fusing.graph import ADD, CAT, FUNCTIONS, HARDTANH, LAYERS, MUL, QUANTIZE, RELU, SPARQ, Constants, aten
+from qk.deploy.fusing.graph import (
+    ADD,
+    CAT,
+    DEQUANTIZE,
+    FUNCTIONS,
+    HARDTANH,
+    LAYERS,
+    MUL,
+    QUANTIZE,
+    RELU,
+    SPARQ,
+    Constants,
+    aten,
+)
 from qk.deploy.fusing.inplace import NOTHING, functional
 from qk.errors import fail
 from qk.inputs import copied_to, device_of, evaluating, map_tensors
@@ -140,6 +153,7 @@ class _Canonical:
             return self._binary
         return {
             QUANTIZE: self._quantize,
+            DEQUANTIZE: self._dequantize,
             SPARQ: self._sparq,
             LAYERS[0]: self._layer,
             LAYERS[1]: self._layer,
@@ -191,6 +205,13 @@ class _Canonical:
         if step.op != "get_attr" or step.meta["val"].numel() != 1:
             return False
         self.plain[node] = self.graph.call_function(QUANTIZE, (self._plain(x), *self._grid(step, zero), bits))
+        return True
+
+    def _dequantize(self, node: fx.Node) -> bool:
+        codes, step, zero = node.args
+        if step.op != "get_attr" or step.meta["val"].numel() != 1:
+            return False
+        self.plain[node] = self.graph.call_function(DEQUANTIZE, (self._plain(codes), *self._grid(step, zero)))
         return True
 
     def _sparq(self, node: fx.Node) -> bool:
