@@ -98,14 +98,13 @@ def table(networks: list[nn.Module], batches: list[Tensor], test: Tensor, labels
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pictures", help="a network of proof/networks.py, on its pictures, instead of the digits")
-    parser.add_argument("--epochs", type=int, default=8, help="of its training")
     parser.add_argument("--cache", type=Path, default=Path(".cache"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.pictures:
         from proof import networks as pictures
 
-        found = [pictures.trained(pictures.Training(options.pictures, epochs=options.epochs), options.cache / "proof")]
+        found = [pictures.trained(pictures.training(options.pictures), options.cache / "proof")]
         test = pictures.test_set()
         made = table(found, pictures.calibration(256), test.images[:2000], test.labels[:2000])
     else:

@@ -2,32 +2,27 @@
 
 Weights of 8 bits, activations of all layers but the first and last cut, by nearest rounding. For each choice the share
 of test images met and the power of the float network's logits over that of their error. --pictures NAME does the same
-for a torchvision network trained on the drawn pictures of benchmarks/proof, one seed; with --epochs 0 for one of random
-weights, whose BatchNorms have seen pictures: its labels are what it says in float.
+for a network trained on the drawn pictures of benchmarks/proof, one seed.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parent))
 import qk
-from qk.demo.digits import Training, load, trained
+import small_digits
 from qk.deploy.measure import sqnr
 from qk.prepare import Prepared
 from qk.spec import Recipe, Sparq, Window
 
-SEEDS = (0, 1, 2)
 WINDOWS: tuple[Window, ...] = ("5opt", "3opt", "2opt", "6opt", "7opt")
 
 
@@ -140,41 +135,26 @@ def inputs(task: Task) -> None:
 
 
 def digits() -> list[Task]:
-    data = load()
-    batches = list(data.train[:256].split(64))
-    networks = [trained(Training(widths=(16, 32, 32), epochs=10, seed=seed), Path(".cache")) for seed in SEEDS]
-    return [Task(network, batches, data.test, data.test_labels) for network in networks]
+    data, batches = small_digits.data(), small_digits.calibration()
+    return [Task(network, batches, data.test, data.test_labels) for network in small_digits.networks()]
 
 
-def pictures(name: str, epochs: int, folder: str) -> list[Task]:
-    from proof import networks, shapes
+def pictures(name: str, folder: str) -> list[Task]:
+    from proof import networks
 
-    calibration = list(shapes.draw(256, networks.TRAIN_SEED).images.split(64))
-    test = shapes.draw(1000, networks.TEST_SEED)
-    if epochs:
-        model = networks.trained(networks.Training(name, epochs=epochs), folder)
-        return [Task(model, calibration, test.images, test.labels)]
-    torch.manual_seed(0)
-    model = networks.untrained(name)
-    for norm in model.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            norm.momentum = None  # the mean over batches
-    with torch.no_grad():
-        for batch in calibration:
-            model.train()(batch)
-    return [Task(model, calibration, test.images, outputs(model.eval(), test.images).argmax(1))]
+    test, model = networks.test_set(), networks.trained(networks.training(name), folder)
+    return [Task(model, networks.calibration(256), test.images, test.labels)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pictures", help="a network of benchmarks/proof instead of the digits")
-    parser.add_argument("--epochs", type=int, default=8, help="of its training")
     parser.add_argument("--cache", default=".cache/proof", help="where that network lies")
     parser.add_argument("--weights", type=int, default=4, help="bits of the weights that are learned")
     parser.add_argument("--iterations", type=int, default=400)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    tasks = pictures(args.pictures, args.epochs, args.cache) if args.pictures else digits()
+    tasks = pictures(args.pictures, args.cache) if args.pictures else digits()
     table("The float network", tasks, iter([("float", lambda task: outputs(task.network, task.images))]))
     table("Windows, weights of 8 bits, nearest rounding", tasks, windows())
     table("Statistics matched", tasks, statistics())

@@ -46,7 +46,7 @@ class Task:
 
 TASKS = {
     "vgg, pictures": Task(
-        lambda _: networks.trained(networks.Training("vgg"), CACHE / "proof"), networks.calibration, networks.accuracy
+        lambda _: networks.trained(networks.training("vgg"), CACHE / "proof"), networks.calibration, networks.accuracy
     ),
     "residual network, digits": Task(
         lambda seed: small_digits.networks(CACHE, [seed])[0],
@@ -75,11 +75,11 @@ def _errors(expected: Tensor, found: Tensor) -> tuple[float, float]:
 
 def table(ledger: Ledger, name: str, seeds: int) -> Table:
     rows: list[list[Any]] = []
-    plain = None
+    plain, weights = None, networks.fingerprint(TASKS[name].network(0))
     for case, recipe in CASES.items():
         found = [
             ledger.row(
-                {"task": name, "case": case, "recipe": said(replace(recipe, seed=seed))},
+                {"task": name, "weights": weights, "case": case, "recipe": said(replace(recipe, seed=seed))},
                 lambda seed=seed, recipe=recipe: measure(TASKS[name], replace(recipe, seed=seed)),
             )
             for seed in range(seeds)

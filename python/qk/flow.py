@@ -139,7 +139,8 @@ def quantize(
         with _timed(seconds, "evaluate"), evaluating(model):
             report.accuracy["float"] = _share(evaluate, model)
     with _timed(seconds, "calibrate"):
-        calibrate(p, held, recipe.ranges, labels=labels, seed=recipe.seed, memory_mb=recipe.memory_mb)
+        search = {"labels": labels, "seed": recipe.seed, "memory_mb": recipe.memory_mb}
+        calibrate(p, held, recipe.ranges, **search, progress="auto" if progress else "off")
     error, budget = recipe.points_error, recipe.points_budget
     if several or error is not None or budget is not None:
         with _timed(seconds, "choose points"):

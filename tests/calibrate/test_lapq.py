@@ -212,6 +212,18 @@ def test_what_was_seen_in_a_sentence():
     assert "sweeps accepted" in words
 
 
+def test_progress_names_the_starts_and_the_sweeps(capsys):
+    found(progress="lines")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("[1/3] LAPQ starts: loss ")
+    assert all(line.startswith(f"[{n}/3] LAPQ sweep {n - 1}: ") for n, line in enumerate(lines[1:], 2))
+    assert "evaluations" in lines[-1]
+    found()
+    assert not capsys.readouterr().err
+    with pytest.raises(QkError, match="progress must be one of auto, bar"):
+        found(progress="loud")
+
+
 def test_labels_and_a_loss_of_ones_own():
     batches = images()
     with torch.no_grad():

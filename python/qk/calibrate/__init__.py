@@ -40,6 +40,7 @@ def calibrate(
     loss: Loss | None = None,
     seed: int = 0,
     memory_mb: int = 1024,
+    progress: str = "off",
 ) -> None:
     """Sets step and zero of every quantizer of p, in place, the codes of the weights to the nearest ones, and the rows
     of embedding tables, which need no data and are left where they are set.
@@ -54,7 +55,7 @@ def calibrate(
     float model's logits (half the squared error where the output is not [batch, classes]). loss: instead of these, a
     function of the model's output (its `logits`, or its first tensor) and the labels, or the float model's output; one
     number, the sum over the samples. seed: of the halves. memory_mb: for the batches where they are no list, and for
-    outputs kept; more memory, fewer layers that run twice.
+    outputs kept; more memory, fewer layers that run twice. progress: "auto", "bar", "lines" or "off".
     max_batches: by default a list or DataLoader is consumed whole and an iterable of unknown length up to 64 batches.
     Raises QkError for no batch, a batch that the model does not take, a NaN or infinity in the data or in a weight, a
     model with nothing to quantize, and labels or a loss that do not fit. p is unchanged then.
@@ -88,7 +89,8 @@ def calibrate(
     if not layers:
         pass
     elif ranges == "lapq":
-        found = search(p, observers, batches, labels=given, loss=loss, seed=seed, memory_mb=memory_mb)
+        options = {"loss": loss, "seed": seed, "memory_mb": memory_mb, "progress": progress}
+        found = search(p, observers, batches, labels=given, **options)
     else:
         _set_ranges(observers, ranges)
         for layer in layers.values():

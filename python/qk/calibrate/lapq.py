@@ -25,6 +25,7 @@ from qk.errors import fail
 from qk.inputs import describe, evaluating, map_tensors, tensors_in
 from qk.prepare.insert import DEPLOYED, ActQuantizer, QuantLayer
 from qk.prepare.prepared import Prepared
+from qk.progress import Progress
 
 STAGE = "qk.calibrate"
 POWERS = (2.0, 2.5, 3.0, 3.5, 4.0)
@@ -147,9 +148,10 @@ def search(
     seed: int = 0,
     memory_mb: float = 1024,
     sweeps: int = SWEEPS,
+    progress: str = "off",
 ) -> Found:
     """Sets every step of p. observers: what the float model's activations are. batches: at least two, or one that can
-    be halved: one half is searched on, the other accepts. labels: of each batch. loss: see qk.calibrate.
+    be halved: one half is searched on, the other accepts. labels: of each batch. loss, progress: see qk.calibrate.
 
     Raises QkError for what calibrate promises. Whatever goes wrong, p is as before.
     """
@@ -157,7 +159,8 @@ def search(
     data = _Data.of(p, batches, labels, loss, memory_mb)
     searched, judging = data.halves(seed)
     layers = p.quant_layers()
-    with _unchanged_on_error(layers), evaluating(p.model), p.quantized():
+    shown = Progress(progress, STAGE, 1 + sweeps, None)
+    with _unchanged_on_error(layers), evaluating(p.model), p.quantized(), shown:
         steps = Steps(layers)
         uses = {layer: [steps.place[o] for o in owners_of(layer)] for layer in layers.values()}
         with PrefixCache(p, uses, data.left / 2**20, STAGE) as cache:
@@ -166,23 +169,33 @@ def search(
                 steps.move(x)
                 cache.move(x)
                 seen.evaluations += 1
-                return data.loss(searched, cache.run)
+                found = data.loss(searched, cache.run)
+                shown.at(seen.evaluations, found)
+                return found
 
-            def judge(x: np.ndarray) -> float:
+            def judged(x: np.ndarray) -> float:
                 steps.move(x)
                 was, cache.enabled = cache.enabled, False
                 found = data.loss(judging, cache.run)
                 cache.enabled = was
                 return found
 
+            def judge(x: np.ndarray) -> float:
+                found = judged(x)
+                words = f"loss {found:.4g} on the batches that judge after {seen.evaluations} evaluations"
+                shown.finish(0, words)
+                shown.unit(f"LAPQ sweep {shown.done}")
+                return found
+
             cache.enabled = False  # other zeros, equal multipliers
+            shown.unit("LAPQ starts")
             _start(steps, observers, measured, seen)
             cache.enabled = cache.left > 0
             if not _repeats(measured, steps.still, seen.start):
                 cache.close()
-            seen.judged_start = judge(steps.still)
+            seen.judged_start = judged(steps.still)
             x, seen.sweeps = powell(measured, *steps.bounds(observers), judge, sweeps)
-            seen.judged_end = judge(x)
+            seen.judged_end = judged(x)
             seen.end = measured(x)
             seen.hits, seen.misses = cache.hits, cache.misses
     return seen

@@ -34,10 +34,10 @@ from qk.methods.engine import (
     weighted_square,
 )
 from qk.methods.lsq import ANEW, is_trainable
-from qk.methods.progress import Progress
 from qk.methods.resume import Finished, steps_digest
 from qk.prepare.insert import ActQuantizer, QuantLayer
 from qk.prepare.prepared import Prepared, Unit, check_learnable, float_activations
+from qk.progress import Progress
 from qk.spec import Recipe, checked_recipe
 
 RECORDS = 100  # points of a loss curve

@@ -20,10 +20,10 @@ from qk.calibrate.moments import patches
 from qk.errors import fail
 from qk.methods.engine import frozen, units_of
 from qk.methods.lsq import LsqLayer
-from qk.methods.progress import Progress
 from qk.methods.resume import Finished, steps_digest
 from qk.prepare.insert import QuantLayer, to_kernel_order
 from qk.prepare.prepared import Prepared, check_learnable
+from qk.progress import Progress
 from qk.spec import Recipe, checked_recipe
 
 STAGE = "qk.gptq"

@@ -23,11 +23,11 @@ from qk.calibrate.objective import first_tensor, task_loss
 from qk.errors import QkError, fail
 from qk.inputs import KINDS, copied_to, describe, device_of, evaluating, feed, tensors_in
 from qk.methods.lsq import param_groups, trainable
-from qk.methods.progress import Progress
 from qk.methods.training_file import Place, TrainingFile, random_state, set_random_state, set_values, values_of
 from qk.prepare.insert import QuantLayer
 from qk.prepare.lookup import QuantTable
 from qk.prepare.prepared import Prepared, Unit, check_prepared
+from qk.progress import Progress
 from qk.spec import Recipe, checked_recipe
 
 STAGE = "qk.tune"

@@ -56,7 +56,9 @@ class Roles:
         self.wanted: set[fx.Node] = set()  # read, in the end, by an integer layer
         nodes = list(graph.nodes)
         for node in nodes:
-            if is_call(node, *LAYERS, DEQUANTIZE) or (is_known(node) and all(n in self.supplied for n in inputs_of(node))):
+            if is_call(node, *LAYERS, DEQUANTIZE) or (
+                is_known(node) and all(n in self.supplied for n in inputs_of(node))
+            ):
                 self.supplied.add(node)
         for node in reversed(nodes):
             if any(is_call(user, QUANTIZE) or self.is_integer(user) for user in node.users):

@@ -14,9 +14,9 @@ KINDS = ("auto", "bar", "lines", "off")
 
 
 class Progress:
-    """kind: "auto" is a bar on a terminal and lines elsewhere. total: iterations of all units."""
+    """kind: "auto" is a bar on a terminal and lines elsewhere. total: iterations of all units; None: nobody knows."""
 
-    def __init__(self, kind: str, stage: str, units: int, total: int) -> None:
+    def __init__(self, kind: str, stage: str, units: int, total: int | None) -> None:
         if kind not in KINDS:
             raise fail(stage, "progress", f"one of {', '.join(KINDS)}", repr(kind))
         console = Console(stderr=True)
