@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -345,7 +345,7 @@ def _layers(p: Prepared, measured: list[LayerMeasure]) -> list[LayerReport]:
                 *values,
                 rows=layer.weight_shape[0],
                 extra_rows=more,
-                dynamic=spec.dynamic,
+                widths=replace(spec, points=1).describe(),
             )
         )
     others = [name for name in p.kept if name not in p.layers]

@@ -24,7 +24,7 @@ class LayerReport:
     weights, activations: bits; None for a layer left in float, and `reason` says why. sqnr_db: power of the float
     output over power of the error of the integer one, on calibration data. *_bytes: of the weight (with its steps and
     zeros). *_ms: median time of one call at the shapes that were seen. rows: output channels; extra_rows: what is
-    added to some of them (qk.multipoint). dynamic: each row of the input has a step of its own.
+    added to some of them (qk.multipoint). widths: as QuantSpec.describe has them, where they are more than two numbers.
     """
 
     name: str
@@ -39,14 +39,14 @@ class LayerReport:
     integer_ms: float | None = None
     rows: int | None = None
     extra_rows: int = 0
-    dynamic: bool = False
+    widths: str = ""
 
     @property
     def width(self) -> str:
         """W4A8, W4A8 dynamic, or float; with extra rows what they make of it: W4A8, 64 + 6 rows, 4.4 bits."""
         if self.weights is None:
             return "float"
-        width = f"W{self.weights}A{self.activations}" + (" dynamic" if self.dynamic else "")
+        width = self.widths or f"W{self.weights}A{self.activations}"
         if not self.extra_rows:
             return width
         bits = self.weights * (1 + self.extra_rows / self.rows)

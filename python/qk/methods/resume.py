@@ -79,35 +79,50 @@ class Finished:
             tensors[f"{name}.codes"] = layers[name].last_codes.cpu()
             if not layers[name].spec.dynamic:
                 tensors[f"{name}.step"] = layers[name].input.step.detach().cpu().clone()  # linked layers share it
-        header = {"format": FORMAT, "unit": unit.name, "run": self.run, "history": self.p.history[unit.name]}
-        header["content"] = digest(sorted(tensors.items()))
-        content = tensor_bytes(tensors, {"qk": json.dumps(header)})
-        try:
-            replace_file(self._path(number), content)
-        except OSError as error:
-            raise fail(self.stage, str(self.folder), "a folder that can be written", error.strerror or error) from error
+        header = {"unit": unit.name, "history": self.p.history[unit.name]}
+        write_checked(self._path(number), self.stage, self.run, header, tensors)
 
     def _path(self, number: int) -> Path:
         return self.folder / f"unit-{number:04d}.safetensors"
 
     def _read(self, number: int) -> tuple[dict[str, Tensor], list[dict]]:
-        path, unit = self._path(number), self.units[number]
-        try:
-            with safe_open(path, "pt") as file:
-                header = json.loads((file.metadata() or {})["qk"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            theirs, history = dict(header["run"]), list(header["history"])
-            known = header["format"] == FORMAT and header["unit"] == unit.name
-            whole = header["content"] == digest(sorted(tensors.items()))
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise fail(self.stage, str(path), "a finished unit", f"{type(error).__name__}: {error}", ANEW) from error
-        other = differences(self.run, theirs)
-        if other or not known:
-            got = "; ".join(other) or f"{header['unit']!r} in format {header['format']!r}"
-            raise fail(self.stage, str(path), "of the same run", f"another: {got}", ANEW)
-        if not whole:
-            raise fail(self.stage, str(path), "as it was written", "other codes or steps", ANEW)
-        return tensors, history
+        unit = self.units[number].name
+        path, what = self._path(number), "a finished unit"
+        history, tensors = read_checked(path, self.stage, self.run, what, "history", {"unit": unit})
+        return tensors, list(history)
+
+
+def write_checked(path: Path, stage: str, run: dict[str, Any], header: dict[str, Any], tensors: dict) -> None:
+    """Replaces a file of `run`, which read_checked reads."""
+    header = {"format": FORMAT, "run": run, "content": digest(sorted(tensors.items())), **header}
+    try:
+        replace_file(path, tensor_bytes(tensors, {"qk": json.dumps(header)}))
+    except OSError as error:
+        raise fail(stage, str(path.parent), "a folder that can be written", error.strerror or error) from error
+
+
+def read_checked(
+    path: Path, stage: str, run: dict[str, Any], what: str, field: str, fixed: dict[str, Any] | None = None
+) -> tuple[Any, dict[str, Tensor]]:
+    """A field of the header of `what`, and its tensors. fixed: other fields as they must be.
+
+    Raises QkError for a file that is damaged, and for one of another run or with other fields.
+    """
+    fixed = {"format": FORMAT, **(fixed or {})}
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {})["qk"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        other = differences(run, dict(header["run"]))
+        other += [f"{name} {header[name]!r}" for name, value in fixed.items() if header[name] != value]
+        found, whole = header[field], header["content"] == digest(sorted(tensors.items()))
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise fail(stage, str(path), what, f"{type(error).__name__}: {error}", ANEW) from error
+    if other:
+        raise fail(stage, str(path), "of the same run", f"another: {'; '.join(other)}", ANEW)
+    if not whole:
+        raise fail(stage, str(path), "as it was written", "other numbers", ANEW)
+    return found, tensors
 
 
 def remove(folder: str | Path) -> None:

@@ -5,24 +5,18 @@ The file is replaced as a whole. Its header names the run, as those of finished 
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as tensor_bytes
 from torch import Tensor, nn
 
-from qk.errors import fail
-from qk.files import TEMPORARY, replace_file, writable_folder
-from qk.inputs import digest
-from qk.methods.resume import ANEW, differences, facts
+from qk.files import TEMPORARY, writable_folder
+from qk.methods.resume import facts, read_checked, write_checked
 from qk.prepare.prepared import Prepared
 from qk.spec import Recipe
 
-FORMAT = 1
 FILE = "training.safetensors"
 
 
@@ -82,7 +76,9 @@ class TrainingFile:
         self.run = facts(p, p.units, [first], recipe) | more
         for left in self.path.parent.glob(f"{TEMPORARY}*"):  # of a process that was killed while it wrote
             left.unlink(missing_ok=True)
-        self.found = self._read() if self.path.exists() else None
+        self.found = None
+        if self.path.exists():
+            self.found = read_checked(self.path, stage, self.run, "a training's file", "place")
 
     def restore(self, place: Place, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         """Puts what was found into all three; returns the best weights so far."""
@@ -108,30 +104,7 @@ class TrainingFile:
             for name, tensor in named.items()
         }
         fields = {name: value for name, value in asdict(place).items() if name != "random"}
-        header = {"format": FORMAT, "run": self.run, "place": fields, "content": digest(sorted(tensors.items()))}
-        try:
-            replace_file(self.path, tensor_bytes(tensors, {"qk": json.dumps(header)}))
-        except OSError as error:
-            expected = "a folder that can be written"
-            raise fail(self.stage, str(self.path.parent), expected, error.strerror or error) from error
-
-    def _read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        where = str(self.path)
-        try:
-            with safe_open(self.path, "pt") as file:
-                header = json.loads((file.metadata() or {})["qk"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            known, theirs, place = header["format"] == FORMAT, dict(header["run"]), dict(header["place"])
-            whole = header["content"] == digest(sorted(tensors.items()))
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise fail(self.stage, where, "a training's file", f"{type(error).__name__}: {error}", ANEW) from error
-        other = differences(self.run, theirs)
-        if other or not known:
-            got = "; ".join(other) or f"format {header['format']!r}"
-            raise fail(self.stage, where, "of the same run", f"another: {got}", ANEW)
-        if not whole:
-            raise fail(self.stage, where, "as it was written", "other numbers", ANEW)
-        return place, tensors
+        write_checked(self.path, self.stage, self.run, {"place": fields}, tensors)
 
 
 def remove(folder: str | Path) -> None:
