@@ -260,11 +260,25 @@ def test_tables_alone_are_quantized_where_nothing_can_be_learned(fields, tmp_pat
 
 def test_bags_are_not_made_up_for_another_batch():
     recipe = quick(method="nearest", weights=8, embeddings=4)
-    with pytest.raises(qk.QkError, match=r"latency_batches must be \(\), got \[1\] with tensors of 6, 7, 11 rows"):
+    with pytest.raises(qk.QkError, match=r"latency_batches must be \(\), got \[1\] for a model that gives bag offsets"):
         qk.quantize(made(Ranker), [inputs()], recipe)
     result = qk.quantize(made(Ranker), [inputs()], recipe, latency_batches=())
     assert result.report.latency == []
     assert all(layer.float_ms > 0 for layer in result.report.layers)
+
+
+def test_offsets_of_as_many_rows_as_values_are_seen():
+    class Bags(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bag, self.layer = torch.nn.EmbeddingBag(30, 32), torch.nn.Linear(32, 16)
+
+        def forward(self, values, offsets):
+            return self.layer(self.bag(values, offsets))
+
+    recipe = qk.Recipe(method="nearest", embeddings=4)
+    with pytest.raises(qk.QkError, match=r"latency_batches must be \(\), got \[3\] for a model that gives bag offsets"):
+        qk.quantize(Bags(), [(torch.tensor([4, 7]), torch.tensor([0, 1]))], recipe, latency_batches=(3,))
 
 
 def test_training_needs_a_layer():

@@ -32,7 +32,7 @@ from qk.deploy import (
 )
 from qk.errors import QkError, fail
 from qk.files import writable_folder
-from qk.inputs import copied_to, device_of, evaluating, feed, map_tensors, tensors_in
+from qk.inputs import copied_to, device_of, evaluating, feed, map_tensors
 from qk.methods import (
     choose_windows,
     input_statistics,
@@ -300,10 +300,10 @@ def _check_training(recipe: Recipe, given: dict[str, Any]) -> None:
 
 def _check_batches(model: nn.Module, example: Any, sizes: tuple[int, ...]) -> None:
     """Raises QkError for sizes at which the model cannot be timed."""
-    lengths = sorted({x.shape[0] for x in tensors_in(example) if x.dim()})
-    if len(lengths) > 1 and sizes and any(hasattr(module, "include_last_offset") for module in model.modules()):
-        # Cut offsets would point beyond the values that are left, and torch's bags read and write there.
-        got = f"{list(sizes)} with tensors of {', '.join(map(str, lengths))} rows for a model with an EmbeddingBag"
+    offsets = _takes_offsets(model, example) if sizes else None
+    if offsets is not None:
+        # Cut, they point beyond the values that are left; repeated, they fall: torch's bags read and write there.
+        got = f"{list(sizes)} for a model that gives {offsets} offsets"
         raise fail(STAGE, "latency_batches", "()", got, "Bags of another batch cannot be made up.")
     for n in sizes:
         if not isinstance(n, int) or n < 1:
@@ -315,6 +315,25 @@ def _check_batches(model: nn.Module, example: Any, sizes: tuple[int, ...]) -> No
             got = f"{n}, on which it raised {type(error).__name__}: {error}"
             advice = "Pass the batch size of your data, or measure=False."
             raise fail(STAGE, "latency_batches", "sizes that the model accepts", got, advice) from error
+
+
+def _takes_offsets(model: nn.Module, example: Any) -> str | None:
+    """The name of an EmbeddingBag, quantized or not, that the model calls with offsets; it runs on the example."""
+    found = []
+
+    def see(bag: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if (args[1] if len(args) > 1 else kwargs.get("offsets")) is not None:
+            found.append(names[bag])
+
+    names = {module: name for name, module in model.named_modules() if hasattr(module, "include_last_offset")}
+    handles = [bag.register_forward_pre_hook(see, with_kwargs=True) for bag in names]
+    try:
+        with torch.no_grad():
+            feed(model, copied_to(example, device_of(model)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
 
 
 def _share(evaluate: Callable[[nn.Module], float], model: nn.Module) -> float:

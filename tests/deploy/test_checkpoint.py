@@ -125,6 +125,18 @@ def test_real_models_come_back(name, tmp_path):
             assert checkpoint_bytes(tmp_path) < 0.2 * file_bytes(floats)
 
 
+def test_an_encoder_layer_of_torch_comes_back(tmp_path):
+    def layer():
+        return nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0).eval()
+
+    x = torch.randn(3, 4, 8)
+    p = prepare(layer(), x, Recipe(method="nearest"))
+    integer = convert(minmax(p, [x]))
+    loaded = load(save(integer, tmp_path), layer())
+    with torch.no_grad():
+        assert torch.equal(loaded(x), integer(x))
+
+
 def test_a_model_that_is_one_layer_comes_back(tmp_path):
     _, p, x = one_layer()
     model = convert(p)

@@ -56,6 +56,13 @@ class Outer(nn.Module):
         return self.inner(image=x)
 
 
+def aliased():
+    """A layer of two names, the first beside the block that calls it; its own name is another layer's in the block."""
+    shared = nn.Conv2d(4, 4, 3, padding=1)
+    block = Net(lambda m, x: m.conv(torch.relu(m.proj(x))) + x, proj=shared, conv=nn.Conv2d(4, 4, 1))
+    return Net(lambda m, x: m.head(m.blk(x)), conv=shared, blk=block, head=nn.Conv2d(4, 3, 1))
+
+
 PLACES = {
     "residual units": (residual_net, {"1": ("a",), "2": ("a",)}),
     "the model itself": (lambda: Net(shortcut, **convs(2)), {"": ("conv1",)}),
@@ -67,6 +74,24 @@ PLACES = {
     "a product": (lambda: Net(lambda m, x: m.conv1(x) * x, **convs(1)), {}),
     "an addition that writes over it": (lambda: Net(lambda m, x: x.add_(m.conv1(x)), **convs(1)), {}),
     "an addition that is written over": (lambda: Net(lambda m, x: m.conv1(x).add_(x), **convs(1)), {"": ("conv1",)}),
+    "a product with a function of the input plus a number": (
+        lambda: Net(lambda m, x: m.conv1(x) * torch.sigmoid(x + 3), **convs(1)),
+        {},
+    ),
+    "a parameter": (lambda: Net(lambda m, x: m.conv1(x) * (x + m.conv1.bias.view(4, 1, 1)), **convs(1)), {}),
+    "an argument that is written over later": (
+        lambda: Net(lambda m, x: (m.conv1(x) + x, x.mul_(0))[0], **convs(1)),
+        {},
+    ),
+    "a residual in a residual": (
+        lambda: nn.Sequential(Net(lambda m, x: m.two(m.one(x)) + x, one=Residual(), two=Residual())),
+        {"0": ("one.a",), "0.one": ("a",), "0.two": ("a",)},
+    ),
+    "a reader that was named elsewhere first": (aliased, {"blk": ("proj",)}),
+    "a reader that is no part of the module with the addition": (
+        lambda: Net(lambda m, x: m.blk(x, m.conv1), conv1=convs(1)["conv1"], blk=Net(lambda m, x, c: c(x) + x)),
+        {"": ("conv1",)},
+    ),
     "several readers": (
         lambda: Net(lambda m, x: m.conv1(x) + m.conv2(x) + x, **convs(2)),
         {"": ("conv1", "conv2")},
@@ -219,3 +244,86 @@ def test_values_that_were_read_are_codes_again():
     for step in torch.logspace(-6, 3, 200):
         step, zero = step.reshape(1), torch.tensor([37], dtype=torch.int32)
         assert torch.equal(ops.quantize(ops.dequantize(codes, step, zero), step, zero, 8), codes)
+
+
+def test_arguments_are_known_by_name():
+    """In whatever order they are given, x alone is quantized."""
+    model = Net(None, **convs(2))
+    model.wiring = lambda m, x, y: m.conv2(torch.relu(m.conv1(x))) + x + y
+    block = ByName(model)
+    given = [(x, 10 * x) for x in batches()]
+    for example in (given[0], {"x": given[0][0], "y": given[0][1]}, {"y": given[0][1], "x": given[0][0]}):
+        assert qk.prepare(block, example, RECIPE).joins == {"": ("inner.conv1",)}
+    integer, (x, y) = qk.convert(calibrated(block, given=given)), given[0]
+    with torch.no_grad():
+        expected = integer(x, y)
+        torch.testing.assert_close(integer(y=y, x=x), expected, rtol=0, atol=0)
+        torch.testing.assert_close(integer(x, y=y), expected, rtol=0, atol=0)
+
+
+class ByName(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x, y):
+        return self.inner.wiring(self.inner, x, y)
+
+
+def test_a_tensor_that_is_given_twice_is_quantized_in_both_places():
+    model = nn.Sequential(
+        nn.Conv2d(4, 4, 1), Net(lambda m, x: m.b(x, x), b=Net(lambda m, x, y: m.c(x) + y, c=nn.Conv2d(4, 4, 1)))
+    )
+    p = calibrated(model, replace(RECIPE, first_last=None))
+    assert p.joins == {"1.b": ("c",)}
+    seen = []
+    p.model.get_submodule("1.b").register_forward_pre_hook(lambda _, args: seen.append(args))
+    with p.quantized(), torch.no_grad():
+        p.model(batches()[0])
+    assert seen[0][0] is seen[0][1]
+    assert len(seen[0][0].unique()) <= 16
+
+
+@pytest.mark.parametrize("other", [{"sparq": "7opt"}, {"dynamic": True}])
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_readers_of_two_kinds(name, other):
+    """One that cuts its codes, or has a step for each row, does so behind the values that the other one gives."""
+    block = Net(lambda m, x: torch.relu(m.a(x) * m.b(x) + x), a=nn.Linear(8, 8), b=nn.Linear(8, 8))
+    model, given = nn.Sequential(nn.Linear(8, 8), block, nn.Linear(8, 5)), [inputs(6, 8), inputs(7, 8)]
+    fields = {"weights": 8, "activations": 8, "method": "nearest", "first_last": None, "additions": "quantized"}
+    p = calibrated(model, Recipe(**fields, overrides={f"1.{name}": other}), given)
+    integer = qk.convert(p)
+    assert integer.qk_info.joins == {"1": ("a", "b")}
+    with torch.no_grad():
+        expected = integer(given[1])
+        with definition():
+            torch.testing.assert_close(integer(given[1]), expected, rtol=0, atol=0)
+        with p.quantized():
+            assert float((p.model(given[1]) - expected).abs().max()) < 1e-5 * float(expected.abs().max())
+
+
+def test_nested_joins_quantize_once():
+    model = nn.Sequential(Net(lambda m, x: m.two(m.one(x)) + x, one=Residual(), two=Residual()), nn.Conv2d(4, 3, 1))
+    p = calibrated(model)
+    found = []
+    p.quant_layers()["0.one.a"].input.register_forward_hook(lambda *_: found.append(1))
+    with p.quantized(), torch.no_grad():
+        p.model(batches()[0])
+    assert len(found) == 1
+    assert all(layer.arrived is None for layer in p.quant_layers().values())
+    integer = qk.convert(p)
+    with torch.no_grad(), definition():
+        expected = integer(batches()[1])
+    with torch.no_grad():
+        torch.testing.assert_close(integer(batches()[1]), expected, rtol=0, atol=0)
+
+
+def test_an_image_keeps_its_layout_and_the_whole_is_one_graph():
+    model = Net(lambda m, x: (m.conv1(x) + x).flatten(1) + x.view(len(x), -1), **convs(1))
+    integer, x = qk.convert(calibrated(nn.Sequential(model))), batches()[1]
+    with torch.no_grad():
+        expected = integer(x)
+        compiled = torch.compile(integer, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x), expected, rtol=0, atol=0)
+        fast = qk.fuse(integer, batches(), tensors=None)
+        torch.testing.assert_close(fast(x), expected, rtol=0, atol=0)

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from qk.calibrate import calibrate
 from qk.calibrate.rows import METHODS, RANGES
+from qk.deploy import convert
 from qk.errors import QkError
 from qk.ops.embedding_bag import DTYPES
 from qk.prepare import QuantTable, prepare
@@ -129,3 +131,29 @@ def test_what_can_be_asked_for_is_what_there_is():
     assert {*RANGES, "kmeans", "two-tier"} == set(METHODS)
     for dtype in DTYPES:
         Embeddings(scale_dtype=dtype)
+
+
+class Asks(nn.Module):
+    """Reads a weight's dtype outside of its module's calls, as models that cast do."""
+
+    def __init__(self, of):
+        super().__init__()
+        self.table, self.layer, self.of = nn.Embedding(20, 32), nn.Linear(32, 4), of
+
+    def forward(self, ids):
+        return self.layer(self.table(ids).to(getattr(self, self.of).weight.dtype))
+
+
+@pytest.mark.parametrize(("of", "left"), [("table", "layer"), ("layer", "table")])
+def test_what_the_model_asks_for_its_weight_stays_in_float(of, left):
+    p = prepare(Asks(of), torch.arange(5), recipe())
+    assert p.kept[of].startswith("the model asks for its weight outside of its calls")
+    assert [*p.tables, *p.quant_layers()] == [left]
+    calibrate(p, [torch.arange(20)])
+    with torch.no_grad():
+        assert convert(p)(torch.arange(5)).shape == (5, 4)
+
+
+def test_patterns_that_match_no_table_are_refused():
+    with pytest.raises(QkError, match=r"embeddings.overrides must be patterns that match tables, got '\*.typo'.*user"):
+        prepare(made(Ranker), inputs(), recipe(Embeddings(overrides={"*.typo": {"bits": 8}})))

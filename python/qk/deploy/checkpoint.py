@@ -38,7 +38,7 @@ from qk.files import TEMPORARY, replace_file
 from qk.machine import qk_version
 from qk.prepare.insert import padding_of
 from qk.prepare.joins import place
-from qk.prepare.source import check_device
+from qk.prepare.source import call_every_layer, check_device
 from qk.spec import Plan
 
 TABLES = {"embedding": (nn.Embedding, QEmbedding), "embedding_bag": (nn.EmbeddingBag, QEmbeddingBag)}
@@ -310,6 +310,7 @@ def _build(path: Path, manifest: Manifest, tensors: dict[str, Tensor], model: nn
             new[id(there[name])] = _table(path, name, table, manifest, tensors).to(there[name].weight.device)
     # deepcopy takes what its memo holds for an object: the float weights of integer layers are never copied.
     result = copy.deepcopy(model, dict(new))
+    call_every_layer(result)
     for target in set(manifest.folds.values()) - manifest.layers.keys():  # a float layer takes up its norm's shift
         layer = result.get_submodule(target)
         if getattr(layer, "bias", None) is None:

@@ -67,7 +67,6 @@ class IntegerLayer(nn.Module):
     `prepack`; `load_state_dict`, `to`, copies and pickles do it themselves.
     """
 
-    arrived: Tensor | None = None  # set by qk.prepare.joins; its codes are found again, as they are the same ones
     packed: Tensor
     weight_step: Tensor
     weight_zero: Tensor
@@ -173,7 +172,7 @@ class IntegerLayer(nn.Module):
         return not self.spec.dynamic and self.spec.sparq is None and self._buffers["input_scale"] is None
 
     def values_read(self, x: Tensor) -> Tensor | None:
-        """What the codes of x stand for, in its type, if that may stand in its place."""
+        """What the codes of x stand for, in its type, if that may stand in its place: the layer finds them again."""
         if not self.can_join:
             return None
         if x.dtype != torch.float32:
@@ -306,11 +305,14 @@ class QConv2d(IntegerLayer):
         return y.permute(0, 3, 1, 2)
 
     def values_read(self, x: Tensor) -> Tensor | None:
-        """As of IntegerLayer; in channels_last."""
-        if x.dim() == 3:
-            return self.values_read(x.unsqueeze(0)).squeeze(0) if self.can_join else None
+        """As of IntegerLayer; contiguous, or in channels_last, as x is."""
+        if x.dim() != 4:
+            return super().values_read(x)
         values = super().values_read(x.permute(0, 2, 3, 1))
-        return None if values is None else values.permute(0, 3, 1, 2)
+        if values is None:
+            return None
+        values = values.permute(0, 3, 1, 2)
+        return values.contiguous() if x.is_contiguous() else values
 
     def _convolved(self, codes: Tensor, weight: Tensor, steps: Tensor, bias: Tensor | None, groups: int) -> Tensor:
         b = self._buffers

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ __all__ = [
     "prepare",
 ]
 
+ASKED = "the model asks for its weight outside of its calls, which a replaced layer would not have"
 PASSED_BY = "the model calls it through another reference, so that a replaced layer would be passed by"
 
 
@@ -89,7 +91,7 @@ def prepare(
         tables=tables,
     )
     if recipe.additions == "quantized":
-        p.joins = find_joins(seen, layers)
+        p.joins = find_joins(copied, seen, layers)
         place(copied, p.joins)
     floats = {name: copied.get_submodule(name) for name in tables}
     for name, module in floats.items():
@@ -100,24 +102,49 @@ def prepare(
 
 
 def _keep_what_is_passed_by(p: Prepared, example: Any, seen: Observation, floats: dict[str, nn.Module]) -> None:
-    """Runs the result once: what the model still reaches on another way than its name stays in float, be it a layer or
-    a table, of which `floats` has the float modules."""
+    """Runs the result once: what the model still reaches on another way than its name stays in float, and that whose
+    weight it asks for outside of its calls, be it a layer or a table, of which `floats` has the float modules."""
     ran: Counter[str] = Counter()
-    handles = [
-        layer.register_forward_pre_hook(lambda _layer, _args, name=name: ran.update([name]))
-        for name, layer in {**p.quant_layers(), **p.quant_tables()}.items()
-    ]
-    try:
-        with torch.no_grad():
-            run(p.model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    missed = [name for name in p.tables if ran[name] < len(seen.calls[name])]
-    for name in missed:
+    asked: set[str] = set()
+    watched = {**p.quant_layers(), **p.quant_tables()}
+    with ExitStack() as stack, torch.no_grad():
+        for name, module in watched.items():
+            stack.enter_context(_watched(name, module, ran, asked))
+        run(p.model, example)
+    calls = {name: p.layers[name].calls if name in p.layers else len(seen.calls[name]) for name in watched}
+    reasons = {name: PASSED_BY for name in watched if ran[name] < calls[name]}
+    reasons = dict.fromkeys(asked, ASKED) | reasons
+    for name in reasons.keys() & p.tables.keys():
         put(p, name, floats[name])
         del p.tables[name]
-        p.kept[name] = PASSED_BY
-    passed_by = [name for name in p.quant_layers() if ran[name] < p.layers[name].calls]
-    if passed_by or missed:
-        apply_plan(p, Plan(p.plan.layers | dict.fromkeys(passed_by, float_spec(PASSED_BY))))
+        p.kept[name] = reasons[name]
+    if reasons:
+        in_float = {name: float_spec(reason) for name, reason in reasons.items() if name in p.layers}
+        apply_plan(p, Plan(p.plan.layers | in_float))
+
+
+@contextmanager
+def _watched(name: str, module: nn.Module, ran: Counter[str], asked: set[str]) -> Iterator[None]:
+    """Counts the calls of a module, and notes it where its weight is asked for outside of them, for a while."""
+    kind, depth = type(module), 0
+
+    class Watched(kind):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            nonlocal depth
+            ran[name] += 1
+            depth += 1
+            try:
+                return super().__call__(*args, **kwargs)
+            finally:
+                depth -= 1
+
+        def __getattr__(self, attribute: str) -> Any:
+            if attribute == "weight" and depth == 0:
+                asked.add(name)
+            return super().__getattr__(attribute)
+
+    module.__class__ = Watched
+    try:
+        yield
+    finally:
+        module.__class__ = kind

@@ -81,10 +81,12 @@ class QuantLayer(nn.Module):
     `corrected_bias` in place of `bias` where there is one (qk.calibrate.bias). `tail_codes`, `tail_step` and
     `tail_owners` are rows that are added to channels' first ones (qk.prepare.points); None: there are none.
     `input_scale` float32 [K]: what a Linear multiplies its input with before anything else, quantized or not, where
-    smoothing gave it a share of the weights. `arrived`: an input that was quantized on its way (qk.prepare.joins).
+    smoothing gave it a share of the weights. `arrived`: an input that was quantized where the module of id `arrived_in`
+    took it (qk.prepare.joins).
     """
 
     arrived: Tensor | None = None
+    arrived_in: int = 0
 
     codes: Tensor | None
     weight_step: Tensor | None

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qk.prepare.observe import Observation, Operator, Value
+from qk.prepare.insert import QuantLayer
+from qk.prepare.observe import Observation, Operator, Value, first_name
 from qk.prepare.prepared import Layer
 
 aten = torch.ops.aten
@@ -22,90 +23,94 @@ ADDITIONS = (aten.add.Tensor, aten.add_.Tensor)
 @dataclass(frozen=True)
 class Join:
     """What runs around each call of a module: its first argument becomes the values that `readers`, layers inside that
-    read it, quantize it to. readers: names from the module on.
+    read it, quantize it to. readers: names from the module on. argument: the name of the first one.
 
     It holds no layer, so that it serves the prepared and the integer model, copies of both, and layers put in later.
     """
 
     readers: tuple[str, ...]
+    argument: str | None
 
     def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """A pre-hook. As long as no reader quantizes with a step of calibration, nothing changes."""
-        found = self._readers(module)
-        name = None if args else next(iter(kwargs), None)
-        x = args[0] if args else kwargs.get(name)
-        read = (layer.values_read(x) for layer in found if isinstance(x, Tensor))
-        values = next((y for y in read if y is not None), None)
+        x = args[0] if args else kwargs.get(self.argument)
+        found = self._joining(module)
+        if not isinstance(x, Tensor) or any(isinstance(n, QuantLayer) and x is n.arrived for n in found):
+            return None  # a module around this one has done it
+        values = None
+        for layer in found:
+            values = layer.values_read(x) if values is None else values
         if values is None:
             return None
         for layer in found:
-            layer.arrived = values
-        return ((values, *args[1:]), kwargs) if args else (args, kwargs | {name: values})
+            if isinstance(layer, QuantLayer):
+                layer.arrived, layer.arrived_in = values, id(module)
+        given = tuple([values if argument is x else argument for argument in args])
+        return given, {name: values if argument is x else argument for name, argument in kwargs.items()}
 
     def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
         """A hook, also for calls that raise."""
-        for layer in self._readers(module):
-            layer.arrived = None
+        for layer in self._joining(module):
+            if isinstance(layer, QuantLayer) and layer.arrived_in == id(module):
+                layer.arrived, layer.arrived_in = None, 0
 
-    def _readers(self, module: nn.Module) -> list[nn.Module]:
-        """Those that are no float layers."""
-        return [layer for name in self.readers if hasattr(layer := module.get_submodule(name), "values_read")]
+    def _joining(self, module: nn.Module) -> list[Any]:
+        """The readers that quantize the tensor itself, with a step of calibration."""
+        found = [module.get_submodule(name) for name in self.readers]
+        return [layer for layer in found if getattr(layer, "can_join", False)]
 
 
 def place(model: nn.Module, joins: dict[str, tuple[str, ...]]) -> None:
     """joins: module -> the names of readers, from it on."""
     for name, readers in joins.items():
-        join, module = Join(readers), model.get_submodule(name)
+        module = model.get_submodule(name)
+        join = Join(readers, first_name(module))
         module.register_forward_pre_hook(join.enter, with_kwargs=True)
         module.register_forward_hook(join.leave, always_call=True)
 
 
-def find_joins(seen: Observation, layers: dict[str, Layer]) -> dict[str, tuple[str, ...]]:
-    """The innermost modules whose first argument a layer inside reads at every call, and an addition inside at one:
-    module -> these layers' names from it on, in running order."""
-    found: dict[str, tuple[str, ...]] = {}
-    for name, calls in seen.calls.items():
-        given = [call.inputs[0] for call in calls if call.single]
-        if len(given) < len(calls) or not any(_adds(seen, value, name) for value in given):
-            continue
-        readers = [layer for layer in layers if layer != name and _reads(seen, layer, name, given)]
-        if readers:
-            found[name] = tuple(reader.removeprefix(f"{name}.") if name else reader for reader in readers)
-    around = {outer for name in found for call in seen.calls[name] for outer in call.inside if _same(seen, outer, name)}
-    return {name: readers for name, readers in found.items() if name not in around}
-
-
-def _same(seen: Observation, outer: str, inner: str) -> bool:
-    """Whether both take the same tensors, so that one of them is enough."""
-    return {call.inputs[:1] for call in seen.calls[outer]} >= {call.inputs[:1] for call in seen.calls[inner]}
-
-
-def _reads(seen: Observation, layer: str, module: str, given: list[Value]) -> bool:
-    calls = [call for call in seen.calls[layer] if module in call.inside]
-    return len(calls) == len(seen.calls[layer]) and [call.inputs[0] for call in calls] == given
-
-
-def _adds(seen: Observation, value: Value, module: str) -> bool:
-    """Whether an addition in `module` or inside reads the value without writing over it."""
-    return any(
-        operator.function in ADDITIONS and not _writes(operator, value) and _is_inside(seen, operator.module, module)
-        for operator in seen.read[value]
-    )
-
-
-def _writes(operator: Operator, value: Value) -> bool:
-    return operator.function is aten.add_.Tensor and operator.args[0] == value
-
-
-def _is_inside(seen: Observation, name: str, module: str) -> bool:
-    return name == module or any(module in call.inside for call in seen.calls.get(name, ()))
-
-
 def working(model: nn.Module, joins: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
     """The joins with a reader that quantizes the tensor itself with a step of calibration, be it switched on or not."""
+    return {name: readers for name, readers in joins.items() if Join(readers, None)._joining(model.get_submodule(name))}
 
-    def works(name: str, readers: tuple[str, ...]) -> bool:
-        module = model.get_submodule(name)
-        return any(getattr(module.get_submodule(reader), "can_join", False) for reader in readers)
 
-    return {name: readers for name, readers in joins.items() if works(name, readers)}
+def find_joins(model: nn.Module, seen: Observation, layers: dict[str, Layer]) -> dict[str, tuple[str, ...]]:
+    """For each addition the innermost module around it whose first argument it reads, and a layer inside too, at every
+    call: module -> these layers' names from it on, in running order."""
+    owned = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    places = {name: found for name in seen.calls if (found := _readers(model, seen, layers, name))}
+    wanted: set[str] = set()
+    for value, operators in seen.read.items():
+        for operator in operators:
+            if operator.function in ADDITIONS and _adds(operator, value, owned):
+                around = [name for name in operator.inside if name in places and value in _given(seen, name)]
+                wanted |= set(around[-1:])
+    return {name: readers for name, readers in places.items() if name in wanted}
+
+
+def _adds(operator: Operator, value: Value, owned: set[int]) -> bool:
+    """Whether it adds another activation to the value, and does not write over it."""
+    both = operator.args[:2]
+    is_sum = len(both) == 2 and all(isinstance(x, Value) and x.storage not in owned for x in both)
+    return is_sum and not (operator.function is aten.add_.Tensor and both[0] == value)
+
+
+def _given(seen: Observation, name: str) -> list[Value | None]:
+    return [call.first for call in seen.calls[name]]
+
+
+def _readers(model: nn.Module, seen: Observation, layers: dict[str, Layer], name: str) -> tuple[str, ...]:
+    """The layers inside that read the first argument of each call of the module; none if an operator inside writes
+    over it, as the caller would not see that."""
+    given = _given(seen, name)
+    if any(value is None or name in seen.written.get((value.storage, value.version), ()) for value in given):
+        return ()
+    module = model.get_submodule(name)
+    names = {id(inner): inside for inside, inner in module.named_modules() if inner is not module}
+    found = []
+    for layer in layers:
+        inside = names.get(id(model.get_submodule(layer)))
+        calls = seen.calls[layer]
+        if inside and all(name in call.inside for call in calls) and [call.inputs[0] for call in calls] == given:
+            found.append(inside)
+    return tuple(found)

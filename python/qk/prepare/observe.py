@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ class Value(NamedTuple):
 class Call:
     """One call of a module. inside: the calls around it, outermost first. inputs, outputs: the tensors, in order.
 
+    first: the first argument of its forward, given by place or by name; None if that is no tensor.
     single: the first argument and the (first) result are tensors, so the call can be repeated from stored inputs.
     """
 
@@ -36,19 +38,22 @@ class Call:
     inside: tuple[str, ...]
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...] = ()
+    first: Value | None = None
     single: bool = False
 
 
 @dataclass
 class Operator:
     """One operator that ran. function: as torch dispatches it, such as aten.relu.default. module: in which it ran, ""
-    for the model itself. args, kwargs: with the Value in place of each tensor that stands there by itself."""
+    for the model itself. inside: the calls around it, outermost first. args, kwargs: with the Value in place of each
+    tensor that stands there by itself."""
 
     function: Any
     module: str
     args: tuple
     kwargs: dict[str, Any]
     outputs: tuple[Value, ...]
+    inside: tuple[str, ...] = ()
 
 
 @dataclass
@@ -56,6 +61,7 @@ class Observation:
     """calls: by module name, in the order in which the modules first started. readers: Value -> the module in which
     each operator read it, "" for the model itself. read: Value -> these operators. results: what the model returned.
     feeds: Conv2d or Linear -> those that read what operators made of its output, without another one between.
+    written: storage and writes to it so far -> the calls around the next write, outermost first.
     held: every tensor that was seen, so that no address means another one as long as this is in use.
     """
 
@@ -64,6 +70,7 @@ class Observation:
     read: dict[Value, list[Operator]] = field(default_factory=lambda: defaultdict(list))
     results: set[Value] = field(default_factory=set)
     feeds: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    written: dict[tuple[int, int], tuple[str, ...]] = field(default_factory=dict)
     held: list[Tensor] = field(default_factory=list, repr=False)
 
 
@@ -77,8 +84,8 @@ def observe(model: nn.Module, example: Any) -> Observation:
 
         is_layer = isinstance(module, (nn.Conv2d, nn.Linear))
 
-        def enter(_module, args, kwargs, name=name, is_layer=is_layer):
-            watch.enter(name, args, kwargs, is_layer)
+        def enter(module, args, kwargs, name=name, is_layer=is_layer):
+            watch.enter(name, args, kwargs, is_layer, args[0] if args else kwargs.get(first_name(module)))
 
         def leave(_module, _args, _kwargs, result, name=name, is_layer=is_layer):
             watch.leave(name, result, is_layer)
@@ -93,6 +100,11 @@ def observe(model: nn.Module, example: Any) -> Observation:
             handle.remove()
     watch.seen.results = set(watch.values(result))
     return watch.seen
+
+
+def first_name(module: nn.Module) -> str | None:
+    """Of the first argument of its forward."""
+    return next(iter(inspect.signature(module.forward).parameters), None)
 
 
 class _Watch(TorchDispatchMode):
@@ -120,7 +132,8 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        reader = self.stack[-1].module if self.stack else ""
+        inside = tuple(call.module for call in self.stack)
+        reader = inside[-1] if inside else ""
         read = self.values((args, kwargs))
         for value in read:
             self.seen.readers[value].append(reader)
@@ -133,9 +146,10 @@ class _Watch(TorchDispatchMode):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 for written in tensors_in(args[i] if i < len(args) else kwargs.get(argument.name)):
                     storage = self.value(written).storage
+                    self.seen.written[storage, self.writes[storage]] = inside
                     self.writes[storage] += 1
                     self.sources[storage] = sources
-        operator = Operator(func, reader, plain_args, plain_kwargs, self.values(result))
+        operator = Operator(func, reader, plain_args, plain_kwargs, self.values(result), inside)
         for value in dict.fromkeys(read):
             self.seen.read[value].append(operator)
         for value in operator.outputs:
@@ -145,13 +159,15 @@ class _Watch(TorchDispatchMode):
     def sources_of(self, values: tuple[Value, ...]) -> frozenset[str]:
         return frozenset().union(*(self.sources.get(value.storage, ()) for value in values))
 
-    def enter(self, name: str, args: tuple, kwargs: dict, is_layer: bool) -> None:
+    def enter(self, name: str, args: tuple, kwargs: dict, is_layer: bool, own: Any) -> None:
+        """own: the first argument of its forward."""
         call = Call(name, tuple(c.module for c in self.stack), self.values((args, kwargs)))
         if is_layer:
             for source in self.sources_of(call.inputs):
                 self.seen.feeds[source].add(name)
         first = args[0] if args else next(iter(kwargs.values()), None)
         call.single = isinstance(first, Tensor)
+        call.first = self.value(own) if isinstance(own, Tensor) else None
         self.seen.calls.setdefault(name, []).append(call)
         self.stack.append(call)
 

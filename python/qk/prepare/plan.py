@@ -28,8 +28,8 @@ def plan_from(
     Raises QkError for a pattern of skip or overrides that matches nothing, for a group size that does not fit, and for
     overrides that make the input of a convolution dynamic.
     """
-    _check_patterns("skip", recipe.skip, [*layers, *others])
-    _check_patterns("overrides", recipe.overrides, layers)
+    check_patterns("skip", recipe.skip, [*layers, *others])
+    check_patterns("overrides", recipe.overrides, layers)
     names = list(layers)
     ends = {*names[:1], *last_layers(layers)}
     plan = agree(Plan({n: recipe.spec_for(n, n in ends, n in names[1:2], layers[n].kind) for n in names}), links)
@@ -95,9 +95,10 @@ def too_long(layer: Layer, spec: QuantSpec) -> str | None:
     return f"K = {k} could overflow int32 at {spec.describe()}; it holds up to {most}" if k > most else None
 
 
-def _check_patterns(field: str, patterns: Iterable[str], names: Iterable[str]) -> None:
+def check_patterns(field: str, patterns: Iterable[str], names: Iterable[str], kind: str = "layers") -> None:
+    """Raises QkError for a pattern of the recipe's field that matches none of the names, which are of this kind."""
     names = list(names)
     idle = [repr(p) for p in patterns if not any(fnmatchcase(n, p) for n in names)]
     if idle:
         some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-        raise fail(STAGE, f"recipe.{field}", "patterns that match layers", ", ".join(idle), f"The layers: {some}.")
+        raise fail(STAGE, f"recipe.{field}", f"patterns that match {kind}", ", ".join(idle), f"The {kind}: {some}.")

@@ -75,11 +75,16 @@ def copy_of(model: nn.Module) -> nn.Module:
     except Exception as error:
         got = f"{type(model).__name__}, on which it raised {type(error).__name__}: {error}"
         raise fail(STAGE, "model", "a module that copy.deepcopy can copy", got) from error
-    for module in copied.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            # Its fused path takes the weights of linear1 and linear2 and would pass by what stands in their place.
-            module.activation_relu_or_gelu = 0
+    call_every_layer(copied)
     return copied.eval()
+
+
+def call_every_layer(model: nn.Module) -> None:
+    """Takes the fused path from torch's encoder layers: it reads the weights of linear1 and linear2, and so passes by
+    what stands in their place."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
 
 
 def run(model: nn.Module, example: Any) -> Any:

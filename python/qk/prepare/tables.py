@@ -9,6 +9,7 @@ from qk.errors import fail
 from qk.ops.embedding_bag import row_bytes
 from qk.prepare.lookup import kind_of
 from qk.prepare.observe import Observation
+from qk.prepare.plan import check_patterns
 from qk.prepare.source import STAGE
 from qk.prepare.support import COMPUTED, HOOKED, IDLE, SHARED, Uses, check_finite, is_computed
 from qk.prepare.tree import has_hooks
@@ -25,6 +26,7 @@ def find_tables(model: nn.Module, seen: Observation, recipe: Recipe) -> tuple[di
         return {}, dict.fromkeys(there, "the recipe leaves embedding tables in float")
     if not there:
         raise fail(STAGE, "recipe.embeddings", "null for a model without an Embedding or EmbeddingBag", "a width")
+    check_patterns("embeddings.overrides", recipe.embeddings.overrides, there, "tables")
     uses, started = Uses(model, seen), {name: order for order, name in enumerate(seen.calls)}
     tables: dict[str, Embeddings] = {}
     reasons: dict[str, str] = {}

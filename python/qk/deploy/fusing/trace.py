@@ -160,6 +160,7 @@ class _Canonical:
             CAT: self._cat,
             aten.concat.default: self._cat,
             aten.permute.default: self._permute,
+            aten.contiguous.default: self._contiguous,
             aten.max_pool2d.default: self._max_pool,
             aten.avg_pool2d.default: self._avg_pool,
             aten.adaptive_avg_pool2d.default: self._adaptive,
@@ -247,6 +248,12 @@ class _Canonical:
         else:
             return False
         return True
+
+    def _contiguous(self, node: fx.Node) -> bool:
+        """The same values, which only a view asks to lie so."""
+        if len(node.args) > 1 or node.kwargs or any(user.target is aten.view.default for user in node.users):
+            return False
+        return self._same(node)
 
     def _max_pool(self, node: fx.Node) -> bool:
         x, kernel, stride, padding, dilation, ceil = _with_defaults(node, (None, None, [], [0, 0], [1, 1], False))
