@@ -100,6 +100,7 @@ def like_any(rnd, schema):
         "codes": values(rnd, base, torch.uint8),
         "boundary": rnd.choice(("paper", "torch")),
         "beta": 2.0,
+        "penalty": rnd.choice((0.0, 0.01)),
         "power": rnd.choice((1.0, 2.0, 2.4)),
         "scale": 0.5,
         "grad_scale": 1.0,

@@ -86,4 +86,11 @@ QK_HD static inline float soft_slope(float u) {
   return keep_if((u > -1.0f) & (u < 1.0f), slope);
 }
 
+// d/dv (1 - |u|^beta) but for the factor -2 beta: |u|^(beta - 1) sign(u) dh/dv, with slope = dh/dv = du/dv / 2.
+QK_HD static inline float penalty_slope(float u, float slope, float beta) {
+  const float size = as_float(as_bits(u) & 0x7fffffff);
+  const float value = power_of(size, beta - 1.0f) * slope;
+  return as_float((as_bits(value) & 0x7fffffff) | (as_bits(u) & static_cast<int32_t>(0x80000000)));
+}
+
 }  // namespace qk

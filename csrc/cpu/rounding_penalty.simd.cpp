@@ -10,11 +10,10 @@ float penalty(const float* __restrict v, int64_t n, float beta) {
   return sum_of(n, [=](int64_t i) { return 1.0f - power_of(__builtin_fabsf(soft_sign(v[i])), beta); });
 }
 
-// d/dv (1 - |u|^beta) = -beta |u|^(beta - 1) sign(u) du/dv, du/dv = 2 dh/dv.
 void gradients(const float* __restrict v, float* __restrict grad_v, int64_t n, float beta, float scale) {
   for (int64_t i = 0; i < n; ++i) {
     const float u = soft_sign(v[i]);
-    grad_v[i] = scale * __builtin_copysignf(power_of(__builtin_fabsf(u), beta - 1.0f) * soft_slope(u), u);
+    grad_v[i] = scale * penalty_slope(u, soft_slope(u), beta);
   }
 }
 

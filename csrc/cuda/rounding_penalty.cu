@@ -21,7 +21,6 @@ __global__ void rounding_penalty_kernel(RoundingPenaltyArgs a) {
   });
 }
 
-// d/dv (1 - |u|^beta) = -beta |u|^(beta - 1) sign(u) du/dv, du/dv = 2 dh/dv.
 template <int team>
 __global__ void rounding_penalty_backward_kernel(RoundingPenaltyBackwardArgs a) {
   const float scale = -2.0f * a.beta * *a.grad;
@@ -33,7 +32,7 @@ __global__ void rounding_penalty_backward_kernel(RoundingPenaltyBackwardArgs a) 
 #pragma unroll
       for (float& value : vs.v) {
         const float u = soft_sign(value);
-        value = scale * copysignf(power_of(fabsf(u), a.beta - 1.0f) * soft_slope(u), u);
+        value = scale * penalty_slope(u, soft_slope(u), a.beta);
       }
       store(grad_v + i, vs);
     });

@@ -32,8 +32,11 @@ Tensor soft_round(const Tensor& weight, const Tensor& v, const Tensor& step, con
 
 template <void (*kernel)(const SoftRoundBackwardArgs&)>
 Tensor soft_round_backward(const Tensor& grad, const Tensor& weight, const Tensor& v, const Tensor& step,
-                           const Tensor& zero, int64_t bits) {
+                           const Tensor& zero, int64_t bits, double penalty, double beta) {
   const auto [rows, cols, steps, zeros] = check_soft_round("soft_round_backward", weight, v, step, zero, bits);
+  check(finite_float(penalty), "soft_round_backward", "penalty", "a number, finite in float32", penalty);
+  check(beta >= 1 && finite_float(beta), "soft_round_backward", "beta", "a number of at least 1, finite in float32",
+        beta);
   check_device("soft_round_backward", weight, {{"grad", &grad}});
   check_dtype("soft_round_backward", "grad", grad, ScalarType::Float);
   check_same_shape("soft_round_backward", "grad", grad, "weight", weight);
@@ -42,7 +45,7 @@ Tensor soft_round_backward(const Tensor& grad, const Tensor& weight, const Tenso
   QK_DEVICE_GUARD(weight);
   kernel({grads.const_data_ptr<float>(), weights.const_data_ptr<float>(), vs.const_data_ptr<float>(),
           steps.const_data_ptr<float>(), zeros.const_data_ptr<int32_t>(), grad_v.mutable_data_ptr<float>(), rows, cols,
-          static_cast<int>(bits)});
+          static_cast<int>(bits), static_cast<float>(penalty), static_cast<float>(beta)});
   return grad_v;
 }
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import qk
-from qk.ops.soft_round import fraction, reference, reference_backward, start
+from qk.ops.soft_round import fraction, penalty_slope, reference, reference_backward, start
 
 SHAPES = [(5, 67), (1, 1), (3, 0), (2, 20011), (64, 9)]
 # h: the kernel's polynomial and the definition's float32 sigmoid are each within 2^-23 of the real one.
@@ -52,6 +52,19 @@ def test_gradient_is_the_definition(bits, device):
         bound = 4 * H_ERROR * (grad * step.reshape(-1, 1)).abs()
         assert (((got - want).abs() <= bound) | (edges & ((got == 0) | ((got - passed).abs() <= bound)))).all(), shape
         assert edges.sum() <= 1 + 0.01 * edges.numel()
+
+
+@pytest.mark.parametrize("beta", [1.0, 2.0, 15.5])
+def test_with_the_penalty_it_is_the_sum_of_both_gradients(beta, device):
+    """Bit for bit: the same two numbers are added. The definition's is within the sum of their own tolerances."""
+    for shape in SHAPES:
+        weight, v, step, zero, grad = problem(shape, 4, device)
+        own = torch.ops.qk.soft_round_backward(grad, weight, v, step, zero, 4)
+        penalty = torch.ops.qk.rounding_penalty_backward(torch.tensor(0.3, device=device), v, beta)
+        got = torch.ops.qk.soft_round_backward(grad, weight, v, step, zero, 4, 0.3, beta)
+        assert torch.equal(got, own + penalty), shape
+        want = reference_backward(grad, weight, v, step, zero, 4, 0.3, beta)
+        assert torch.equal(want, reference_backward(grad, weight, v, step, zero, 4) + 0.3 * penalty_slope(v, beta))
 
 
 def test_the_definitions_gradient_is_its_autograd():
@@ -127,6 +140,7 @@ def test_threads_and_instruction_sets_change_no_bit(each_isa_and_threads):
         lambda: (
             qk.ops.soft_round(weight, v, step, zero, 4),
             torch.ops.qk.soft_round_backward(grad, weight, v, step, zero, 4),
+            torch.ops.qk.soft_round_backward(grad, weight, v, step, zero, 4, 0.01, 7.3),
         )
     )
 
@@ -134,7 +148,9 @@ def test_threads_and_instruction_sets_change_no_bit(each_isa_and_threads):
 def test_registration(device):
     weight, v, step, zero, grad = problem((5, 67), 4, device)
     torch.library.opcheck(torch.ops.qk.soft_round.default, (weight, v.clone().requires_grad_(), step, zero, 4))
-    torch.library.opcheck(torch.ops.qk.soft_round_backward.default, (grad, weight, v, step, zero, 4))
+    for penalty in ((), (0.01, 7.3)):
+        args = (grad, weight, v, step, zero, 4, *penalty)
+        torch.library.opcheck(torch.ops.qk.soft_round_backward.default, args)
 
 
 W, STEP, ZERO = torch.ones(5, 8), torch.ones(5), torch.zeros(5, dtype=torch.int32)
@@ -161,3 +177,9 @@ def test_bad_input_is_refused(change, message):
 def test_zero_that_is_no_code_has_no_gradient(zero):
     with pytest.raises(RuntimeError, match=r"qk::soft_round_backward: zero must be a code from 0 to 15"):
         torch.ops.qk.soft_round_backward(W, W, W, STEP, torch.full_like(ZERO, zero), 4)
+
+
+@pytest.mark.parametrize(("penalty", "beta", "name"), [(float("nan"), 2.0, "penalty"), (0.1, 0.5, "beta")])
+def test_a_penalty_that_is_none_is_refused(penalty, beta, name):
+    with pytest.raises(RuntimeError, match=rf"qk::soft_round_backward: {name} must be a number"):
+        torch.ops.qk.soft_round_backward(W, W, W, STEP, ZERO, 4, penalty, beta)

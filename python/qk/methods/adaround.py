@@ -40,6 +40,24 @@ class Rounding:
         sparse = layer.spec.sparq is not None and layer.spec.sparq.pairs == "weights"
         self.stays_zero = self.weight == 0 if sparse else None  # 2:4 sparse it remains
         self.v = start(self.weight, self.step).requires_grad_()
+        self.value: Tensor | None = None
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """An iteration: `value` becomes the soft weight, for whose gradient a backward pass asks."""
+        self.value = self.soft().requires_grad_()
+
+    @torch.no_grad()
+    def end(self, penalty: float, beta: float) -> None:
+        """Takes the gradient of `value` on to v, with that of penalty * rounding_penalty(v, beta) added: one kernel."""
+        assert self.value is not None
+        grad = torch.zeros_like(self.value) if self.value.grad is None else self.value.grad  # no call of the layer
+        grad = to_kernel_order(grad) if self.kernel_order else grad
+        if self.stays_zero is not None:
+            grad = grad.masked_fill(self.stays_zero, 0.0)
+        quantizer = self.step, self.zero, self.bits
+        self.v.grad = torch.ops.qk.soft_round_backward(grad, self.weight, self.v, *quantizer, penalty, beta)
+        self.value = None
 
     def soft(self) -> Tensor:
         """The weight with h(v) added to its floor, in the layout of layer.weight. Differentiable in v."""

@@ -201,7 +201,7 @@ class Learner:
 
     def __enter__(self) -> Learner:
         for rounding in self.roundings:
-            rounding.layer.rounding = rounding.soft
+            rounding.layer.rounding = lambda rounding=rounding: rounding.value
         for step in self.steps:
             step.requires_grad_(True)
         if self.recipe.drop_inside and 0 < self.phase.drop < 1:
@@ -218,10 +218,14 @@ class Learner:
 
     def step(self, sample: Sample, iteration: int) -> Tensor:
         """One iteration; returns the loss before it, without the penalty."""
+        for rounding in self.roundings:
+            rounding.begin()
         output, loss, slope = unit_loss(self.module, sample, self.layers, self.phase.loss)
         self.optimizer.zero_grad()
         output.backward(slope)
-        self._penalize(iteration)
+        penalty = self._penalty(iteration)
+        for rounding in self.roundings:
+            rounding.end(*penalty)
         left = 0.5 * (1 + math.cos(math.pi * iteration / self.phase.iterations))  # a cosine to 0
         for group in self.optimizer.param_groups[: len(self.steps)]:
             group["lr"] = left * group["start"]
@@ -235,15 +239,11 @@ class Learner:
         """Each value quantized with probability drop, else in float."""
         return torch.lerp(x, quantized, drop_mask(x, self.phase.drop, self.generator).to(x.device))
 
-    @torch.no_grad()
-    def _penalize(self, iteration: int) -> None:
-        """Adds the penalty's gradient. Its value is not needed, so only the backward kernel runs."""
+    def _penalty(self, iteration: int) -> tuple[float, float]:
+        """Weight and exponent."""
         recipe = self.recipe
-        if iteration < recipe.warmup * recipe.iterations or recipe.penalty == 0:
-            return
         exponent = beta(iteration, recipe.iterations, recipe.warmup, recipe.beta)
-        for v in (rounding.v for rounding in self.roundings):
-            v.grad.add_(torch.ops.qk.rounding_penalty_backward(v.new_tensor(recipe.penalty), v, exponent))
+        return (0.0 if iteration < recipe.warmup * recipe.iterations else recipe.penalty), exponent
 
 
 class _Unit:

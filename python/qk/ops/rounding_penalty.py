@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qk.ops._rows import on_one_device
-from qk.ops.soft_round import HIGH, LOW, fraction
+from qk.ops.soft_round import fraction, penalty_slope
 
 
 def rounding_penalty(v: Tensor, beta: float) -> Tensor:
@@ -29,11 +29,7 @@ def reference(v: Tensor, beta: float) -> Tensor:
 
 def reference_backward(grad: Tensor, v: Tensor, beta: float) -> Tensor:
     """The definition of the gradient of v."""
-    sigmoid = torch.sigmoid(v)
-    h = sigmoid * (HIGH - LOW) + LOW
-    u = 2 * torch.clamp(h, 0, 1) - 1
-    slope = torch.where((h > 0) & (h < 1), (HIGH - LOW) * sigmoid * (1 - sigmoid), 0.0)
-    return -grad * beta * u.abs().pow(beta - 1) * u.sign() * 2 * slope
+    return grad * penalty_slope(v, beta)
 
 
 @torch.library.register_fake("qk::rounding_penalty")

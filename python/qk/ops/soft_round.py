@@ -42,16 +42,37 @@ def reference(weight: Tensor, v: Tensor, step: Tensor, zero: Tensor, bits: int) 
     return (torch.clamp(code, low, low + (2**bits - 1)) * step.reshape(-1, 1)).reshape(weight.shape)
 
 
-def reference_backward(grad: Tensor, weight: Tensor, v: Tensor, step: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """The definition of the gradient of v."""
+def reference_backward(
+    grad: Tensor,
+    weight: Tensor,
+    v: Tensor,
+    step: Tensor,
+    zero: Tensor,
+    bits: int,
+    penalty: float = 0.0,
+    beta: float = 2.0,
+) -> Tensor:
+    """The definition of the gradient of v, with that of penalty * rounding_penalty(v, beta) added."""
     low = -zero.reshape(-1, 1).to(torch.float32)
-    sigmoid = torch.sigmoid(as_rows(v, step))
-    h = sigmoid * (HIGH - LOW) + LOW
-    slope = torch.where((h > 0) & (h < 1), (HIGH - LOW) * sigmoid * (1 - sigmoid), 0.0)
-    code = torch.floor(units(weight, step)) + torch.clamp(h, 0, 1)
+    rows = as_rows(v, step)
+    code = torch.floor(units(weight, step)) + fraction(rows)
     inside = (code >= low) & (code <= low + (2**bits - 1))
-    grads = as_rows(grad, step) * step.reshape(-1, 1) * slope
-    return torch.where(inside, grads, 0.0).reshape(v.shape)
+    grads = as_rows(grad, step) * step.reshape(-1, 1) * slope_of(rows)
+    found = torch.where(inside, grads, 0.0).reshape(v.shape)
+    return found + penalty * penalty_slope(v, beta) if penalty else found
+
+
+def slope_of(v: Tensor) -> Tensor:
+    """dh/dv, 0 where h is clamped."""
+    sigmoid = torch.sigmoid(v)
+    h = sigmoid * (HIGH - LOW) + LOW
+    return torch.where((h > 0) & (h < 1), (HIGH - LOW) * sigmoid * (1 - sigmoid), 0.0)
+
+
+def penalty_slope(v: Tensor, beta: float) -> Tensor:
+    """d/dv (1 - |2 h(v) - 1|^beta)."""
+    u = 2 * fraction(v) - 1
+    return -beta * u.abs().pow(beta - 1) * u.sign() * 2 * slope_of(v)
 
 
 @torch.library.register_fake("qk::soft_round")
@@ -61,7 +82,7 @@ def _(weight, v, step, zero, bits):
 
 
 @torch.library.register_fake("qk::soft_round_backward")
-def _(grad, weight, v, step, zero, bits):
+def _(grad, weight, v, step, zero, bits, penalty=0.0, beta=2.0):
     on_one_device("soft_round_backward", grad, weight, v, step, zero)
     return torch.empty_like(v, memory_format=torch.contiguous_format)
 
