@@ -30,6 +30,7 @@ from qk.deploy import (
     table_modules,
     table_sqnr,
 )
+from qk.deploy.modules import integer_layers
 from qk.errors import QkError, fail
 from qk.files import writable_folder
 from qk.inputs import copied_to, device_of, evaluating, feed, map_tensors
@@ -116,6 +117,10 @@ def quantize(
     example = held[0] if example is None else example
     with _timed(seconds, "prepare"):
         p = prepare(model, example, recipe, blocks=blocks)
+    learns = bool(p.quant_layers())  # a model may have tables alone to quantize, which have nothing to learn
+    if recipe.method == "lsq" and not learns:
+        got = "a model whose embedding tables alone are quantized"
+        raise fail(STAGE, "method", "another than lsq, which trains layers", got, "They need none: take nearest.")
     several = [name for name, spec in p.plan.layers.items() if spec.points > 1]
     if several and recipe.method == "lsq":
         got = f"more for {', '.join(several[:5])}"
@@ -142,13 +147,12 @@ def quantize(
         search = {"labels": labels, "seed": recipe.seed, "memory_mb": recipe.memory_mb}
         calibrate(p, held, recipe.ranges, **search, progress="auto" if progress else "off")
     error, budget = recipe.points_error, recipe.points_budget
-    if several or error is not None or budget is not None:
+    if learns and (several or error is not None or budget is not None):
         with _timed(seconds, "choose points"):
             multipoint(p, held, error=error, budget=budget, memory_mb=recipe.memory_mb)
-    if recipe.sparq_bits is not None:
+    if learns and recipe.sparq_bits is not None:
         with _timed(seconds, "choose windows"):
             choose_windows(p, held[:MEASURED_BATCHES], recipe.sparq_bits)
-    learns = bool(p.quant_layers())  # a model may have tables alone to quantize, which have nothing to learn
     if recipe.only_faster and learns:
         with _timed(seconds, "time layers"):
             _leave_slower_in_float(p)
@@ -233,6 +237,8 @@ def _fused(integer: nn.Module, example: Any, held: list[Any]) -> tuple[FusedMode
     """The fused model, and notes on what it leaves in float; None and the reason if there is none."""
     if device_of(integer).type != "cpu":
         return None, ["Not fused: qk.fuse works on the CPU."]
+    if not integer_layers(integer):
+        return None, ["Not fused: only tables are quantized."]
     try:
         fast = fuse(integer, held if example is held[0] else [example, *held])
     except QkError as error:
