@@ -28,7 +28,6 @@ from qk.deploy import (
     measure_layers,
     save,
     table_modules,
-    table_sqnr,
 )
 from qk.deploy.modules import integer_layers
 from qk.errors import QkError, fail
@@ -324,7 +323,7 @@ def _check_batches(model: nn.Module, example: Any, sizes: tuple[int, ...]) -> No
 
 
 def _takes_offsets(model: nn.Module, example: Any) -> str | None:
-    """The name of an EmbeddingBag, quantized or not, that the model calls with offsets; it runs on the example."""
+    """The name of an EmbeddingBag, quantized or not, that the model calls with offsets; one with bags is run for it."""
     found = []
 
     def see(bag: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -332,6 +331,8 @@ def _takes_offsets(model: nn.Module, example: Any) -> str | None:
             found.append(names[bag])
 
     names = {module: name for name, module in model.named_modules() if hasattr(module, "include_last_offset")}
+    if not names:
+        return None
     handles = [bag.register_forward_pre_hook(see, with_kwargs=True) for bag in names]
     try:
         with torch.no_grad():
@@ -379,19 +380,7 @@ def _layers(p: Prepared, measured: list[LayerMeasure]) -> list[LayerReport]:
 
 def _tables(integer: nn.Module) -> list[TableReport]:
     """Every quantized embedding table, those that the model held before too."""
-    return [
-        TableReport(
-            name,
-            table.num_embeddings,
-            table.cols,
-            table.bits,
-            table.method,
-            None if table.error is None else table_sqnr(table.error),
-            table.num_embeddings * table.cols * 4,
-            table.nbytes,
-        )
-        for name, table in table_modules(integer).items()
-    ]
+    return [TableReport.of(name, table.num_embeddings, table) for name, table in table_modules(integer).items()]
 
 
 def _notes(p: Prepared, measured: list[LayerMeasure]) -> list[str]:

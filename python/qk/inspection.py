@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from qk import sources, tables
-from qk.deploy import checkpoint_bytes, table_sqnr
+from qk.deploy import checkpoint_bytes
 from qk.deploy.manifest import read_manifest
 from qk.errors import fail
 from qk.ops.pack import row_bytes
@@ -95,19 +95,7 @@ def of_checkpoint(folder: Path) -> tuple[dict[str, Any], list[Table]]:
         width = spec.describe() + (f", {shape[0]} + {extra} rows" if extra else "")
         layers.append({"name": name, "kind": config and config.kind, "width": width, "weight": shape})
         layers[-1] |= {"bytes": packed, "reason": spec.reason}
-    found = [
-        TableReport(
-            name,
-            x.rows,
-            x.cols,
-            x.bits,
-            x.method,
-            None if x.error is None else table_sqnr(x.error),
-            x.rows * x.cols * 4,
-            x.nbytes,
-        )
-        for name, x in manifest.tables.items()
-    ]
+    found = [TableReport.of(name, config.rows, config) for name, config in manifest.tables.items()]
     facts = {
         "format": manifest.format,
         "written by": {"qk": manifest.qk, "torch": manifest.torch},

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from qk import tables
+from qk.deploy import table_sqnr
+from qk.deploy.embedding import QEmbedding, QEmbeddingBag
+from qk.deploy.manifest import TableConfig
 from qk.errors import fail
 from qk.files import replace_file
 from qk.methods.sparq import InputStatistics
@@ -65,6 +68,13 @@ class TableReport:
     sqnr_db: float | None
     float_bytes: int
     integer_bytes: int
+
+    @staticmethod
+    def of(name: str, rows: int, table: QEmbedding | QEmbeddingBag | TableConfig) -> TableReport:
+        """Of a quantized table, or of what a checkpoint says about one."""
+        error = None if table.error is None else table_sqnr(table.error)
+        sizes = rows * table.cols * 4, table.nbytes
+        return TableReport(name, rows, table.cols, table.bits, table.method, error, *sizes)
 
 
 @dataclass(frozen=True)

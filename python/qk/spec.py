@@ -170,6 +170,11 @@ class QuantSpec:
         return 4 if self.code_bits == 3 else self.code_bits
 
     @property
+    def reads_plain_codes(self) -> bool:
+        """Whether one step, found by calibration, turns the input into the codes that are multiplied."""
+        return not self.dynamic and self.sparq is None
+
+    @property
     def weight_symmetric(self) -> bool:
         """Whether every zero of the weight is the middle code."""
         return self.symmetric or self.weights == 8

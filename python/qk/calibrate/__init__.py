@@ -86,9 +86,7 @@ def calibrate(
     for name, (table, error) in tables.items():
         p.quant_tables()[name].set_rows(table.rows, table.books, error)
     found = None
-    if not layers:
-        pass
-    elif ranges == "lapq":
+    if ranges == "lapq" and layers:
         options = {"loss": loss, "seed": seed, "memory_mb": memory_mb, "progress": progress}
         found = search(p, observers, batches, labels=given, **options)
     else:

@@ -31,6 +31,7 @@ from qk.deploy.manifest import (
     TableConfig,
     TensorFile,
     read_manifest,
+    under,
 )
 from qk.deploy.modules import TENSORS, IntegerLayer, QConv2d, QLinear, integer_layers
 from qk.errors import QkError, fail
@@ -293,13 +294,13 @@ def _build(path: Path, manifest: Manifest, tensors: dict[str, Tensor], model: nn
     for name, config in manifest.layers.items():
         if id(there[name]) in new:  # a layer of several names
             continue
-        own = {key: tensors.get(manifest.tied.get(full, full)) for key in TENSORS for full in [_join(name, key)]}
+        own = {key: tensors.get(manifest.tied.get(full, full)) for key in TENSORS for full in [under(name, key)]}
         if config.bias == (own["bias"] is None):
             expected = "there" if config.bias else "absent"
-            raise fail(STAGE, f"{path}: {_join(name, 'bias')}", expected, "the opposite", ASK_AGAIN)
+            raise fail(STAGE, f"{path}: {under(name, 'bias')}", expected, "the opposite", ASK_AGAIN)
         rows = 0 if own["tail_owners"] is None else own["tail_owners"].numel()
         if rows != config.extra_rows:
-            raise fail(STAGE, f"{path}: {_join(name, 'tail_owners')}", f"{config.extra_rows} rows", rows, ASK_AGAIN)
+            raise fail(STAGE, f"{path}: {under(name, 'tail_owners')}", f"{config.extra_rows} rows", rows, ASK_AGAIN)
         try:
             layer = KINDS[config.kind][1](own, manifest.plan[name], tuple(config.weight_shape), **config.conv_args())
             new[id(there[name])] = layer.to(there[name].weight.device)
@@ -321,14 +322,14 @@ def _build(path: Path, manifest: Manifest, tensors: dict[str, Tensor], model: nn
 def _table(
     path: Path, name: str, config: TableConfig, manifest: Manifest, tensors: dict[str, Tensor]
 ) -> QEmbedding | QEmbeddingBag:
-    own = {key: tensors.get(manifest.tied.get(full, full)) for key in ("rows", "books") for full in [_join(name, key)]}
+    own = {key: tensors.get(manifest.tied.get(full, full)) for key in ("rows", "books") for full in [under(name, key)]}
     count = None if own["books"] is None else len(own["books"])
     for key, expected, got in (
         ("rows", config.rows, own["rows"] is not None and len(own["rows"])),
         ("books", config.books, count),
     ):
         if got != expected:
-            raise fail(STAGE, f"{path}: {_join(name, key)}", f"{expected} rows", got, ASK_AGAIN)
+            raise fail(STAGE, f"{path}: {under(name, key)}", f"{expected} rows", got, ASK_AGAIN)
     try:
         return TABLES[config.kind][1](**own, **config.options())
     except (QkError, RuntimeError) as error:
@@ -357,7 +358,3 @@ def _fill(path: Path, manifest: Manifest, tensors: dict[str, Tensor], result: nn
 def _raw(tensor: Tensor) -> Tensor:
     """The bytes, so that NaN equals itself."""
     return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name

@@ -18,7 +18,7 @@ from qk.deploy.modules import by_definition
 from qk.errors import fail
 from qk.ops.embedding_bag import embedding, values
 from qk.ops.embedding_bag import reference as bags_definition
-from qk.prepare.lookup import QuantTable
+from qk.prepare.lookup import QuantTable, bag_options
 
 BAG = ("mode", "include_last_offset", "padding_idx")  # what of an EmbeddingBag says how it sums
 
@@ -186,14 +186,7 @@ class QEmbeddingBag(_Table):
         return of_table(quantize_table(module.weight, bits, method, scale_dtype), module)
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
-        return self._bags(
-            input,
-            offsets,
-            mode=self.mode,
-            per_sample_weights=per_sample_weights,
-            include_last_offset=self.include_last_offset and offsets is not None,
-            padding_idx=self.padding_idx,
-        )
+        return self._bags(input, offsets, **bag_options(self, offsets, per_sample_weights))
 
 
 class QEmbedding(_Table):

@@ -162,7 +162,7 @@ class Manifest:
             if self.modules.get(norm) != "Identity" or layer not in self.modules:
                 raise ValueError(f"folds names {norm} -> {layer}, which modules does not have")
         for name, readers in self.joins.items():
-            unknown = [reader for reader in readers if (f"{name}.{reader}" if name else reader) not in self.modules]
+            unknown = [reader for reader in readers if under(name, reader) not in self.modules]
             if unknown or not readers or name not in self.modules:
                 raise ValueError(f"joins names {name} -> {', '.join(readers)}, which modules does not have")
         for name in self.unclipped:
@@ -173,6 +173,11 @@ class Manifest:
         """What qk.json holds, checksum included."""
         fields = TypeAdapter(Manifest).dump_python(self, mode="json")
         return json.dumps(fields | {"checksum": checksum(fields)}, indent=1) + "\n"
+
+
+def under(prefix: str, name: str) -> str:
+    """The name of what a module of name `prefix` calls `name`."""
+    return f"{prefix}.{name}" if prefix else name
 
 
 def checksum(fields: dict[str, Any]) -> str:

@@ -169,7 +169,7 @@ class IntegerLayer(nn.Module):
     @property
     def can_join(self) -> bool:
         """As of QuantLayer."""
-        return not self.spec.dynamic and self.spec.sparq is None and self._buffers["input_scale"] is None
+        return self.spec.reads_plain_codes and self.input_scale is None
 
     def values_read(self, x: Tensor) -> Tensor | None:
         """What the codes of x stand for, in its type, if that may stand in its place: the layer finds them again."""

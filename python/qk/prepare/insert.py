@@ -221,7 +221,7 @@ class QuantLayer(nn.Module):
     def can_join(self) -> bool:
         """Whether what it makes of its input may stand in the place of the input: plain codes with a step that is
         known, of the input itself."""
-        return not self.spec.dynamic and self.spec.sparq is None and self.input_scale is None
+        return self.spec.reads_plain_codes and self.input_scale is None
 
     def values_read(self, x: Tensor) -> Tensor | None:
         """What the layer quantizes x to, if that may stand in the place of x; None while it is in float."""

@@ -78,14 +78,16 @@ def find_joins(model: nn.Module, seen: Observation, layers: dict[str, Layer]) ->
     """For each addition the innermost module around it whose first argument it reads, and a layer inside too, at every
     call: module -> these layers' names from it on, in running order."""
     owned = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-    places = {name: found for name in seen.calls if (found := _readers(model, seen, layers, name))}
-    wanted: set[str] = set()
+    found: dict[str, tuple[str, ...]] = {}
     for value, operators in seen.read.items():
         for operator in operators:
-            if operator.function in ADDITIONS and _adds(operator, value, owned):
-                around = [name for name in operator.inside if name in places and value in _given(seen, name)]
-                wanted |= set(around[-1:])
-    return {name: readers for name, readers in places.items() if name in wanted}
+            if operator.function not in ADDITIONS or not _adds(operator, value, owned):
+                continue
+            for name in reversed(operator.inside):
+                if value in _given(seen, name) and (readers := _readers(model, seen, layers, name)):
+                    found[name] = readers
+                    break
+    return {name: found[name] for name in seen.calls if name in found}
 
 
 def _adds(operator: Operator, value: Value, owned: set[int]) -> bool:

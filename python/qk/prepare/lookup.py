@@ -55,21 +55,23 @@ class QuantTable(nn.Module):
         return embedding(self.rows, input, **self._form())
 
     def _bags(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
-        return ops.embedding_bag(
-            self.rows,
-            input,
-            offsets,
-            **self._form(),
-            mode=self.mode,
-            per_sample_weights=per_sample_weights,
-            include_last_offset=self.include_last_offset and offsets is not None,
-            padding_idx=self.padding_idx,
-        )
+        options = bag_options(self, offsets, per_sample_weights)
+        return ops.embedding_bag(self.rows, input, offsets, **self._form(), **options)
 
     def _form(self) -> dict[str, Any]:
         spec = self.spec
         form = {"bits": spec.bits, "cols": self.weight.shape[1], "kind": spec.row_kind, "dtype": spec.scale_dtype}
         return form | {"books": self.books}
+
+
+def bag_options(module: Any, offsets: Tensor | None, per_sample_weights: Tensor | None) -> dict[str, Any]:
+    """How a call of a bag sums, as arguments of `qk.ops.embedding_bag`. module: with an EmbeddingBag's settings."""
+    return {
+        "mode": module.mode,
+        "per_sample_weights": per_sample_weights,
+        "include_last_offset": module.include_last_offset and offsets is not None,
+        "padding_idx": module.padding_idx,
+    }
 
 
 def kind_of(module: nn.Module) -> type[nn.Module] | None:

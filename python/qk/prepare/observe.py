@@ -44,16 +44,19 @@ class Call:
 
 @dataclass
 class Operator:
-    """One operator that ran. function: as torch dispatches it, such as aten.relu.default. module: in which it ran, ""
-    for the model itself. inside: the calls around it, outermost first. args, kwargs: with the Value in place of each
-    tensor that stands there by itself."""
+    """One operator that ran. function: as torch dispatches it, such as aten.relu.default. args, kwargs: with the Value
+    in place of each tensor that stands there by itself. inside: the calls around it, outermost first."""
 
     function: Any
-    module: str
     args: tuple
     kwargs: dict[str, Any]
     outputs: tuple[Value, ...]
-    inside: tuple[str, ...] = ()
+    inside: tuple[str, ...]
+
+    @property
+    def module(self) -> str:
+        """The innermost of these calls, "" for the model itself."""
+        return self.inside[-1] if self.inside else ""
 
 
 @dataclass
@@ -149,7 +152,7 @@ class _Watch(TorchDispatchMode):
                     self.seen.written[storage, self.writes[storage]] = inside
                     self.writes[storage] += 1
                     self.sources[storage] = sources
-        operator = Operator(func, reader, plain_args, plain_kwargs, self.values(result), inside)
+        operator = Operator(func, plain_args, plain_kwargs, self.values(result), inside)
         for value in dict.fromkeys(read):
             self.seen.read[value].append(operator)
         for value in operator.outputs:
