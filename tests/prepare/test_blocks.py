@@ -73,6 +73,29 @@ def test_a_stage_of_blocks_is_not_one_block():
     assert [u.name for u in p.units] == ["0.parts.0", "0.parts.1", "1.parts.0", "1.parts.1"]
 
 
+def chains(model, x=None):
+    return {u.name: u.chain for u in prepare(model, inputs() if x is None else x).units}
+
+
+def test_a_layer_takes_its_activation_function_along():
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 1), nn.SiLU())
+    assert chains(model) == {"0": ("0", "2"), "3": ("3", "4")}
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: m.act(m.act(x) + m.conv1(x)),  # its first call is another tensor's
+        lambda m, x: m.act(m.conv1(x).abs()),
+        lambda m, x: [y := m.conv1(x), m.act(y)],  # the model gives it out as well
+        lambda m, x: (y := m.conv1(x)) * m.act(y),
+        lambda m, x: m.conv1(x).relu(),  # no module
+    ],
+)
+def test_a_layer_stays_alone_where_something_else_reads_its_output(forward):
+    assert chains(Net(forward, act=nn.ReLU(), **convs(1))) == {"conv1": ()}
+
+
 def stages(model, x=None, **more):
     return [(u.name, len(u.layers), u.chain) for u in prepare(model, inputs() if x is None else x, **more).stages]
 

@@ -26,7 +26,7 @@ def units_of(p: Prepared, granularity: str) -> list[Unit]:
     """What is reconstructed together, in running order."""
     layers = tuple(p.quant_layers())
     if granularity == "layer":
-        return [Unit(name, (name,)) for name in layers]
+        return [p.alone[name] for name in layers]
     return {"block": p.units, "stage": p.stages, "net": [Unit("", layers)] if layers else []}[granularity]
 
 

@@ -149,7 +149,7 @@ def facts(p: Prepared, units: list[Unit], batches: list, recipe: Recipe) -> dict
         "threads": torch.get_num_threads(),
         "recipe": {k: v for k, v in recipe.to_dict().items() if k not in NO_MATTER},
         "plan": digest([(name, repr(spec)) for name, spec in p.plan.layers.items()]),
-        "units": digest([(unit.name, repr(unit.layers)) for unit in units]),
+        "units": digest([(unit.name, repr((unit.layers, unit.chain))) for unit in units]),
         "model": digest(weights),
         "batches": digest([(repr(tree_flatten(b)[1]), "") for b in batches] + [("", leaf) for leaf in leaves]),
     }

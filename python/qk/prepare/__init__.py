@@ -12,7 +12,7 @@ from torch import nn
 
 from qk.errors import fail
 from qk.prepare.apply import apply_plan, leave_in_float, put
-from qk.prepare.blocks import find_stages, find_units
+from qk.prepare.blocks import find_alone, find_stages, find_units
 from qk.prepare.fold import fold_batchnorms
 from qk.prepare.insert import ActQuantizer, QuantLayer
 from qk.prepare.joins import find_joins, place
@@ -74,7 +74,8 @@ def prepare(
     kept = {name: unfolded.get(name, reason) for name, reason in kept.items() if name not in folds}
     links = find_links(seen, layers)
     paths, blocked = find_paths(copied, seen, layers, folds)
-    units = find_units(copied, seen, layers, blocks)
+    alone = find_alone(copied, seen, layers, folds)
+    units = find_units(copied, seen, layers, alone, blocks)
     p = Prepared(
         model=copied,
         layers=layers,
@@ -84,6 +85,7 @@ def prepare(
         kept=kept,
         plan=plan_from(recipe, layers, links, [*kept, *tables], bool(tables)),
         all_units=units,
+        alone=alone,
         all_stages=find_stages(seen, layers, units),
         paths=paths,
         blocked=blocked,

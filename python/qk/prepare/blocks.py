@@ -21,19 +21,46 @@ from qk.prepare.source import STAGE
 from qk.spec import Plan
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+ACTIVATIONS = (
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus),
+    *(nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Sigmoid, nn.Tanh),
+)
+
+
+def find_alone(model: nn.Module, seen: Observation, layers: dict[str, Layer], folds: dict[str, str]) -> dict[str, Unit]:
+    """Each layer as a unit of its own, with the activation function that alone reads its output, where that is a module
+    whose first call it is: what is cut off there need not be matched. folds: BatchNorm -> layer."""
+    norms = {layer: norm for norm, layer in folds.items()}
+    reading = {
+        seen.calls[name][0].first: name
+        for name, module in model.named_modules()
+        if name in seen.calls and isinstance(module, ACTIVATIONS)
+    }
+    alone = {}
+    for layer in layers:
+        output = seen.calls[norms.get(layer, layer)][0].outputs[0]
+        reader = reading.get(output)
+        is_only = set(seen.readers.get(output, ())) == {reader} and output not in seen.results
+        alone[layer] = Unit(layer, (layer,), (layer, reader) if reader and is_only else ())
+    return alone
 
 
 def find_units(
-    model: nn.Module, seen: Observation, layers: dict[str, Layer], names: Sequence[str] | None = None
+    model: nn.Module,
+    seen: Observation,
+    layers: dict[str, Layer],
+    alone: dict[str, Unit],
+    names: Sequence[str] | None = None,
 ) -> list[Unit]:
-    """Units in running order that hold every layer once. names: the blocks, instead of those found."""
+    """Units in running order that hold every layer once. alone: of find_alone. names: the blocks, instead of those
+    found."""
     held = layers_inside(seen, layers)
     blocks = found_blocks(model, seen, held) if names is None else _checked(model, seen, held, names)
     block_of = {layer: block for block in blocks for layer in held[block]}
     members: dict[str, list[str]] = defaultdict(list)
     for layer in layers:
         members[block_of.get(layer, layer)].append(layer)
-    return [Unit(name, tuple(inside)) for name, inside in members.items()]
+    return [alone.get(name) or Unit(name, tuple(inside)) for name, inside in members.items()]
 
 
 def find_stages(seen: Observation, layers: dict[str, Layer], units: list[Unit]) -> list[Unit]:

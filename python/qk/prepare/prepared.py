@@ -39,7 +39,8 @@ class Unit:
     """What is reconstructed together: a block (residual unit, transformer layer), or one layer that is in no block.
 
     name: module path of the module whose input and output are matched. layers: those inside, in running order. chain:
-    where no one module holds them, the modules that hand their output to the next; `name` then only says so.
+    where no one module is all of it, the modules that hand their output to the next: those of a stage, or a layer and
+    its activation function.
     """
 
     name: str
@@ -72,16 +73,15 @@ class Prepared:
     QuantTable at every embedding table that is quantized.
 
     layers: every quantizable layer that ran, in running order. units: in running order; together they hold every
-    quantized layer once. links: groups of layers that read the same tensor; they share one
-    activation width and one quantizer, but dynamic layers do not share it with others. folds: BatchNorm name -> the
-    layer it was folded into. kept: module with weights -> why it stays in float, be it that no kernel runs it or that
-    the plan says so; "" is the model itself. stages: the units with successive blocks at one resolution put together.
-    all_units, all_stages: as they would be if no layer stayed in float. originals: the float modules, folded, that
-    QuantLayers stand for.
-    steps_before: digest of the activation steps that learning started from. paths: along which channels can be scaled;
-    blocked: every other layer or norm -> why not there. unclipped: ReLU6 modules that became ReLU. tables: name of an
-    embedding table to quantize -> how. joins: module at whose entry a tensor is quantized for all that read it -> the
-    layers inside that do, by their names from it on (qk.prepare.joins).
+    quantized layer once. links: groups of layers that read the same tensor; they share one activation width and one
+    quantizer, but dynamic layers do not share it with others. folds: BatchNorm name -> the layer it was folded into.
+    kept: module with weights -> why it stays in float, be it that no kernel runs it or that the plan says so; "" is the
+    model itself. stages: the units with successive blocks at one resolution put together. all_units, all_stages: as
+    they would be if no layer stayed in float. alone: each layer as a unit of its own. originals: the float modules,
+    folded, that QuantLayers stand for. steps_before: digest of the activation steps that learning started from. paths:
+    along which channels can be scaled; blocked: every other layer or norm -> why not there. unclipped: ReLU6 modules
+    that became ReLU. tables: name of an embedding table to quantize -> how. joins: module at whose entry a tensor is
+    quantized for all that read it -> the layers inside that do, by their names from it on (qk.prepare.joins).
     """
 
     model: nn.Module
@@ -93,6 +93,7 @@ class Prepared:
     plan: Plan
     stages: list[Unit] = field(default_factory=list)
     all_units: list[Unit] = field(default_factory=list)
+    alone: dict[str, Unit] = field(default_factory=dict, repr=False)
     all_stages: list[Unit] = field(default_factory=list)
     originals: dict[str, nn.Module] = field(default_factory=dict, repr=False)
     calibrated: bool = False  # every step is set
