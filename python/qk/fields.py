@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -48,6 +49,14 @@ def refusal(kind: Any, error: ValidationError, where: str) -> QkError:
         text = e["msg"].removeprefix("Value error, ").replace("Input should", "must", 1)
         text = text.replace("Unexpected", "is an unexpected", 1).rstrip(".")
         lines.append(f"{name} {text[0].lower()}{text[1:]}, got {e['input']!r}" if name else text)
-    unknown = any(e["type"].startswith("unexpected") for e in found)
-    advice = f" The fields are: {', '.join(kind.__dataclass_fields__)}." if unknown else ""
+    holders = dict.fromkeys(_holder(kind, e["loc"]) for e in found if e["type"].startswith("unexpected"))
+    advice = "".join(f" The fields are: {', '.join(holder.__dataclass_fields__)}." for holder in holders)
     return QkError(f"{where}: {'; '.join(lines)}.{advice}")
+
+
+def _holder(kind: Any, place: tuple[int | str, ...]) -> Any:
+    """The dataclass that a field at `place` of one of `kind` would belong to: itself, or that of a field of its own."""
+    for name in place[:-1]:
+        hint = get_type_hints(kind).get(str(name))
+        kind = next((t for t in (hint, *get_args(hint)) if is_dataclass(t)), kind)
+    return kind

@@ -118,6 +118,7 @@ def test_a_width_alone_stands_for_the_rest():
         ({"bits": 8, "method": "kmeans"}, "bits must be 2 or 4 with kmeans"),
         ({"rows": 8}, "embeddings.rows is an unexpected keyword argument"),
         ({"overrides": {"a": {"bits": 5}}}, "overrides for a: bits must be 2, 4 or 8, got 5"),
+        ({"bins": 4}, "bins is an unexpected .* The fields are: bits, method, scale_dtype, overrides"),
         ({"method": "kmeans", "overrides": {"a": {"bits": 8}}}, "overrides for a: bits must be 2 or 4 with kmeans"),
         ({"overrides": {"a": {"overrides": {}}}}, "overrides for a must be of bits, method, scale_dtype"),
     ],
@@ -150,6 +151,40 @@ def test_what_the_model_asks_for_its_weight_stays_in_float(of, left):
     assert p.kept[of].startswith("the model asks for its weight outside of its calls")
     assert [*p.tables, *p.quant_layers()] == [left]
     calibrate(p, [torch.arange(20)])
+    with torch.no_grad():
+        assert convert(p)(torch.arange(5)).shape == (5, 4)
+
+
+class Named(nn.Embedding):
+    def position(self, name):
+        return {"a": 1, "b": 2}[name]
+
+
+class Scaled(nn.Linear):
+    gain = 2.0
+
+    def scale(self):
+        return self.gain
+
+
+class AsksForMore(Asks):
+    """Asks modules for what their own classes add."""
+
+    def __init__(self, of):
+        super().__init__(of)
+        self.table, self.layer = Named(20, 32), Scaled(32, 4)
+
+    def forward(self, ids):
+        x = self.table(ids + (self.table.position("b") if self.of == "table" else 0))
+        return self.layer(x) * (self.layer.scale() if self.of == "layer" else 1.0)
+
+
+@pytest.mark.parametrize(("of", "left", "what"), [("table", "layer", "position"), ("layer", "table", "scale")])
+def test_what_the_model_asks_for_what_its_class_adds_stays_in_float(of, left, what):
+    p = prepare(AsksForMore(of), torch.arange(5), recipe())
+    assert p.kept[of].startswith(f"the model asks for its {what} outside of its calls")
+    assert [*p.tables, *p.quant_layers()] == [left]
+    calibrate(p, [torch.arange(18)])
     with torch.no_grad():
         assert convert(p)(torch.arange(5)).shape == (5, 4)
 

@@ -39,7 +39,7 @@ __all__ = [
     "prepare",
 ]
 
-ASKED = "the model asks for its weight outside of its calls, which a replaced layer would not have"
+ASKED = "the model asks for its {} outside of its calls, which a replaced layer would not have"
 PASSED_BY = "the model calls it through another reference, so that a replaced layer would be passed by"
 
 
@@ -104,18 +104,20 @@ def prepare(
 
 
 def _keep_what_is_passed_by(p: Prepared, example: Any, seen: Observation, floats: dict[str, nn.Module]) -> None:
-    """Runs the result once: what the model still reaches on another way than its name stays in float, and that whose
-    weight it asks for outside of its calls, be it a layer or a table, of which `floats` has the float modules."""
+    """Runs the result once: what the model still reaches on another way than its name stays in float, and that of which
+    it asks for the weight, or for what a class of its own adds, outside of its calls, be it a layer or a table, of
+    which `floats` has the float modules."""
     ran: Counter[str] = Counter()
-    asked: set[str] = set()
+    asked: dict[str, str] = {}
     watched = {**p.quant_layers(), **p.quant_tables()}
+    originals = {**p.originals, **floats}
     with ExitStack() as stack, torch.no_grad():
         for name, module in watched.items():
-            stack.enter_context(_watched(name, module, ran, asked))
+            stack.enter_context(_watched(name, module, originals[name], ran, asked))
         run(p.model, example)
     calls = {name: p.layers[name].calls if name in p.layers else len(seen.calls[name]) for name in watched}
     reasons = {name: PASSED_BY for name in watched if ran[name] < calls[name]}
-    reasons = dict.fromkeys(asked, ASKED) | reasons
+    reasons = {name: ASKED.format(attribute) for name, attribute in asked.items()} | reasons
     for name in reasons.keys() & p.tables.keys():
         put(p, name, floats[name])
         del p.tables[name]
@@ -126,8 +128,11 @@ def _keep_what_is_passed_by(p: Prepared, example: Any, seen: Observation, floats
 
 
 @contextmanager
-def _watched(name: str, module: nn.Module, ran: Counter[str], asked: set[str]) -> Iterator[None]:
-    """Counts the calls of a module, and notes it where its weight is asked for outside of them, for a while."""
+def _watched(
+    name: str, module: nn.Module, original: nn.Module, ran: Counter[str], asked: dict[str, str]
+) -> Iterator[None]:
+    """Counts the calls of a module, and notes what it is asked for outside of them that only the original has, for a
+    while."""
     kind, depth = type(module), 0
 
     class Watched(kind):
@@ -141,9 +146,16 @@ def _watched(name: str, module: nn.Module, ran: Counter[str], asked: set[str]) -
                 depth -= 1
 
         def __getattr__(self, attribute: str) -> Any:
-            if attribute == "weight" and depth == 0:
-                asked.add(name)
-            return super().__getattr__(attribute)
+            try:
+                found = super().__getattr__(attribute)
+                is_lost = attribute == "weight"
+            except AttributeError:
+                if depth or not hasattr(original, attribute):
+                    raise
+                found, is_lost = getattr(original, attribute), True
+            if is_lost and depth == 0:
+                asked[name] = attribute
+            return found
 
     module.__class__ = Watched
     try:
