@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from qk.calibrate import rows
-from qk.calibrate.rows import RANGES, best_centres, by_range, greedy_range, kmeans, row_loss
+from qk.calibrate import codebooks, rows
+from qk.calibrate.codebooks import best_centres, kmeans
+from qk.calibrate.rows import RANGES, by_range, greedy_range, row_loss
 from qk.deploy import pack_table, quantize_table
 from qk.ops.embedding_bag import DTYPES
 
@@ -254,9 +255,9 @@ def test_a_row_of_few_values_keeps_them():
 def test_two_tier_books_beat_one_book_where_rows_differ():
     scale = torch.tensor([0.01, 1.0, 30.0]).repeat(60)[:, None]
     x = normal(180, 32) * scale
-    many = rows.two_tier(x, *rows.fit_books(x, 4, 12))
-    one = rows.two_tier(x, *rows.fit_books(x, 4, 1))
-    again = rows.two_tier(x, *rows.fit_books(x, 4, 12))
+    many = codebooks.two_tier(x, *codebooks.fit_books(x, 4, 12))
+    one = codebooks.two_tier(x, *codebooks.fit_books(x, 4, 1))
+    again = codebooks.two_tier(x, *codebooks.fit_books(x, 4, 12))
     assert error(many, x) < error(one, x)
     assert torch.equal(many.values(), again.values())
     assert bool((many.books.diff(dim=1) >= 0).all())

@@ -1,6 +1,6 @@
 """Embedding tables to packed rows: what calibration makes of them, without data.
 
-How codes are chosen: qk.calibrate.rows. Bytes of a row: docs/format.md.
+How codes are chosen: qk.calibrate.rows, qk.calibrate.codebooks. Bytes of a row: docs/format.md.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qk import ops
+from qk.calibrate import codebooks
 from qk.calibrate import rows as methods
 from qk.errors import fail
 from qk.ops.embedding_bag import DTYPES, row_bytes, values
@@ -97,7 +98,7 @@ class Packer:
             count = self.options.pop("books", None) or max(1, min(shape[0] // 32, BOOKS))
             rows = self._finite(sample(SAMPLE))
             if len(rows):
-                self.middles, self.books = methods.fit_books(rows, bits, count, **self.options)
+                self.middles, self.books = codebooks.fit_books(rows, bits, count, **self.options)
             else:
                 self.middles, self.books = rows.new_zeros(1, self.cols), rows.new_zeros(1, 2**bits)
 
@@ -115,10 +116,10 @@ class Packer:
             coded = methods.by_range(x, self.bits, dtype, self.method, **self.options)
             numbers = torch.stack([coded.scale, coded.offset], 1)
         elif self.kind == "codebook":
-            coded = methods.kmeans(x, self.bits, dtype)
+            coded = codebooks.kmeans(x, self.bits, dtype)
             numbers = coded.books
         else:
-            coded = methods.two_tier(x, self.middles.to(x.device), self.books.to(x.device))
+            coded = codebooks.two_tier(x, self.middles.to(x.device), self.books.to(x.device))
             numbers, dtype = coded.number[:, None], torch.int32
         if not bool(numbers.isfinite().all()):
             got = float(x.abs().max())
@@ -135,7 +136,7 @@ class Packer:
 
 def _checked(options: dict[str, Any], method: str, stage: str) -> dict[str, Any]:
     """The options, if `method` has them and they are positive numbers."""
-    of = methods.fit_books if method == "two-tier" else methods.RANGES.get(method)
+    of = codebooks.fit_books if method == "two-tier" else methods.RANGES.get(method)
     known = [n for n, p in inspect.signature(of).parameters.items() if p.default is not p.empty] if of else []
     known += ["books"] if method == "two-tier" else []
     for name, value in options.items():

@@ -1,6 +1,7 @@
 """Quantized embedding tables: rows of codes with their numbers, and the modules that look them up.
 
-How codes are chosen: qk.calibrate.rows. Bytes of a row: docs/format.md. Tables beyond memory: qk.deploy.table_file.
+How codes are chosen: qk.calibrate.rows, qk.calibrate.codebooks. Bytes of a row: docs/format.md. Tables beyond
+memory: qk.deploy.table_file.
 """
 
 from __future__ import annotations
