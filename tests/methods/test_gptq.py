@@ -1,5 +1,6 @@
 """GPTQ: closed forms, small problems solved by trying everything, and whole models."""
 
+import copy
 import itertools
 
 import pytest
@@ -327,6 +328,41 @@ def test_inputs_come_from_the_quantized_prefix_or_from_the_float_model():
         assert found.positions == 16 * 7 * 6
     with torch.no_grad():
         assert moments_of(p, "twice", None, batch).positions == 2 * 16  # both calls
+
+
+class Branches(nn.Module):
+    """Readers of one tensor: two that take it alike, one that takes it with a stride; then two of another."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.c, self.d, self.e = nn.Conv2d(4, 4, 3, stride=2), nn.Linear(36, 3), nn.Linear(36, 3)
+
+    def forward(self, x):
+        y = (self.a(x) + self.b(x)).relu().flatten(1)
+        return self.d(y) + self.e(y) + self.c(x).mean((2, 3))[:, :3]
+
+
+def test_layers_that_read_one_tensor_alike_share_its_moments(monkeypatch):
+    batches = list(torch.randn(4, 5, 4, 3, 3, generator=torch.Generator().manual_seed(0)))
+    torch.manual_seed(0)
+    p = prepare(Branches(), batches[0], Recipe(weights=4, first_last=None))
+    calibrate(p, batches)
+    other, names = copy.deepcopy(p), []
+
+    def seen(p, name, *rest):
+        names.append(name)
+        return moments_of(p, name, *rest)
+
+    monkeypatch.setattr("qk.methods.gptq.moments_of", seen)
+    gptq(p, batches, progress="off")
+    assert names == ["a", "d", "c"]
+    names.clear()
+    monkeypatch.setattr("qk.methods.gptq._read", lambda p, name: name)
+    gptq(other, batches, progress="off")
+    assert names == ["a", "b", "d", "e", "c"]
+    for mine, theirs in zip(p.quant_layers().values(), other.quant_layers().values(), strict=True):
+        assert torch.equal(mine.codes, theirs.codes)
 
 
 def test_a_run_that_was_killed_goes_on_to_the_same_bits(tmp_path, monkeypatch):

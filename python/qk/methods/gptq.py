@@ -186,12 +186,16 @@ def gptq(
     kept = None if folder is None else Finished(folder, p, units, held, recipe, p.steps_before, STAGE)
     p.history = {}
     finished = set(p.tables)
+    last_read: tuple = ()
+    moments: Moments | None = None
     with frozen(p.model), Progress(progress, STAGE, len(units), len(units)) as shown:
         for number, unit in enumerate(units):
             shown.unit(unit.name)
             if not (kept and kept.restore(number)):
                 layer = layers[unit.name]
-                moments = moments_of(p, unit.name, finished if recipe.prefix == "quantized" else None, held)
+                if moments is None or _read(p, unit.name) != last_read:
+                    moments, last_read = None, _read(p, unit.name)  # one at a time
+                    moments = moments_of(p, unit.name, finished if recipe.prefix == "quantized" else None, held)
                 layer.last_codes, before, after = round_layer(layer, moments, recipe.act_order)
                 p.history[unit.name] = _history(before, after)
                 if kept:
@@ -199,6 +203,17 @@ def gptq(
             last = p.history[unit.name][-1]
             shown.end(1, last["before"], last["after"], last["kept"])
             finished.add(unit.name)
+
+
+def _read(p: Prepared, name: str) -> tuple:
+    """Equal for layers whose inputs have the same moments: they read one tensor in the same way, as queries, keys and
+    values do."""
+    layer = p.quant_layers()[name]
+    link = next((link for link in p.links if name in link), (name,))
+    alone = layer.input_scale is not None or any(
+        p.layers[n].calls > 1 for n in link
+    )  # through whom others may be in it
+    return (name,) if alone else (link, layer.spec.dynamic, layer.conv_args, layer.weight.shape[1:])
 
 
 def _against(layer: QuantLayer) -> str:
