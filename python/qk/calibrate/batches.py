@@ -17,6 +17,7 @@ from qk.inputs import KINDS, advice_on, copied_to, describe, device_of, feed, te
 from qk.prepare.prepared import Prepared
 
 UNSIZED_LIMIT = 64  # batches taken from an iterable that does not say how long it is
+MASK = "attention_mask"  # the argument by which transformers are told what is padding: 0 there, 1 elsewhere
 
 
 def take(batches: Iterable, stage: str, max_batches: int | None = None) -> Iterator[Any]:
@@ -78,6 +79,15 @@ def call(p: Prepared, batch: Any, index: int, stage: str) -> Any:
         got = f"{describe(batch)}, on which it raised {type(error).__name__}: {error}"
         expected = f"input that the model accepts{example}"
         raise fail(stage, f"batch {index}", expected, got, advice_on(batch)) from error
+
+
+def counting(batch: Any, like: Tensor) -> Tensor | None:
+    """Bool [batch, positions]: what of `like` [batch, positions, channels] is no padding, as the batch's attention_mask
+    of that size says; None where there is none, and everything counts."""
+    mask = batch.get(MASK) if isinstance(batch, Mapping) else None
+    if not isinstance(mask, Tensor) or mask.is_floating_point() or like.dim() != 3 or mask.shape != like.shape[:2]:
+        return None
+    return (mask != 0).to(like.device)
 
 
 class Stop(Exception):

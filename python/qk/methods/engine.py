@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from qk import ops
-from qk.calibrate.batches import Stop, call
+from qk.calibrate.batches import MASK, Stop, call, counting
 from qk.calibrate.objective import first_tensor, task_loss
 from qk.errors import fail
 from qk.inputs import device_of
@@ -60,11 +60,12 @@ def fill_cache(
     mixed: bool = True,
 ) -> Cache:
     """Inputs from the prefix quantized and from the float model, outputs of the float model; with `outputs`, the float
-    model's own for each batch, also Fisher weights. mixed: False leaves the float inputs out.
+    model's own for each batch, also Fisher weights. Padding has the weight 0. mixed: False leaves the float inputs out.
 
     Raises QkError for a batch on which the unit's output is not finite.
     """
     cache = Cache(room, device_of(p.model))
+    padded = any(MASK in batch for batch in batches if isinstance(batch, Mapping))
     for index, batch in enumerate(batches):
         with p.quantized(set()):
             plain, target = _watch(p, unit, batch, index)
@@ -77,6 +78,10 @@ def fill_cache(
         if outputs is not None:
             with p.quantized(prefix | set(unit.layers)):
                 weight = fisher(p, unit.modules(p.model)[-1], batch, index, outputs[index])
+        if padded:
+            weight = torch.ones_like(target) if weight is None else weight
+            if (counted := counting(batch, target)) is not None:
+                weight = weight * counted[..., None]
         cache.add(quantized, plain if mixed else quantized, target, weight, more=len(batches) - index - 1)
     cache.normalize()
     return cache

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qk import ops
-from qk.calibrate.batches import Stop, call, hold
+from qk.calibrate.batches import Stop, call, counting, hold
 from qk.calibrate.moments import patches
 from qk.errors import fail
 from qk.methods.engine import frozen, units_of
@@ -111,9 +111,9 @@ class Moments:
             for s in self.spans
         ]
 
-    def add(self, x: Tensor) -> None:
-        """x: an input of the layer."""
-        for found in patches(self.layer, x):
+    def add(self, x: Tensor, counted: Tensor | None = None) -> None:
+        """x: an input of the layer. counted: of qk.calibrate.batches.counting."""
+        for found in patches(self.layer, x if counted is None else x[counted]):
             self.positions += found.shape[1]
             for part, rows in zip(self.parts, found.split([len(part[0]) for part in self.parts], dim=2), strict=True):
                 part += rows.mT @ rows
@@ -229,11 +229,11 @@ def moments_of(p: Prepared, name: str, prefix: set[str] | None, batches: list) -
     """Of the layer's input over the batches. prefix: the layers before it, quantized, and its own input too; None: the
     float model's input."""
     layer = p.quant_layers()[name]
-    moments, once = Moments(layer), p.layers[name].calls == 1
+    moments, once, batch = Moments(layer), p.layers[name].calls == 1, None
 
     def see(_: QuantLayer, args: tuple, kwargs: dict, __: Tensor) -> None:  # the layer ran, so the input fits it
         x = layer.taken(*args, **kwargs)
-        moments.add(x if prefix is None else layer.input(x))
+        moments.add(x if prefix is None else layer.input(x), counting(batch, x))
         if once:
             raise Stop
 
