@@ -14,7 +14,7 @@ from qk.demo.digits import Training, load, trained
 from qk.errors import QkError
 from qk.methods import brecq, reconstruct
 from qk.methods.cache import Room, Sample
-from qk.methods.engine import fisher, frozen, full_fisher, loss_scale, outputs_of, power_of, weighted_square
+from qk.methods.engine import fill_cache, fisher, frozen, full_fisher, loss_scale, outputs_of, power_of, weighted_square
 from qk.prepare import prepare
 from qk.spec import Recipe
 from small_nets import Residual
@@ -91,6 +91,27 @@ def test_on_real_digits_it_beats_nearest_rounding(digits, batches, loss):
     if loss == "mse":  # fisher minimizes something else
         assert learned < 0.8 * nearest
     assert accuracy > digits.accuracy(digits.model) - 1.0
+
+
+def test_a_unit_beside_the_output_that_is_compared_learns_by_plain_errors():
+    class TwoHeads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 3), nn.Linear(16, 3)
+
+        def forward(self, x):
+            x = self.body(x).relu()
+            return self.first(x), self.second(x)
+
+    data = list(torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0)))
+    torch.manual_seed(0)
+    p = prepare(TwoHeads(), data[0], Recipe(first_last=None))
+    calibrate(p, data)
+    outputs = outputs_of(p, data, Room(1))
+    found = {unit.name: fill_cache(p, unit, set(), data, Room(1), outputs).parts[0].weight for unit in p.units}
+    assert (found["second"] == 1).all()
+    assert not (found["first"] == 1).all()
+    reconstruct(p, data, Recipe(first_last=None, loss="fisher", iterations=2), progress="off")
 
 
 def test_two_bits_need_it(digits, batches):

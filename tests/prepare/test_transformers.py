@@ -21,6 +21,10 @@ def test_transformer_layers_are_the_blocks_of_minilm(prepared):
         assert unit.layers == tuple(f"{unit.name}.{part}" for part in parts)
 
 
+def test_the_encoder_of_minilm_is_one_stage_though_it_returns_no_tensor(prepared):
+    assert [(unit.name, len(unit.layers)) for unit in prepared.stages] == [("encoder", 36), ("pooler.dense", 1)]
+
+
 def test_query_key_and_value_of_minilm_are_linked(prepared):
     qkv = ("query", "key", "value")
     assert prepared.links == [tuple(f"encoder.layer.{i}.attention.self.{n}" for n in qkv) for i in range(6)]
