@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,10 +14,11 @@ from qk import ops
 from qk.calibrate import calibrate
 from qk.deploy import convert, load, save
 from qk.errors import QkError
-from qk.methods.gptq import Moments, gptq, inverse_factor, moments_of, round_columns, row_losses, solve
+from qk.methods.gptq import Moments, Runs, gptq, inverse_factor, moments_of, round_columns, row_losses, solve
 from qk.prepare import prepare
 from qk.prepare.insert import to_kernel_order
 from qk.spec import Recipe
+from small_nets import residual_net
 from threads import threads
 
 
@@ -48,6 +50,11 @@ def nearest(weight, step, zero, bits):
     flat = [t[..., 0].reshape(groups * rows) for t in (step, zero)]
     codes = ops.quantize(weight.float().reshape(groups * rows, -1), flat[0], flat[1].to(torch.int32), bits)
     return codes.reshape(weight.shape)
+
+
+def moments_over(p, name, prefix, batches):
+    block = next(unit for unit in p.units if name in unit.layers)
+    return moments_of(p, name, prefix, Runs(p, block, prefix, batches))
 
 
 def loss(codes, weight, hessian, step, zero):
@@ -214,7 +221,7 @@ def test_losses_are_those_of_the_output(kind, group_size):
 def test_a_long_row_is_solved_in_parts(monkeypatch):
     p, x = layer_of("conv")
     layer = p.quant_layers()[""]
-    whole = moments_of(p, "", set(), [x]).parts[0]
+    whole = moments_over(p, "", set(), [x]).parts[0]
     monkeypatch.setattr("qk.methods.gptq.LONGEST", 10)
     cut = Moments(layer)
     cut.add(layer.input(x))
@@ -323,11 +330,11 @@ def test_inputs_come_from_the_quantized_prefix_or_from_the_float_model():
         expected = Moments(layer)
         with torch.no_grad():
             expected.add(x)
-            found = moments_of(p, "deep", prefix, batch)
+            found = moments_over(p, "deep", prefix, batch)
         assert torch.equal(found.parts[0], expected.parts[0])
         assert found.positions == 16 * 7 * 6
     with torch.no_grad():
-        assert moments_of(p, "twice", None, batch).positions == 2 * 16  # both calls
+        assert moments_over(p, "twice", None, batch).positions == 2 * 16  # both calls
 
 
 class Branches(nn.Module):
@@ -361,6 +368,24 @@ def test_layers_that_read_one_tensor_alike_share_its_moments(monkeypatch):
     monkeypatch.setattr("qk.methods.gptq._read", lambda p, name: name)
     gptq(other, batches, progress="off")
     assert names == ["a", "b", "d", "e", "c"]
+    for mine, theirs in zip(p.quant_layers().values(), other.quant_layers().values(), strict=True):
+        assert torch.equal(mine.codes, theirs.codes)
+
+
+@pytest.mark.parametrize("prefix", ["quantized", "float"])
+def test_a_block_goes_on_from_its_inputs_to_the_bits_of_whole_runs(prefix, monkeypatch):
+    batches = list(torch.randn(3, 5, 4, 6, 6, generator=torch.Generator().manual_seed(0)))
+    torch.manual_seed(0)
+    p = prepare(residual_net(), batches[0], Recipe(weights=3, first_last=None))
+    assert [len(unit.layers) for unit in p.units] == [1, 2, 2, 1]
+    calibrate(p, batches)
+    other, calls = copy.deepcopy(p), []
+    p.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    gptq(p, batches, Recipe(prefix=prefix), progress="off")
+    assert len(calls) == 4 * 3  # for each unit and batch once, not for each layer
+    alone = [replace(unit, name=name, layers=(name,)) for unit in other.units for name in unit.layers]
+    other.units = alone
+    gptq(other, batches, Recipe(prefix=prefix), progress="off")
     for mine, theirs in zip(p.quant_layers().values(), other.quant_layers().values(), strict=True):
         assert torch.equal(mine.codes, theirs.codes)
 

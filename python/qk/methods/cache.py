@@ -65,6 +65,11 @@ class Call:
         leaves, spec = tree_flatten((args, kwargs))
         return Call([leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
 
+    def again(self, device: torch.device) -> tuple[tuple, dict]:
+        """Arguments for the same call, copies as well."""
+        leaves = [x.to(device, copy=True) if isinstance(x, Tensor) else x for x in self.leaves]
+        return tree_unflatten(leaves, self.spec)
+
 
 @dataclass
 class Sample:

@@ -68,12 +68,12 @@ def fill_cache(
     padded = any(MASK in batch for batch in batches if isinstance(batch, Mapping))
     for index, batch in enumerate(batches):
         with p.quantized(set()):
-            plain, target = _watch(p, unit, batch, index)
+            plain, target = watch(p, unit, batch, index)
         if not torch.isfinite(target).all():
             where = f"batch {index}, where it leaves {unit.name or 'the model'} in float,"
             raise fail(STAGE, where, "finite", "NaN or infinity", "Look for it in the batch, then in the model.")
         with p.quantized(prefix):
-            quantized = _watch(p, unit, batch, index, inputs_only=True)[0] if prefix else plain
+            quantized = watch(p, unit, batch, index, inputs_only=True)[0] if prefix else plain
         weight = None
         if outputs is not None:
             with p.quantized(prefix | set(unit.layers)):
@@ -87,7 +87,9 @@ def fill_cache(
     return cache
 
 
-def _watch(p: Prepared, unit: Unit, batch: Any, index: int, inputs_only: bool = False) -> tuple[Call, Tensor]:
+def watch(
+    p: Prepared, unit: Unit, batch: Any, index: int, inputs_only: bool = False, stage: str = STAGE
+) -> tuple[Call, Tensor]:
     """The arguments and output of the unit's first call; the model runs no further."""
     seen: list = []
 
@@ -103,14 +105,14 @@ def _watch(p: Prepared, unit: Unit, batch: Any, index: int, inputs_only: bool = 
     modules = unit.modules(p.model)
     handles = [modules[0].register_forward_pre_hook(before, with_kwargs=True), modules[-1].register_forward_hook(after)]
     try:
-        call(p, batch, index, STAGE)
+        call(p, batch, index, stage)
     except Stop:
         pass
     finally:
         for handle in handles:
             handle.remove()
     if not seen:
-        raise fail(STAGE, f"batch {index}", f"one that runs {unit.name}", "one that does not")
+        raise fail(stage, f"batch {index}", f"one that runs {unit.name}", "one that does not")
     return seen[0], seen[-1]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,11 +19,13 @@ from qk import ops
 from qk.calibrate.batches import Stop, call, counting, hold
 from qk.calibrate.moments import patches
 from qk.errors import fail
-from qk.methods.engine import frozen, units_of
+from qk.inputs import device_of
+from qk.methods.cache import Call, Room
+from qk.methods.engine import frozen, units_of, watch
 from qk.methods.lsq import LsqLayer
 from qk.methods.resume import Finished, steps_digest
 from qk.prepare.insert import QuantLayer, to_kernel_order
-from qk.prepare.prepared import Prepared, check_learnable
+from qk.prepare.prepared import Prepared, Unit, check_learnable
 from qk.progress import Progress
 from qk.spec import Recipe, checked_recipe
 
@@ -99,11 +102,11 @@ class Moments:
     """Sums of x x^T over positions, in parts of at most LONGEST columns: float32 products, added in float64.
 
     The paper's H is twice that; no code depends on the factor. Divided by the positions, tr(dW H dW^T) is the mean
-    squared change of the output, summed over channels.
+    squared change of the output, summed over channels. read: what they are the moments of, as _read says.
     """
 
-    def __init__(self, layer: QuantLayer) -> None:
-        self.layer, self.positions = layer, 0
+    def __init__(self, layer: QuantLayer, read: tuple = ()) -> None:
+        self.layer, self.positions, self.read = layer, 0, read
         groups, columns = (layer.conv_args or {}).get("groups", 1), layer.weight[0].numel()
         self.spans = [slice(i, min(i + LONGEST, columns)) for i in range(0, columns, LONGEST)]
         self.parts = [
@@ -185,24 +188,29 @@ def gptq(
     p.steps_before = steps_digest(p)
     kept = None if folder is None else Finished(folder, p, units, held, recipe, p.steps_before, STAGE)
     p.history = {}
+    block_of = {name: block for block in p.units for name in block.layers}
     finished = set(p.tables)
-    last_read: tuple = ()
     moments: Moments | None = None
+    runs: Runs | None = None
     with frozen(p.model), Progress(progress, STAGE, len(units), len(units)) as shown:
         for number, unit in enumerate(units):
-            shown.unit(unit.name)
+            name = unit.name
+            shown.unit(name)
             if not (kept and kept.restore(number)):
-                layer = layers[unit.name]
-                if moments is None or _read(p, unit.name) != last_read:
-                    moments, last_read = None, _read(p, unit.name)  # one at a time
-                    moments = moments_of(p, unit.name, finished if recipe.prefix == "quantized" else None, held)
+                layer, prefix = layers[name], finished if recipe.prefix == "quantized" else None
+                if runs is None or runs.block != block_of[name]:
+                    runs = None  # one at a time, as moments
+                    runs = Runs(p, block_of[name], prefix, held, recipe.memory_mb)
+                if moments is None or _read(p, name) != moments.read:
+                    moments = None
+                    moments = moments_of(p, name, prefix, runs)
                 layer.last_codes, before, after = round_layer(layer, moments, recipe.act_order)
-                p.history[unit.name] = _history(before, after)
+                p.history[name] = _history(before, after)
                 if kept:
                     kept.add(number)
-            last = p.history[unit.name][-1]
+            last = p.history[name][-1]
             shown.end(1, last["before"], last["after"], last["kept"])
-            finished.add(unit.name)
+            finished.add(name)
 
 
 def _read(p: Prepared, name: str) -> tuple:
@@ -225,11 +233,38 @@ def _against(layer: QuantLayer) -> str:
     return ""
 
 
-def moments_of(p: Prepared, name: str, prefix: set[str] | None, batches: list) -> Moments:
-    """Of the layer's input over the batches. prefix: the layers before it, quantized, and its own input too; None: the
-    float model's input."""
+class Runs:
+    """The batches, run as far as a layer of the block: of one with several layers from the block's inputs on, which are
+    kept for all of them. prefix: what is quantized before it; None: nothing. memory_mb: of the inputs; what is beyond
+    goes to a file."""
+
+    def __init__(self, p: Prepared, block: Unit, prefix: set[str] | None, batches: list, memory_mb: int = 1024) -> None:
+        self.p, self.block, self.batches = p, block, batches
+        self.inputs: list[Call] | None = None
+        if len(block.layers) > 1:
+            room = Room(memory_mb)
+            with p.quantized(prefix or set()):
+                self.inputs = [self._input(index, room) for index in range(len(batches))]
+
+    def _input(self, index: int, room: Room) -> Call:
+        found = watch(self.p, self.block, self.batches[index], index, inputs_only=True, stage=STAGE)[0]
+        return replace(found, leaves=[room.hold(x) if isinstance(x, Tensor) else x for x in found.leaves])
+
+    def run(self, index: int) -> None:
+        """One batch, until a hook raises Stop."""
+        with suppress(Stop):
+            if self.inputs is None:
+                call(self.p, self.batches[index], index, STAGE)
+            else:
+                args, kwargs = self.inputs[index].again(device_of(self.p.model))
+                self.block.modules(self.p.model)[0](*args, **kwargs)
+
+
+def moments_of(p: Prepared, name: str, prefix: set[str] | None, runs: Runs) -> Moments:
+    """Of the layer's input. prefix: the layers before it, quantized, and its own input too; None: the float model's
+    input."""
     layer = p.quant_layers()[name]
-    moments, once, batch = Moments(layer), p.layers[name].calls == 1, None
+    moments, once, batch = Moments(layer, _read(p, name)), p.layers[name].calls == 1, None
 
     def see(_: QuantLayer, args: tuple, kwargs: dict, __: Tensor) -> None:  # the layer ran, so the input fits it
         x = layer.taken(*args, **kwargs)
@@ -240,9 +275,9 @@ def moments_of(p: Prepared, name: str, prefix: set[str] | None, batches: list) -
     handle = layer.register_forward_hook(see, with_kwargs=True)
     try:
         with p.quantized(prefix or set()):
-            for index, batch in enumerate(batches):
-                with suppress(Stop):
-                    call(p, batch, index, STAGE)
+            for index in range(len(runs.batches)):
+                batch = runs.batches[index]
+                runs.run(index)
     finally:
         handle.remove()
     if not moments.positions:
