@@ -155,11 +155,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "proof-retrieval.json")
     parser.add_argument("--seeds", type=int, default=3, help="of learning; what does not learn has one")
+    parser.add_argument("--skip", help="rows with this in their name")
     options = parser.parse_args()
     task, ledger = Retrieval(), Ledger(options.out)
+    recipes = {name: recipe for name, recipe in RECIPES.items() if not options.skip or options.skip not in name}
     base = ledger.row({"recipe": "float", "seed": 0}, lambda: task.scores(task.model))
     rows = [["float", f"{base['mrr']:.4f}", "", "1", f"{100 * base['first']:.1f}", "0", "", ""]]
-    for name, recipe in RECIPES.items():
+    for name, recipe in recipes.items():
         seeds = range(options.seeds if recipe.method == "brecq" else 1)
         found = [ledger.row({"recipe": name, "seed": s}, lambda r=recipe, s=s: measure(task, r, s)) for s in seeds]
         mrr = [row["mrr"] for row in found]
