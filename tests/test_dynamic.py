@@ -9,7 +9,7 @@ import qk
 from qk.calibrate import lapq
 from qk.calibrate.smooth import output_error
 from qk.errors import QkError
-from qk.methods.gptq import moments_of
+from qk.methods.gptq import Runs, moments_of
 from qk.methods.lsq import LearnedActivation, param_groups
 from qk.ops.quantize_rows import reference
 from qk.prepare.rows import RowQuantizer
@@ -116,7 +116,8 @@ def test_gptq_sees_the_rows_that_the_kernel_multiplies():
     p = prepared(activations=2, first_last=None)
     codes, step, zero = reference(BATCHES[0], 2)
     x = ((codes - zero[..., None]) * step[..., None]).reshape(-1, 16)
-    torch.testing.assert_close(moments_of(p, "query", set(), BATCHES[:1]).parts[0][0], (x.mT @ x).double())
+    runs = Runs(p, p.units[0], set(), BATCHES[:1])
+    torch.testing.assert_close(moments_of(p, "query", set(), runs).parts[0][0], (x.mT @ x).double())
 
 
 def test_smoothing_judges_by_rows():
