@@ -117,7 +117,7 @@ def test_gptq_sees_the_rows_that_the_kernel_multiplies():
     codes, step, zero = reference(BATCHES[0], 2)
     x = ((codes - zero[..., None]) * step[..., None]).reshape(-1, 16)
     runs = Runs(p, p.units[0], set(), BATCHES[:1])
-    torch.testing.assert_close(moments_of(p, "query", set(), runs).parts[0][0], (x.mT @ x).double())
+    torch.testing.assert_close(moments_of(runs, "query").parts[0][0], (x.mT @ x).double())
 
 
 def test_smoothing_judges_by_rows():

@@ -54,7 +54,7 @@ def nearest(weight, step, zero, bits):
 
 def moments_over(p, name, prefix, batches):
     block = next(unit for unit in p.units if name in unit.layers)
-    return moments_of(p, name, prefix, Runs(p, block, prefix, batches))
+    return moments_of(Runs(p, block, prefix, batches), name)
 
 
 def loss(codes, weight, hessian, step, zero):
@@ -357,9 +357,9 @@ def test_layers_that_read_one_tensor_alike_share_its_moments(monkeypatch):
     calibrate(p, batches)
     other, names = copy.deepcopy(p), []
 
-    def seen(p, name, *rest):
+    def seen(runs, name):
         names.append(name)
-        return moments_of(p, name, *rest)
+        return moments_of(runs, name)
 
     monkeypatch.setattr("qk.methods.gptq.moments_of", seen)
     gptq(p, batches, progress="off")
@@ -373,7 +373,7 @@ def test_layers_that_read_one_tensor_alike_share_its_moments(monkeypatch):
 
 
 @pytest.mark.parametrize("prefix", ["quantized", "float"])
-def test_a_block_goes_on_from_its_inputs_to_the_bits_of_whole_runs(prefix, monkeypatch):
+def test_a_block_goes_on_from_its_inputs_to_the_bits_of_whole_runs(prefix):
     batches = list(torch.randn(3, 5, 4, 6, 6, generator=torch.Generator().manual_seed(0)))
     torch.manual_seed(0)
     p = prepare(residual_net(), batches[0], Recipe(weights=3, first_last=None))

@@ -203,7 +203,7 @@ def gptq(
                     runs = Runs(p, block_of[name], prefix, held, recipe.memory_mb)
                 if moments is None or _read(p, name) != moments.read:
                     moments = None
-                    moments = moments_of(p, name, prefix, runs)
+                    moments = moments_of(runs, name)
                 layer.last_codes, before, after = round_layer(layer, moments, recipe.act_order)
                 p.history[name] = _history(before, after)
                 if kept:
@@ -218,9 +218,8 @@ def _read(p: Prepared, name: str) -> tuple:
     values do."""
     layer = p.quant_layers()[name]
     link = next((link for link in p.links if name in link), (name,))
-    alone = layer.input_scale is not None or any(
-        p.layers[n].calls > 1 for n in link
-    )  # through whom others may be in it
+    # A layer that runs twice links the readers of two tensors.
+    alone = layer.input_scale is not None or any(p.layers[member].calls > 1 for member in link)
     return (name,) if alone else (link, layer.spec.dynamic, layer.conv_args, layer.weight.shape[1:])
 
 
@@ -235,11 +234,11 @@ def _against(layer: QuantLayer) -> str:
 
 class Runs:
     """The batches, run as far as a layer of the block: of one with several layers from the block's inputs on, which are
-    kept for all of them. prefix: what is quantized before it; None: nothing. memory_mb: of the inputs; what is beyond
-    goes to a file."""
+    kept for all of them. prefix: what is quantized, to which layers of the block may be added meanwhile; None: nothing.
+    memory_mb: of the inputs; what is beyond goes to a file."""
 
     def __init__(self, p: Prepared, block: Unit, prefix: set[str] | None, batches: list, memory_mb: int = 1024) -> None:
-        self.p, self.block, self.batches = p, block, batches
+        self.p, self.block, self.prefix, self.batches = p, block, prefix, batches
         self.inputs: list[Call] | None = None
         if len(block.layers) > 1:
             room = Room(memory_mb)
@@ -260,9 +259,9 @@ class Runs:
                 self.block.modules(self.p.model)[0](*args, **kwargs)
 
 
-def moments_of(p: Prepared, name: str, prefix: set[str] | None, runs: Runs) -> Moments:
-    """Of the layer's input. prefix: the layers before it, quantized, and its own input too; None: the float model's
-    input."""
+def moments_of(runs: Runs, name: str) -> Moments:
+    """Of a layer's input: quantized as the layer does, or the float model's where the runs have no prefix."""
+    p, prefix = runs.p, runs.prefix
     layer = p.quant_layers()[name]
     moments, once, batch = Moments(layer, _read(p, name)), p.layers[name].calls == 1, None
 

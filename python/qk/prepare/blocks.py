@@ -98,7 +98,7 @@ def _together(seen: Observation, held: dict[str, list[str]], run: list[Unit]) ->
     first, last = seen.calls[run[0].name][0], seen.calls[run[-1].name][0]
     for name in reversed(first.inside):
         call = seen.calls[name][0]
-        ends_fit = call.first == first.first and call.outputs[:1] == last.outputs[:1]
+        ends_fit = first.first is not None and call.first == first.first and call.outputs[:1] == last.outputs[:1]
         if tuple(held.get(name, ())) == layers and ends_fit:
             return [Unit(name, layers)]
     if all(len(seen.calls[unit.name][0].inputs) == 1 for unit in run):
