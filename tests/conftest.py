@@ -34,6 +34,13 @@ class _Emulated:
         self.overrides._destroy()
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For `usefixtures`: small networks lose with more, and the definition's float64 convolution is slow on many."""
+    with threads(1):
+        yield
+
+
 @pytest.fixture(scope="session")
 def emulated():
     return _Emulated()

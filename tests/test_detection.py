@@ -12,13 +12,8 @@ from qk.flow import resized
 from qk.prepare import prepare
 from qk.prepare.plan import last_layers
 from qk.spec import Recipe
-from threads import threads
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    with threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def nms(boxes, scores, limit):

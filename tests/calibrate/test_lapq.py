@@ -15,13 +15,8 @@ from qk.deploy import convert, definition
 from qk.errors import QkError
 from qk.prepare import prepare
 from qk.spec import Recipe
-from threads import threads
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    with threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Block(nn.Module):

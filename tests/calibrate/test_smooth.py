@@ -19,13 +19,8 @@ from qk.prepare import leave_in_float, prepare
 from qk.prepare.equalize import equalize
 from qk.spec import Recipe
 from small_nets import Net
-from threads import threads
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    with threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Block(nn.Module):

@@ -20,12 +20,7 @@ from qk.spec import Recipe
 from small_nets import Residual
 from threads import threads
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """So small a network loses with more."""
-    with threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Digits:

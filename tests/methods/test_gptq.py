@@ -19,13 +19,8 @@ from qk.prepare import prepare
 from qk.prepare.insert import to_kernel_order
 from qk.spec import Recipe
 from small_nets import residual_net
-from threads import threads
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    with threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def problem(groups=1, rows=5, columns=11, bits=3, seed=0, positions=40):

@@ -13,13 +13,8 @@ from qk.methods.cache import Room
 from qk.methods.engine import fill_cache, outputs_of
 from qk.prepare import prepare
 from qk.spec import Recipe
-from threads import threads
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    with threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Tokens(nn.Module):

@@ -21,10 +21,7 @@ from threads import threads
 RECIPE = Recipe(weights=3, activations=4, iterations=10, weight_lr=0.05)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    with threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Linked(nn.Module):

@@ -31,10 +31,7 @@ from threads import threads
 module = sys.modules["qk.methods.tune"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    with threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Unit(nn.Module):

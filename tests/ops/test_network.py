@@ -12,14 +12,7 @@ from networks import GLOBAL, POOL, Net, chain, coded, equal, image, random_net
 from qk import _core
 from qk.deploy.program import decode, interpret
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The definition's float64 convolution is slow on many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def quantize_nchw(net):
