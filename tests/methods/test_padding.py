@@ -1,4 +1,4 @@
-"""What an attention_mask calls padding counts for no method that fits weights to data."""
+"""What an attention_mask calls padding counts for nothing that is fitted to data."""
 
 import copy
 
@@ -6,11 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from qk.calibrate import calibrate
+from qk.calibrate import calibrate, correct_bias
 from qk.calibrate.batches import counting
+from qk.calibrate.smooth import smooth
+from qk.errors import QkError
 from qk.methods import gptq, reconstruct
 from qk.methods.cache import Room
 from qk.methods.engine import fill_cache, outputs_of
+from qk.methods.multipoint import multipoint
+from qk.methods.tune import Teacher
 from qk.prepare import prepare
 from qk.spec import Recipe
 
@@ -101,3 +105,97 @@ def test_which_masks_are_understood(batch, counted):
     found = counting(batch, torch.zeros(2, 3, 5))
     assert (found if counted is None else found.tolist()) == counted
     assert counting(batch, torch.zeros(2, 3, 5, 5)) is None
+
+
+class Encoder(nn.Module):
+    """[batch, positions, 16], padding and all, as encoders give it."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, x, attention_mask=None):
+        return self.down(torch.relu(self.up(x)))
+
+
+def scattered(padding):
+    """Four batches whose padding is random, `padding` large."""
+    rng = torch.Generator().manual_seed(1)
+    return [
+        {**b, "x": b["x"] + padding * torch.randn(8, 6, 16, generator=rng) * (1 - b["attention_mask"][..., None])}
+        for b in batches()
+    ]
+
+
+def encoder(**fields):
+    torch.manual_seed(0)
+    return prepare(Encoder(), batches()[0], Recipe(weights=3, first_last=None, **fields))
+
+
+def numbers(p):
+    """All that calibration sets."""
+    found = []
+    for layer in p.quant_layers().values():
+        names = ("codes", "weight_step", "tail_codes", "tail_step", "corrected_bias", "input_scale")
+        own = [getattr(layer, name) for name in names] + [layer.input.step, layer.input.zero]
+        found += [x.detach().double().flatten() for x in own if x is not None]
+    return torch.cat(found)
+
+
+def ranged(ranges):
+    def run(data):
+        p = encoder()
+        calibrate(p, data, ranges)
+        return p
+
+    return run
+
+
+def corrected(data):
+    p = ranged("mse")(data)
+    correct_bias(p, data)
+    return p
+
+
+def with_points(data):
+    p = encoder(symmetric=True, points=2, points_budget=0.5)
+    calibrate(p, data)
+    multipoint(p, data, budget=0.5)
+    return p
+
+
+def smoothed(data):
+    p = encoder()
+    smooth(p, data, 0.5)
+    calibrate(p, data)
+    return p
+
+
+@pytest.mark.parametrize(
+    "run",
+    [*(ranged(name) for name in ("minmax", "percentile", "mse", "kl", "lapq")), corrected, with_points, smoothed],
+    ids=["minmax", "percentile", "mse", "kl", "lapq", "bias", "points", "smooth"],
+)
+def test_what_padding_holds_changes_no_step(run):
+    found = numbers(run(batches()))
+    assert torch.equal(found, numbers(run(scattered(30.0))))
+    everything = [{**b, "attention_mask": torch.ones_like(b["attention_mask"])} for b in scattered(30.0)]
+    other = numbers(run(everything))
+    assert found.shape != other.shape or not torch.equal(found, other)  # where it counts it does
+
+
+def test_a_mask_of_padding_alone_is_said_to_leave_no_data():
+    nothing = [{**b, "attention_mask": torch.zeros_like(b["attention_mask"])} for b in batches()]
+    with pytest.raises(QkError, match="data that reaches up"):
+        calibrate(encoder(), nothing)
+
+
+def test_distillation_leaves_padding_out():
+    p = ranged("mse")(batches())
+    teacher = Teacher(p, [])
+    batch = batches()[0]
+    with torch.no_grad():
+        output = p.model(**batch)
+        changed = output + 5 * (1 - batch["attention_mask"][..., None])
+        assert teacher.loss(output, [], batch) == teacher.loss(changed, [], batch)
+        assert teacher.loss(output, [], batch) < teacher.loss(changed, [], {"x": batch["x"]})

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qk.calibrate import ranges as find
-from qk.calibrate.batches import call, hold, take
+from qk.calibrate.batches import call, hold, take, unpadded
 from qk.calibrate.bias import correct_bias
 from qk.calibrate.lapq import Loss, search
 from qk.calibrate.observe import HistogramObserver, Observer
@@ -47,6 +47,7 @@ def calibrate(
 
     The float model runs once over the batches (tensors, tuples of positional arguments, or dicts of keywords). Memory
     is bounded: exact ends and a sample of 2^18 values (kl: 2048 counts) for each tensor, spread over all batches.
+    Positions that a batch's integer attention_mask [batch, positions] calls padding do not count.
     ranges: "minmax" clips nothing; "percentile" keeps 99.99 %; "mse" minimizes the error to the power 2.4; "kl" clips
     activations by the divergence of histograms, and takes mse for the weights; "lapq" searches for the steps of all
     layers together that minimize the loss of the whole quantized model, with half of the batches to judge what the
@@ -148,6 +149,11 @@ def _observe(
     """One observer for each distinct quantizer, at the input of the first layer that has it: linked layers read the
     same tensor. The model runs as it stands."""
     observers: Observers = {}
+    batch = None
+
+    def sees(observer: Observer) -> Callable:
+        return lambda layer, args, kwargs: observer.see(unpadded(batch, layer.taken(*args, **kwargs)))
+
     was_training = p.model.training
     with ExitStack() as stack:
         stack.callback(p.model.train, was_training)
@@ -155,7 +161,7 @@ def _observe(
         for name, layer in layers.items():
             if layer.input not in observers:
                 observer = observers[layer.input] = kind(name)
-                handle = layer.register_forward_pre_hook(_sees(observer), with_kwargs=True)
+                handle = layer.register_forward_pre_hook(sees(observer), with_kwargs=True)
                 stack.callback(handle.remove)
         for index, batch in enumerate(take(batches, STAGE, max_batches)):
             call(p, batch, index, STAGE)
@@ -168,7 +174,3 @@ def _observe(
         if not observer.seen:
             raise fail(STAGE, "batches", f"data that reaches {observer.name}", "none that does")
     return observers
-
-
-def _sees(observer: Observer) -> Callable:
-    return lambda layer, args, kwargs: observer.see(layer.taken(*args, **kwargs))

@@ -90,6 +90,12 @@ def counting(batch: Any, like: Tensor) -> Tensor | None:
     return (mask != 0).to(like.device)
 
 
+def unpadded(batch: Any, x: Tensor) -> Tensor:
+    """What of x counts: all of it, or [positions, channels] where the batch's attention_mask calls some padding."""
+    counted = counting(batch, x)
+    return x if counted is None else x[counted]
+
+
 class Stop(Exception):
     """Raised by a hook to leave the model early; `call` lets it through."""
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qk.calibrate.batches import Stop, call, hold
+from qk.calibrate.batches import Stop, call, hold, unpadded
 from qk.errors import fail
 from qk.inputs import evaluating
 from qk.prepare.insert import QuantLayer
@@ -68,10 +68,11 @@ def moments(p: Prepared, names: list[str], batches: list, stage: str) -> dict[st
     squares: dict[str, Tensor] = {}
     count = dict.fromkeys(names, 0)
     ends = len(names) == 1 and p.layers[names[0]].calls == 1
+    batch = None
 
     def watch(name: str) -> Callable:
         def see(layer: QuantLayer, _: tuple, output: Tensor) -> None:
-            rows = output.movedim(1 if layer.kind == "conv2d" and output.dim() == 4 else -1, -1)
+            rows = output.movedim(1, -1) if layer.kind == "conv2d" and output.dim() == 4 else unpadded(batch, output)
             rows = rows.reshape(-1, rows.shape[-1]).double()
             total[name] = total.get(name, 0) + rows.sum(0)
             squares[name] = squares.get(name, 0) + rows.square().sum(0)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qk.calibrate.batches import Stop, call
+from qk.calibrate.batches import Stop, call, unpadded
 from qk.errors import fail
 from qk.inputs import evaluating, tensors_in
 from qk.prepare.insert import QuantLayer
@@ -135,11 +135,12 @@ def _observed(
     layers = p.quant_layers()
     found = {name: SecondMoments(name, *_sizes(layers[name]), limit) for name in names}
     ends = p.layers[names[-1]].calls == 1
+    batch = None
 
     def sees(name: str) -> Callable:
         def see(layer: QuantLayer, args: tuple, kwargs: dict) -> None:
             x = layer.taken(*args, **kwargs)
-            for rows in patches(layer, layer.input(x) if quantized else x):
+            for rows in patches(layer, unpadded(batch, layer.input(x) if quantized else x)):
                 found[name].add(rows)
             if ends and name == names[-1]:
                 raise Stop

@@ -22,11 +22,12 @@ def first_tensor(output: Any, stage: str = "qk.reconstruct") -> Tensor:
     raise fail(stage, "a unit's or the model's output", "or hold a floating tensor", type(output).__name__)
 
 
-def task_loss(found: Tensor, expected: Tensor) -> Tensor:
+def task_loss(found: Tensor, expected: Tensor, counted: Tensor | None = None) -> Tensor:
     """How far the model's output is from the float model's, summed over samples.
 
     [batch, classes] are logits: KL(softmax(expected) || softmax(found)). Anything else has no classes that could be
-    told from its shape: half the squared error. Raises QkError for shapes that differ, as of boxes that were found.
+    told from its shape: half the squared error. counted: the positions of such an output that are no padding, as
+    qk.calibrate.batches has them. Raises QkError for shapes that differ, as of boxes that were found.
     """
     if found.shape != expected.shape:
         got = f"{list(found.shape)} in place of {list(expected.shape)}"
@@ -34,7 +35,8 @@ def task_loss(found: Tensor, expected: Tensor) -> Tensor:
         raise fail("the task's loss", "the model's output", "of the shape that it has in float", got, advice)
     if found.dim() == 2 and found.shape[1] > 1:
         return F.kl_div(found.log_softmax(1), expected.log_softmax(1), reduction="sum", log_target=True)
-    return 0.5 * (found - expected).square().sum()
+    square = (found - expected).square()
+    return 0.5 * (square if counted is None else square[counted]).sum()
 
 
 def label_loss(found: Tensor, labels: Tensor) -> Tensor:

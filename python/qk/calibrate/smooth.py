@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qk.calibrate import ranges as find
-from qk.calibrate.batches import call, hold
+from qk.calibrate.batches import call, hold, unpadded
 from qk.errors import fail
 from qk.inputs import device_of, evaluating
 from qk.ops import dequantize, quantize
@@ -128,10 +128,11 @@ def _watch(p: Prepared, places: list[Path], batches: list) -> tuple[dict[str, Te
     peaks = {place.source: torch.zeros(place.channels, dtype=torch.float64, device=device) for place in places}
     samples: dict[Quantizer, list[Tensor]] = defaultdict(list)
     quota = SAMPLE // len(batches)
+    batch = None
 
     def sees(into: Tensor, channels: Tensor, first: bool) -> Callable:
         def see(layer: QuantLayer, args: tuple, kwargs: dict) -> None:
-            x = args[0] if args else kwargs["input"]
+            x = unpadded(batch, args[0] if args else kwargs["input"])
             is_image = layer.weight.dim() == 4
             values = x.movedim(1 if is_image else -1, 0).flatten(1).abs().amax(1)
             into.scatter_reduce_(0, channels.to(into.device), values.double(), "amax")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qk import ops
-from qk.calibrate.batches import Stop, call, counting, hold
+from qk.calibrate.batches import Stop, call, hold, unpadded
 from qk.calibrate.moments import patches
 from qk.errors import fail
 from qk.inputs import device_of
@@ -114,9 +114,9 @@ class Moments:
             for s in self.spans
         ]
 
-    def add(self, x: Tensor, counted: Tensor | None = None) -> None:
-        """x: an input of the layer. counted: of qk.calibrate.batches.counting."""
-        for found in patches(self.layer, x if counted is None else x[counted]):
+    def add(self, x: Tensor) -> None:
+        """x: an input of the layer."""
+        for found in patches(self.layer, x):
             self.positions += found.shape[1]
             for part, rows in zip(self.parts, found.split([len(part[0]) for part in self.parts], dim=2), strict=True):
                 part += rows.mT @ rows
@@ -267,7 +267,7 @@ def moments_of(runs: Runs, name: str) -> Moments:
 
     def see(_: QuantLayer, args: tuple, kwargs: dict, __: Tensor) -> None:  # the layer ran, so the input fits it
         x = layer.taken(*args, **kwargs)
-        moments.add(x if prefix is None else layer.input(x), counting(batch, x))
+        moments.add(unpadded(batch, x if prefix is None else layer.input(x)))
         if once:
             raise Stop
 

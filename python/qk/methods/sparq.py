@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qk import ops
-from qk.calibrate.batches import call, hold
+from qk.calibrate.batches import call, hold, unpadded
 from qk.calibrate.objective import first_tensor
 from qk.errors import fail
 from qk.inputs import evaluating
@@ -277,7 +277,8 @@ def _errors(p: Prepared, layers: dict[str, QuantLayer], held: list[Any]) -> dict
     specs = {name: layer.spec for name, layer in layers.items()}
 
     def outputs() -> Iterator[Tensor]:
-        return (first_tensor(call(p, batch, i, STAGE), STAGE).double() for i, batch in enumerate(held))
+        found = (first_tensor(call(p, batch, i, STAGE), STAGE) for i, batch in enumerate(held))
+        return (unpadded(batch, output).double() for batch, output in zip(held, found, strict=True))
 
     def change() -> float:
         total = 0.0

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qk.calibrate.batches import call
+from qk.calibrate.batches import call, counting, unpadded
 from qk.calibrate.objective import first_tensor, task_loss
 from qk.errors import QkError, fail
 from qk.inputs import KINDS, copied_to, describe, device_of, evaluating, feed, tensors_in
@@ -50,10 +50,11 @@ def cross_entropy(output: Any, labels: Tensor) -> Tensor:
     return F.cross_entropy(first_tensor(output, STAGE), labels)
 
 
-def soft_loss(output: Any, expected: Any) -> Tensor:
-    """KL(softmax(float output) || softmax(output)) at temperature 1, mean over the batch; see task_loss."""
+def soft_loss(output: Any, expected: Any, inputs: Any = None) -> Tensor:
+    """KL(softmax(float output) || softmax(output)) at temperature 1, mean over the batch; see task_loss.
+    inputs: that gave them, whose padding does not count."""
     found, expected = first_tensor(output, STAGE), first_tensor(expected, STAGE)
-    return task_loss(found, expected) / len(found)
+    return task_loss(found, expected, counting(inputs, found)) / len(found)
 
 
 def feature_loss(found: list[Tensor], expected: list[Tensor]) -> Tensor:
@@ -259,8 +260,11 @@ class Teacher:
         with outputs_of_units(self.model, self.units) as expected_features:
             expected = feed(self.model, copied_to(inputs, device_of(self.model)))
         with torch.enable_grad():
-            loss = soft_loss(output, expected)
-            return loss + feature_loss(features, expected_features) if features else loss
+            loss = soft_loss(output, expected, inputs)
+            if not features:
+                return loss
+            ours, theirs = ([unpadded(inputs, x) for x in those] for those in (features, expected_features))
+            return loss + feature_loss(ours, theirs)
 
 
 @contextmanager
