@@ -1,5 +1,9 @@
+"""What the tests of deployment share: one thread, and a small integer model with its files."""
+
 import pytest
 
+from deploy.small import small_prepared
+from qk.deploy import convert, save
 from threads import threads
 
 
@@ -8,3 +12,13 @@ def one_thread():
     """The float parts between integer layers then compute the same in every run."""
     with threads(1):
         yield
+
+
+@pytest.fixture(scope="module")
+def model():
+    return convert(small_prepared(overrides={"left": {"group_size": 12}}))
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    return save(model, tmp_path / "out")

@@ -72,6 +72,12 @@ def one_layer() -> tuple[nn.Module, Prepared, Tensor]:
     return layer, minmax(p, [x]), x
 
 
+def same(a: nn.Module, b: nn.Module, x: Tensor) -> bool:
+    """Whether two models give the same bits."""
+    with torch.no_grad():
+        return torch.equal(a(x), b(x))
+
+
 def minmax(p: Prepared, batches: Iterable[Any]) -> Prepared:
     """Steps from the smallest and largest value, zero included; codes are the nearest."""
     seen: dict[nn.Module, list[Tensor]] = {}

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import qk
+from deploy.checkpoints import edit
 from deploy.small import tensors_for
-from deploy.test_checkpoint import edit
 from prepare.test_rows import AWKWARD
 from qk import inspection, ops
 from qk.deploy import QConv2d, QLinear, definition, fuse, unfused

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from deploy.test_checkpoint import edit, leaves, set_at, tensor_file
+from deploy.checkpoints import edit, leaves, set_at, tensor_file
 from qk.calibrate import calibrate
 from qk.deploy import QEmbedding, QEmbeddingBag, convert, definition, fuse, load, quantize_embedding, save, unfused
 from qk.errors import QkError

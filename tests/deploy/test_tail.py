@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import qk
+from deploy.checkpoints import edit, tensor_file
 from deploy.small import small_images, small_model, small_prepared, tensors_for
-from deploy.test_checkpoint import edit, tensor_file
 from deploy.test_modules import CONVS, image
 from qk import ops
 from qk.deploy import QConv2d, QLinear, convert, definition, fuse, load, save, unfused
