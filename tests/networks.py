@@ -9,7 +9,8 @@ from torch import Tensor
 
 import qk
 from qk.deploy.program import Builder, Scale, encode, interpret
-from qk.ops._program import keeps_scale, step_shape
+from qk.ops._program import keeps_scale
+from qk.ops._shapes import step_shape
 
 WINDOW = {"kernel": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
 POOL = WINDOW | {"ceil_mode": 0, "count_include_pad": 0}

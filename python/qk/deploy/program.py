@@ -17,9 +17,8 @@ from qk.ops._program import (
     check,
     decode,
     encode,
-    output_shape,
-    shapes,
 )
+from qk.ops._shapes import output_shape, shapes
 from qk.ops.network import interpret
 
 __all__ = [

@@ -8,8 +8,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from qk.ops._program import Program, Scale, Step, decode, output_shape, shapes, step_shape
+from qk.ops._program import Program, Scale, Step, decode
 from qk.ops._rows import on_one_device
+from qk.ops._shapes import output_shape, shapes, step_shape
 from qk.ops.add import reference as add
 from qk.ops.concat import reference as concat
 from qk.ops.conv2d import reference as conv2d
