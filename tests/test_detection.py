@@ -8,7 +8,7 @@ import qk
 from models import fill, import_torchvision
 from qk.deploy import definition
 from qk.errors import QkError
-from qk.flow import resized
+from qk.inputs import resized
 from qk.prepare import prepare
 from qk.prepare.plan import last_layers
 from qk.spec import Recipe

@@ -12,7 +12,7 @@ from torch import nn
 import qk
 from qk import inspection
 from qk.deploy import LayerTimes, measure
-from qk.flow import resized
+from qk.inputs import resized
 from qk.prepare import QuantLayer
 from rankers import ROWS, Ranker, inputs, made
 

@@ -18,22 +18,27 @@ from qk.methods import (
     tune,
 )
 from qk.methods.gptq import gptq
-from qk.prepare import prepare
+from qk.prepare import apply_plan, prepare
 from qk.prepare.equalize import equalize
 from qk.prepare.unclip import unclip
-from qk.spec import Embeddings, Plan, QuantSpec, Recipe, Sparq, Tuning
+from qk.search import LatencyTable, Search, search
+from qk.spec import Budget, Embeddings, Plan, QuantSpec, Recipe, Sparq, Tuning
 
 # qk.prepare and qk.calibrate are the functions; `from qk.prepare.links import ...` still finds the folders.
 __all__ = [
+    "Budget",
     "Embeddings",
+    "LatencyTable",
     "Plan",
     "QkError",
     "QuantSpec",
     "Recipe",
     "Result",
+    "Search",
     "Sparq",
     "Tuning",
     "active_isa",
+    "apply_plan",
     "build_facts",
     "calibrate",
     "choose_windows",
@@ -56,6 +61,7 @@ __all__ = [
     "quantize_table_file",
     "reconstruct",
     "save",
+    "search",
     "set_windows",
     "smooth",
     "trainable",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from qk.deploy import (
 from qk.deploy.modules import integer_layers
 from qk.errors import QkError, fail
 from qk.files import writable_folder
-from qk.inputs import copied_to, device_of, evaluating, feed, map_tensors
+from qk.inputs import copied_to, device_of, evaluating, feed, resized
 from qk.methods import (
     choose_windows,
     input_statistics,
@@ -45,7 +45,7 @@ from qk.methods import (
 )
 from qk.methods.gptq import gptq
 from qk.methods.tune import Loss, Score
-from qk.prepare import Prepared, leave_in_float, prepare
+from qk.prepare import Prepared, apply_plan, leave_in_float, prepare
 from qk.prepare.equalize import equalize
 from qk.prepare.joins import working
 from qk.prepare.unclip import unclip
@@ -74,6 +74,7 @@ def quantize(
     batches: Iterable,
     recipe: Recipe | None = None,
     *,
+    plan: Plan | None = None,
     example: Any = None,
     blocks: list[str] | None = None,
     labels: Iterable[Tensor] | None = None,
@@ -91,8 +92,9 @@ def quantize(
     """A quantized copy of `model`, and what that changed, measured on this machine. `model` itself stays as it is.
 
     batches: calibration inputs (tensors, tuples of positional arguments or dicts of keywords), without labels. What is
-    not a list is read once and held, up to recipe.memory_mb. example: one batch to watch the model on; the first of
-    batches if not given. blocks: module names to reconstruct together instead of those found.
+    not a list is read once and held, up to recipe.memory_mb. plan: the width of every layer, as of qk.search, in place
+    of those that the recipe gives. example: one batch to watch the model on; the first of batches if not given. blocks:
+    module names to reconstruct together instead of those found.
     labels: for ranges "lapq", the classes of each batch, as qk.calibrate takes them.
     train, loss, validate: for method "lsq", labelled data and what to do with it, as qk.tune takes them.
     evaluate: model -> share of labels met, in [0, 1]; called on the float, the simulated and the integer model.
@@ -104,6 +106,8 @@ def quantize(
     without learning is checked before it.
     """
     recipe = checked_recipe(recipe, STAGE)
+    if plan is not None and not isinstance(plan, Plan):
+        raise fail(STAGE, "plan", "a qk.Plan", type(plan).__name__, "qk.Plan.from_dict makes one of what a file holds.")
     if evaluate is not None and not callable(evaluate):
         raise fail(STAGE, "evaluate", "a function of a model", type(evaluate).__name__)
     if labels is not None and recipe.ranges != "lapq":
@@ -116,6 +120,8 @@ def quantize(
     example = held[0] if example is None else example
     with _timed(seconds, "prepare"):
         p = prepare(model, example, recipe, blocks=blocks)
+        if plan is not None:
+            apply_plan(p, plan)
     learns = bool(p.quant_layers())  # a model may have tables alone to quantize, which have nothing to learn
     if recipe.method == "lsq" and not learns:
         got = "a model whose embedding tables alone are quantized"
@@ -214,22 +220,6 @@ def latency(
     with evaluating(floating), torch.inference_mode():
         times = timing.alternate([lambda model=model: feed(model, inputs) for model in models], seconds)
     return Latency(batch, *(timing.quantile(side, share) for side in times for share in (0.5, 0.99)))
-
-
-def resized(example: Any, batch: int) -> Any:
-    """Every tensor of the example repeated or cut to `batch` along its first axis; a list of tensors among its
-    arguments, such as a detector's images, as a list."""
-    if isinstance(example, Mapping):
-        return {name: _resized(value, batch) for name, value in example.items()}
-    if isinstance(example, (tuple, list)):
-        return tuple(_resized(value, batch) for value in example)
-    return _resized(example, batch)
-
-
-def _resized(value: Any, batch: int) -> Any:
-    if isinstance(value, list) and all(isinstance(item, Tensor) for item in value):
-        return [value[i % len(value)] for i in range(batch)] if value else value
-    return map_tensors(lambda x: x[torch.arange(batch, device=x.device) % x.shape[0]] if x.dim() else x, value)
 
 
 def _fused(integer: nn.Module, example: Any, held: list[Any]) -> tuple[FusedModel | None, list[str]]:

@@ -76,6 +76,22 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(getattr(value, field.name, None))
 
 
+def resized(example: Any, batch: int) -> Any:
+    """Every tensor of the example repeated or cut to `batch` along its first axis; a list of tensors among its
+    arguments, such as a detector's images, as a list."""
+    if isinstance(example, Mapping):
+        return {name: _resized(value, batch) for name, value in example.items()}
+    if isinstance(example, (tuple, list)):
+        return tuple(_resized(value, batch) for value in example)
+    return _resized(example, batch)
+
+
+def _resized(value: Any, batch: int) -> Any:
+    if isinstance(value, list) and all(isinstance(item, Tensor) for item in value):
+        return [value[i % len(value)] for i in range(batch)] if value else value
+    return map_tensors(lambda x: x[torch.arange(batch, device=x.device) % x.shape[0]] if x.dim() else x, value)
+
+
 def digest(items: Iterable[tuple[str, Any]]) -> str:
     """sha256 over names and contents; of tensors with type and shape."""
     found = sha256()

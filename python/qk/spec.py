@@ -218,6 +218,41 @@ class Plan:
         return parsed(Plan, data, "plan")
 
 
+Share = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+@refuses_in_words
+@dataclass(frozen=True, config=STRICT)
+class Budget:
+    """What a network may cost at most (qk.search); all that are given hold at once.
+
+    size_mb: of the checkpoint's tensors, in 10^6 bytes. latency_ms: of a call of the fused network on this machine.
+    giga_bit_ops: of one sample, 10^9 multiply-accumulates times the bits of weight and activation. A share is of what
+    the network costs with every layer at its widest.
+    """
+
+    size_mb: Positive | None = None
+    latency_ms: Positive | None = None
+    giga_bit_ops: Positive | None = None
+    size_share: Share | None = None
+    latency_share: Share | None = None
+    bit_ops_share: Share | None = None
+
+    def __post_init__(self) -> None:
+        if not self.limits():
+            raise ValueError("a budget must limit something, got no limit")
+
+    def limits(self) -> dict[str, tuple[float | None, float | None]]:
+        """Name of a cost -> its absolute limit and its share, where one of them is given."""
+        both = {
+            "size_mb": (self.size_mb, self.size_share),
+            "latency_ms": (self.latency_ms, self.latency_share),
+            "giga_bit_ops": (self.giga_bit_ops, self.bit_ops_share),
+        }
+        return {name: given for name, given in both.items() if given != (None, None)}
+
+
 @refuses_in_words
 @dataclass(frozen=True, config=STRICT)
 class Tuning:

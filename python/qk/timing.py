@@ -15,13 +15,13 @@ def alternate(calls: list[Callable[[], object]], seconds: float = 0.5, rounds: i
     """
     repeats = []
     for call in calls:
-        took = min(_timed(call, 1) for _ in range(3))
+        took = min(milliseconds(call, 1) for _ in range(3))
         repeats.append(max(1, round(0.2 / max(took, 1e-4))))
     times: list[list[float]] = [[] for _ in calls]
     end = time.perf_counter() + seconds
     while len(times[0]) < rounds or time.perf_counter() < end:
         for kept, call, n in zip(times, calls, repeats, strict=True):
-            kept.append(_timed(call, n))
+            kept.append(milliseconds(call, n))
     return times
 
 
@@ -31,7 +31,8 @@ def quantile(times: list[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-def _timed(call: Callable[[], object], n: int) -> float:
+def milliseconds(call: Callable[[], object], n: int = 1) -> float:
+    """Of one call, on average over n."""
     start = time.perf_counter()
     for _ in range(n):
         call()

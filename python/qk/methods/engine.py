@@ -135,7 +135,7 @@ def fisher(p: Prepared, module: nn.Module, batch: Any, index: int, output: Tenso
         if seen:  # a later call of the same module is part of what follows
             return found
         seen.append(first_tensor(found).detach().requires_grad_())
-        return _replaced(found, seen[0].clone())  # a copy: what follows may work in place
+        return replaced(found, seen[0].clone())  # a copy: what follows may work in place
 
     handle = module.register_forward_hook(after)
     try:
@@ -149,7 +149,7 @@ def fisher(p: Prepared, module: nn.Module, batch: Any, index: int, output: Tenso
     return torch.zeros_like(seen[0]) if gradient is None else gradient.square()
 
 
-def _replaced(output: Any, tensor: Tensor) -> Any:
+def replaced(output: Any, tensor: Tensor) -> Any:
     """output with its first floating tensor replaced."""
     leaves, spec = tree_flatten(output)
     wanted = first_tensor(output)

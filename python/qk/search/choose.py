@@ -1,0 +1,184 @@
+"""From a budget to a plan: what each width costs and loses is found once, then any number of budgets is solved for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from qk.calibrate.batches import hold
+from qk.deploy import FusedModel, convert, fuse
+from qk.errors import QkError, fail
+from qk.inputs import resized
+from qk.prepare.prepared import Prepared, check_prepared
+from qk.search.alps import alps
+from qk.search.bank import Bank
+from qk.search.cost import Costs, bit_operation_costs, size_costs
+from qk.search.exact import exact
+from qk.search.fisher import fisher
+from qk.search.genetic import genetic
+from qk.search.hessian import hessian
+from qk.search.items import STAGE, find_items, plan_of
+from qk.search.latency import LatencyTable, latency_costs, network_times
+from qk.search.problem import Problem
+from qk.search.sensitivity import Sensitivity, chance, cost_only, eagl
+from qk.spec import Budget, Plan, Ranges
+
+Kind = Literal["fisher", "alps", "hessian", "eagl", "random", "cost_only"]
+Solver = Literal["exact", "genetic"]
+TRIES = 6  # of plans that are measured for one limit on latency
+NEARER = 0.995  # by which a limit that was missed is set lower than it was missed by
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """choice: number of the option of each item. costs: of the whole network, as predicted. loss: what sensitivities
+    expect. measured_ms: latency of the fused network, in units of the table's run, where latency is limited."""
+
+    plan: Plan
+    choice: tuple[int, ...]
+    costs: dict[str, float]
+    loss: float
+    measured_ms: float | None = None
+
+
+class Search:
+    """Items, sensitivities and costs of one model, each found when it is first asked for.
+
+    p: from qk.prepare, as it is before smoothing and calibration; it stays as it is. batches, max_batches, memory_mb:
+    as for reconstruct. weights, activations: the widths to choose from, every pair of them, or, tied, the first with
+    the first and so on. keep: name patterns of layers that stay as p.plan has them; None: the first and the last ones.
+    ranges: as for calibrate, without lapq. table: of latencies; what it lacks is measured here and added to it.
+    latency_batch: how many samples a call has whose latency is limited.
+    Raises QkError for widths that no kernel has, and for a model with nothing to choose.
+    """
+
+    def __init__(
+        self,
+        p: Prepared,
+        batches: Iterable,
+        *,
+        weights: Sequence[int] = (2, 4, 8),
+        activations: Sequence[int] = (8,),
+        tied: bool = False,
+        keep: Sequence[str] | None = None,
+        ranges: Ranges = "mse",
+        table: LatencyTable | str | Path | None = None,
+        latency_batch: int = 1,
+        max_batches: int | None = None,
+        memory_mb: int = 1024,
+    ) -> None:
+        check_prepared(p, STAGE)
+        if not isinstance(latency_batch, int) or latency_batch < 1:
+            raise fail(STAGE, "latency_batch", "at least 1", latency_batch)
+        self.p, self.memory_mb, self.latency_batch = p, memory_mb, latency_batch
+        self.table = LatencyTable() if table is None else table
+        if not isinstance(self.table, LatencyTable):
+            self.table = LatencyTable.load(self.table)
+        self.items = find_items(p, weights, activations, tied, keep)
+        self.batches = hold(batches, STAGE, max_batches, memory_mb)
+        self.bank = Bank(p, self.items, self.batches, ranges)
+        self._costs: dict[str, Costs] = {}
+        self._sensitivities: dict[tuple[str, int], Sensitivity] = {}
+        self._widest: FusedModel | None = None
+
+    def sensitivity(self, kind: Kind = "fisher", seed: int = 0) -> Sensitivity:
+        """What each option of each item loses. seed: of draws."""
+        kinds: dict[str, Callable[[], Sensitivity]] = {
+            "fisher": lambda: fisher(self.bank, self.batches, seed=seed),
+            "alps": lambda: alps(self.bank, self.batches, self.memory_mb),
+            "hessian": lambda: hessian(self.bank, self.batches, seed=seed),
+            "eagl": lambda: eagl(self.bank),
+            "random": lambda: chance(self.bank, seed),
+            "cost_only": lambda: cost_only(self.bank),
+        }
+        if kind not in kinds:
+            raise fail(STAGE, "sensitivity", f"one of {', '.join(kinds)}", repr(kind))
+        if (kind, seed) not in self._sensitivities:
+            self._sensitivities[kind, seed] = kinds[kind]()
+        return self._sensitivities[kind, seed]
+
+    def costs(self, name: str) -> Costs:
+        """size_mb, latency_ms or giga_bit_ops."""
+        kinds: dict[str, Callable[[], Costs]] = {
+            "size_mb": lambda: size_costs(self.bank),
+            "latency_ms": lambda: latency_costs(self.bank, self._inputs(), self.table),
+            "giga_bit_ops": lambda: bit_operation_costs(self.p, self.items),
+        }
+        if name not in self._costs:
+            self._costs[name] = kinds[name]()
+        return self._costs[name]
+
+    def plan(
+        self, budget: Budget, sensitivity: Kind | Sensitivity = "fisher", solver: Solver = "exact", seed: int = 0
+    ) -> Chosen:
+        """The options of least loss within the budget. Where it limits latency and the table is of this machine, the
+        fused network is measured beside that of all widest, and the limit lowered until it is kept.
+
+        Raises QkError for a budget that no choice keeps, with the nearest that one does.
+        """
+        if solver not in get_args(Solver):
+            raise fail(STAGE, "solver", f"one of {', '.join(get_args(Solver))}", repr(solver))
+        if not isinstance(budget, Budget):
+            raise fail(STAGE, "budget", "a qk.Budget", type(budget).__name__)
+        limits = self._limits(budget)
+        found = self.sensitivity(sensitivity, seed) if isinstance(sensitivity, str) else sensitivity
+        chosen = self._solved(limits, found, solver, seed)
+        if "latency_ms" not in limits or self.table.is_foreign:
+            return chosen
+        wanted, best = limits["latency_ms"], math.inf
+        for _ in range(TRIES):
+            measured = self.measured_ms(chosen.choice)
+            if measured <= wanted:
+                return replace(chosen, measured_ms=measured)
+            best = min(best, measured)
+            limits["latency_ms"] *= NEARER * wanted / measured
+            try:
+                chosen = self._solved(limits, found, solver, seed)
+            except QkError:  # nothing is faster
+                break
+        got = f"{wanted:.4g}, where {best:.4g} was the least that plans for it took when measured"
+        raise fail(STAGE, "latency_ms", f"at least {best:.4g}", got, "Raise it, or free the machine of other work.")
+
+    def uniform(self, weights: int, activations: int) -> Chosen:
+        """Every item at these widths, or at the nearest wider ones that it can have."""
+        wanted = (weights, activations)
+        choice = [next((i for i, o in reversed([*enumerate(item.options)]) if o >= wanted), 0) for item in self.items]
+        return self.chosen(tuple(choice))
+
+    def chosen(self, choice: tuple[int, ...], loss: float = math.nan) -> Chosen:
+        """A choice with its plan and the costs that are known."""
+        costs = {name: costs.of(choice) for name, costs in self._costs.items()}
+        return Chosen(plan_of(self.p, self.items, choice), choice, costs, loss)
+
+    def measured_ms(self, choice: tuple[int, ...]) -> float:
+        """Latency of the fused network, measured beside that of all widest and in units of the table's run."""
+        widest = (0,) * len(self.items)
+        if self._widest is None:
+            self._widest = self._fused(widest)
+        ours, reference = network_times([self._fused(choice), self._widest], self._inputs())
+        return ours.whole / reference.whole * self.costs("latency_ms").of(widest)
+
+    def _fused(self, choice: tuple[int, ...]) -> FusedModel:
+        self.bank.put(choice)
+        return fuse(convert(self.bank.p), self._inputs())
+
+    def _inputs(self) -> Any:
+        return resized(self.batches[0], self.latency_batch)
+
+    def _limits(self, budget: Budget) -> dict[str, float]:
+        """In the units of costs: the lower of a limit and a share."""
+        found = {}
+        for name, (absolute, share) in budget.limits().items():
+            widest = self.costs(name).of([0] * len(self.items))
+            found[name] = min(x for x in (absolute, share and share * widest) if x is not None)
+        return found
+
+    def _solved(self, limits: dict[str, float], sensitivity: Sensitivity, solver: str, seed: int) -> Chosen:
+        """The items, and behind them one of a single option that stands for everything else."""
+        costs = {name: [*self.costs(name).items, [self.costs(name).rest]] for name in limits}
+        problem = Problem([*sensitivity.losses, [0.0]], costs, limits, sensitivity.pairs)
+        choice = exact(problem) if solver == "exact" else genetic(problem, seed)
+        return self.chosen(tuple(choice[:-1]), problem.loss(choice))

@@ -1,0 +1,157 @@
+"""Sensitivities by Fisher information: what the errors of a block's output do to the task's loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qk.calibrate.batches import call, counting
+from qk.calibrate.objective import first_tensor
+from qk.methods.cache import Call
+from qk.methods.engine import frozen, replaced
+from qk.prepare.prepared import Unit
+from qk.search.bank import Bank
+from qk.search.items import STAGE
+from qk.search.sensitivity import Pairs, Sensitivity
+
+DRAWS = 4  # of labels for each sample
+
+
+def fisher(bank: Bank, batches: list, draws: int = DRAWS, full: bool = True, seed: int = 0) -> Sensitivity:
+    """BRECQ's: half the expected squared change of log p(y), for labels y drawn from the model's own output.
+
+    That is the divergence from the float model's output in second order (in nats), for the errors dz of a block's
+    output: 1/2 E[(g dz)^2] with g the gradient of log p(y). full: so; else 1/2 E[sum g^2 dz^2], which takes errors of
+    different values for independent. An item's loss has it alone quantized; pairs of one block have what both at once
+    add, since a block's errors meet inside it. Of an output that is no [batch, classes] it is half the squared error.
+    Source: Li et al., BRECQ (2021), section 3.4 and appendix: sensitivities of mixed precision.
+    """
+    plan = _Measure(bank)
+    generator = torch.Generator().manual_seed(seed)
+    samples = 0
+    with frozen(bank.p.model), bank.p.quantized(set()):
+        for index, batch in enumerate(batches):
+            samples += plan.add(batch, index, draws, full, generator)
+    losses = [[total / samples for total in row] for row in plan.alone]
+    pairs: Pairs = {}
+    for (i, j), table in plan.both.items():
+        alone = [[one + other for other in losses[j]] for one in losses[i]]
+        pairs[i, j] = [[x / samples - y for x, y in zip(*rows, strict=True)] for rows in zip(table, alone, strict=True)]
+    return Sensitivity("fisher", losses, pairs, "nats")
+
+
+class _Measure:
+    """Sums over samples: of each item at each option alone, and of two items in one block."""
+
+    def __init__(self, bank: Bank) -> None:
+        self.bank = bank
+        place = {name: i for i, item in enumerate(bank.items) for name in item.layers}
+        self.units = {unit: sorted({place[n] for n in unit.layers if n in place}) for unit in bank.p.units}
+        self.alone = [[0.0] * len(item.options) for item in bank.items]
+        self.both: dict[tuple[int, int], list[list[float]]] = {}
+        for inside in self.units.values():
+            for i, j in _two(inside):
+                self.both[i, j] = [[0.0] * len(bank.items[j].options) for _ in bank.items[i].options]
+
+    def add(self, batch: Any, index: int, draws: int, full: bool, generator: torch.Generator) -> int:
+        """Takes a batch in; returns how many samples it has."""
+        with _watched(self.bank, [u for u, inside in self.units.items() if inside]) as seen, torch.enable_grad():
+            output = first_tensor(call(self.bank.p, batch, index, STAGE), STAGE)
+            outputs = [found.output for found in seen.values()]
+            slopes: list[list[Tensor]] = [[] for _ in outputs]
+            for loss in _drawn(output, counting(batch, output), draws, generator):
+                found = torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True)
+                for kept, slope, like in zip(slopes, found, outputs, strict=True):
+                    kept.append(torch.zeros_like(like) if slope is None else slope)
+        with torch.no_grad():
+            for (unit, found), slope in zip(seen.items(), slopes, strict=True):
+                self._unit(unit, found, torch.stack(slope), full)
+        return len(output)
+
+    def _unit(self, unit: Unit, found: _Seen, slopes: Tensor, full: bool) -> None:
+        """slopes: [draws, *output]."""
+        bank, inside = self.bank, self.units[unit]
+        modules = unit.modules(bank.p.model)
+        module = modules[0] if len(modules) == 1 else nn.Sequential(*modules)
+        before = found.output.detach()
+        if not full:
+            slopes = slopes.square().mean(0, keepdim=True)
+
+        def loss(chosen: dict[int, int]) -> float:
+            """With these options of these items, and all else in float."""
+            bank.put([chosen.get(i, 0) for i in range(len(bank.items))])
+            with bank.p.quantized({name for i in chosen for name in bank.items[i].layers}):
+                args, kwargs = found.call.again(before.device)
+                change = first_tensor(module(*args, **kwargs), STAGE) - before
+            if full:
+                return 0.5 * float((slopes * change).flatten(2).sum(2).double().square().mean(0).sum())
+            return 0.5 * float((slopes * change.square()).double().sum())
+
+        for i in inside:
+            for a in range(len(bank.items[i].options)):
+                self.alone[i][a] += loss({i: a})
+        for i, j in _two(inside):
+            for a in range(len(bank.items[i].options)):
+                for b in range(len(bank.items[j].options)):
+                    self.both[i, j][a][b] += loss({i: a, j: b})
+
+
+class _Seen:
+    """What a unit took and gave in one run of the float model."""
+
+    call: Call
+    output: Tensor
+
+
+@contextmanager
+def _watched(bank: Bank, units: list[Unit]) -> Iterator[dict[Unit, _Seen]]:
+    """Filled with the first call of each unit while the model runs; outputs get a gradient."""
+    seen: dict[Unit, _Seen] = {}
+
+    def before(unit: Unit) -> Callable:
+        def see(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            if unit not in seen:
+                seen[unit] = _Seen()
+                seen[unit].call = Call.of(args, kwargs)
+
+        return see
+
+    def after(unit: Unit) -> Callable:
+        def see(_: nn.Module, args: tuple, output: Any) -> Any:
+            if hasattr(seen[unit], "output"):  # a later call of the same module is part of what follows
+                return output
+            found = first_tensor(output, STAGE)
+            seen[unit].output = found if found.requires_grad else found.detach().requires_grad_()
+            return replaced(output, seen[unit].output.clone())  # a copy: what follows may work in place
+
+        return see
+
+    with ExitStack() as stack:
+        for unit in units:
+            modules = unit.modules(bank.p.model)
+            stack.callback(modules[0].register_forward_pre_hook(before(unit), with_kwargs=True).remove)
+            stack.callback(modules[-1].register_forward_hook(after(unit)).remove)
+        yield seen
+
+
+def _drawn(output: Tensor, counted: Tensor | None, draws: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """-log p(y) summed over samples for labels y drawn from p, or, where the output is no [batch, classes], its product
+    with noise of unit variance, whose squared gradient is on average that of half the squared error."""
+    if output.dim() == 2 and output.shape[1] > 1:
+        share = output.detach().softmax(1).cpu()
+        for _ in range(draws):
+            labels = torch.multinomial(share, 1, generator=generator)[:, 0].to(output.device)
+            yield F.cross_entropy(output, labels, reduction="sum")
+        return
+    for _ in range(draws):
+        noise = torch.randn(output.shape, generator=generator).to(output.device)
+        yield (output * (noise if counted is None else noise * counted[..., None])).sum()
+
+
+def _two(inside: list[int]) -> Iterator[tuple[int, int]]:
+    return ((i, j) for n, i in enumerate(inside) for j in inside[n + 1 :])
