@@ -94,6 +94,27 @@ def test_quantize_shows_a_table_and_where_things_are(run, tmp_path):
     assert json.loads((tmp_path / "r.json").read_text())["layers"]
 
 
+def test_search_writes_a_plan_that_quantize_takes(run, tmp_path):
+    words = ["search", "--model", "MODEL", "--data", "DATA", "--widths", "2,8", "--table", "table.json"]
+    found = json.loads(run(*words, "--out", "plan.json", "--budget", "size_share=0.97", "--json").stdout)
+    assert found["layers"] == {"0": "W8A8", "3": "W2A8", "7": "W8A8"}
+    assert qk.Plan.load(tmp_path / "plan.json")["3"].weights == 2
+    shown = run(*words, "--out", "plan.json", "--budget", "latency_ms=1000", "--budget", "size_share=0.97").stdout
+    for word in ("chosen", "all W8A8", "all W2A8", "chosen, measured", "plan: plan.json"):
+        assert word in shown
+    assert qk.LatencyTable.load(tmp_path / "table.json").times
+
+    quantize = ["quantize", "--model", "MODEL", "--data", "DATA", "--out", "out", "--set", "method=nearest"]
+    run(*quantize, "--plan", "plan.json", "--json")
+    held = json.loads(run("inspect", "out", "--json").stdout)
+    assert [x["width"] for x in held["layers"]] == ["W8A8", "W2A8", "W8A8"]
+
+
+def test_a_budget_below_the_least_names_the_least(run):
+    words = ["search", "--model", "MODEL", "--data", "DATA", "--out", "p", "--budget", "size_mb=0.001"]
+    assert "limits must be at least 0.00" in run(*words, code=1).stderr
+
+
 def test_lapq_searches_by_labels_where_they_are_asked_for(run):
     words = ["quantize", "--model", "MODEL", "--out", "o", "--set", "method=nearest", "--set", "ranges=lapq", "--json"]
     notes = []
@@ -172,6 +193,16 @@ def test_inspect_names_folds(run):
         ),
         (["demo", "--out", "cli_model.py"], "a folder that can be written"),
         (["tune", "--model", "MODEL", "--data", "DATA", "--out", "o"], "data with labels to train on"),
+        (["search", "--model", "MODEL", "--data", "DATA", "--out", "p", "--budget", "size_mb"], "FIELD=NUMBER"),
+        (["search", "--model", "MODEL", "--data", "DATA", "--out", "p", "--budget", "megabytes=3"], "megabytes"),
+        (
+            ["search", "--model", "MODEL", "--data", "DATA", "--out", "p", "--budget", "size_mb=1", "--widths", "two"],
+            "--widths must be widths in bits",
+        ),
+        (
+            ["quantize", "--model", "MODEL", "--data", "DATA", "--out", "o", "--plan", "none.json"],
+            "none.json must be a JSON file with a plan",
+        ),
         (
             ["tune", "--model", "MODEL", "--data", "DATA", "--out", "o", "--set", "tuning.epochs=0"],
             "tuning.epochs must",

@@ -1,4 +1,4 @@
-"""qk on the command line: demo, quantize, tune, eval, inspect, doctor, bench."""
+"""qk on the command line: demo, quantize, search, tune, eval, inspect, doctor, bench."""
 
 from __future__ import annotations
 
@@ -88,6 +88,7 @@ def quantize(
     weights: Weights = None,
     recipe: RecipeFile = None,
     change: Change = None,
+    plan: Annotated[Path | None, typer.Option(help="Widths of all layers, a file of qk search.")] = None,
     report: ReportFile = None,
     batch_size: BatchSize = 32,
     labels: Annotated[
@@ -96,7 +97,7 @@ def quantize(
     as_json: Json = False,
 ) -> None:
     """Quantizes a model, saves it, and reports what that changed."""
-    _quantize(model, data, out, weights, _recipe(recipe, change or []), report, batch_size, as_json, labels)
+    _quantize(model, data, out, weights, _recipe(recipe, change or []), report, batch_size, as_json, labels, plan)
 
 
 @app.command()
@@ -126,12 +127,14 @@ def _quantize(
     batch_size: int,
     as_json: bool,
     by_labels: bool = False,
+    plan: Path | None = None,
 ) -> None:
     """The model quantized as the recipe says, its checkpoint and report; what both commands above do."""
     import qk
     from qk import sources
     from qk.files import writable_folder
 
+    widths = None if plan is None else qk.Plan.load(plan)
     report = report or out / "report.html"
     writable_folder(report.parent, "quantize")
     say = _say(as_json)
@@ -152,6 +155,7 @@ def _quantize(
         floating,
         loaded.calibration,
         recipe,
+        plan=widths,
         labels=loaded.labels if by_labels else None,
         train=train,
         evaluate=evaluate,
@@ -167,6 +171,75 @@ def _quantize(
         _show(table)
         typer.echo()
     typer.echo(f"checkpoint: {out}\nreport: {path}")
+
+
+@app.command()
+def search(
+    model: Model,
+    data: DataName,
+    out: Annotated[Path, typer.Option(help="JSON file for the plan, which qk quantize --plan takes.")],
+    budget: Annotated[
+        list[str],
+        typer.Option(
+            help="What the network may cost: size_mb=4.5, latency_ms=2, giga_bit_ops=30, size_share=0.6, "
+            "latency_share=0.8 or bit_ops_share=0.5; several hold at once."
+        ),
+    ],
+    weights: Weights = None,
+    recipe: RecipeFile = None,
+    change: Change = None,
+    widths: Annotated[str, typer.Option(help="Of weights to choose from.")] = "2,4,8",
+    activations: Annotated[str, typer.Option(help="Widths of activations to choose from.")] = "8",
+    tied: Annotated[
+        bool, typer.Option("--tied", help="The first of one with the first of the other, and so on.")
+    ] = False,
+    keep: Annotated[
+        list[str] | None, typer.Option(help="Layers that stay as the recipe has them; else the first and the last.")
+    ] = None,
+    sensitivity: Annotated[
+        str, typer.Option(help="fisher, alps, hessian, eagl; random or cost_only as controls.")
+    ] = "fisher",
+    solver: Annotated[str, typer.Option(help="exact or genetic.")] = "exact",
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    table: Annotated[
+        Path | None, typer.Option(help="Latencies: read where it is there, and written with what was measured.")
+    ] = None,
+    batch_size: BatchSize = 32,
+    as_json: Json = False,
+) -> None:
+    """Chooses the width of every layer for a size, a latency on this machine, or bit operations."""
+    import qk
+    from qk import sources
+    from qk.search.show import chosen_tables
+
+    limits = _budget(budget)
+    wanted, options = _recipe(recipe, change or []), (_bits("--widths", widths), _bits("--activations", activations))
+    known = qk.LatencyTable.load(table) if table is not None and table.exists() else qk.LatencyTable()
+    floating = sources.load_model(model, weights)
+    loaded = sources.load_data(data, batch_size)
+    _say(as_json)(f"searching widths of {model} on {data}")
+    batches = list(loaded.calibration)
+    search = qk.Search(
+        qk.prepare(floating, batches[0], wanted),
+        batches,
+        weights=options[0],
+        activations=options[1],
+        tied=tied,
+        keep=keep or None,
+        table=known,
+    )
+    chosen = search.plan(limits, sensitivity, solver, seed)
+    path = chosen.plan.save(out)
+    if table is not None:
+        search.table.save(table)
+    if as_json:
+        facts = {"plan": str(path), "costs": chosen.costs, "loss": chosen.loss, "measured_ms": chosen.measured_ms}
+        _print_json(facts | {"layers": {name: spec.describe() for name, spec in chosen.plan.layers.items()}})
+        return
+    for shown in chosen_tables(search, chosen):
+        _show(shown)
+        typer.echo()
+    typer.echo(f"plan: {path}")
 
 
 @app.command("eval")
@@ -268,6 +341,28 @@ def _recipe(path: Path | None, changes: list[str]) -> Any:
         else:
             fields[name] = value
     return Recipe.from_dict(fields)
+
+
+def _budget(limits: list[str]) -> Any:
+    """Of FIELD=VALUE."""
+    from qk.fields import parsed
+    from qk.spec import Budget
+
+    fields: dict[str, Any] = {}
+    for limit in limits:
+        name, _, text = limit.partition("=")
+        try:
+            fields[name] = float(text)
+        except ValueError:
+            raise fail("search", "--budget", "FIELD=NUMBER", repr(limit), "For example --budget size_mb=4.5.") from None
+    return parsed(Budget, fields, "budget")
+
+
+def _bits(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise fail("search", option, "widths in bits, such as 2,4,8", repr(text)) from None
 
 
 def _say(quiet: bool) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,6 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from qk.errors import fail
 from qk.fields import STRICT, parsed, refuses_in_words
+from qk.files import replace_file
 
 WeightBits = Literal[2, 3, 4, 8]  # as the kernels store them; 3 lies in 4
 ActivationBits = Literal[2, 3, 4, 5, 6, 7, 8]
@@ -216,6 +218,25 @@ class Plan:
     def from_dict(data: Mapping[str, Any]) -> Plan:
         """Raises QkError for fields that do not fit, all of them named."""
         return parsed(Plan, data, "plan")
+
+    def save(self, path: str | Path) -> Path:
+        """As a JSON file, which `load` reads. Returns the path."""
+        try:
+            return replace_file(path, json.dumps(self.to_dict(), indent=1).encode())
+        except OSError as error:
+            raise fail("plan", str(path), "a place that can be written", error.strerror or error) from error
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Raises QkError for a file that holds no plan."""
+        try:
+            data = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            got = f"{type(error).__name__}: {error}"
+            raise fail("plan", str(path), "a JSON file with a plan, as of qk search", got) from error
+        if not isinstance(data, dict):
+            raise fail("plan", str(path), "a JSON object with layers", type(data).__name__)
+        return Plan.from_dict(data)
 
 
 Share = Annotated[float, Field(gt=0, le=1)]
