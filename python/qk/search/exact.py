@@ -78,8 +78,8 @@ def _rounded(flat: Flat, x: np.ndarray) -> Choice | None:
 
 def infeasible(problem: Problem) -> QkError:
     """The error for limits that no choice keeps, with the nearest that one does: of each limit that is too low by
-    itself what the cheapest options cost; else of each the least that the others allow; else, where one is not enough,
-    limits to keep together, each the least that those before it allow."""
+    itself what the cheapest options cost; else of each the least that the others allow; else, where raising one is not
+    enough, limits that can be kept together, each the least that those before it allow."""
     limits, lowest = problem.limits, {name: math.fsum(map(min, problem.costs[name])) for name in problem.limits}
     needed = {name: value for name, value in lowest.items() if value > problem.allowed[name]}
     if needed:

@@ -12,8 +12,9 @@ class Flat:
 
     item: [N], whose option a column is. first, count: [items], the first column of each, and how many it has.
     loss: [N]. cost: [limits, N]; allowed: [limits]. relative: [N], costs in units of their limits, added up. pairs:
-    [N, N], symmetric, 0 where two options have no term; None for a problem without pairs.
-    Sums here are rounded term by term, and allowed has room for that: what a hair decides is for the problem to say.
+    [N, N], symmetric, 0 where two options have no term; ends: the columns of each term, that of the first item first.
+    Without terms pairs is None.
+    Sums here are rounded term by term and allowed has room for that; where a hair decides, the problem is asked.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -24,17 +25,19 @@ class Flat:
         self.loss = np.concatenate(problem.losses)
         cost = [np.concatenate(problem.costs[name]) for name in problem.limits]
         self.cost = np.reshape(cost, (len(cost), len(self.loss)))
-        self.allowed = np.array(list(problem.allowed.values())) * (1 + (len(self.count) + 3) * EPS)
-        parts = [row / limit for row, limit in zip(self.cost, problem.limits.values(), strict=True) if limit > 0]
-        self.relative = sum(parts, np.zeros(len(self.loss)))
-        self.pairs = self._pairs() if problem.pairs else None
-
-    def _pairs(self) -> np.ndarray:
-        found = np.zeros((len(self.loss), len(self.loss)))
-        for (i, j), matrix in self.problem.pairs.items():
-            at = np.ix_(self.columns(i), self.columns(j))
-            found[at] = found.T[at] = matrix
-        return found
+        self._strict, self._hair = np.array(list(problem.allowed.values())), (len(self.count) + 3) * EPS
+        self.allowed = self._strict * (1 + self._hair)
+        self.relative = np.zeros(len(self.loss))
+        for row, limit in zip(self.cost, problem.limits.values(), strict=True):
+            self.relative += row / limit if limit > 0 else 0
+        self.pairs = None
+        if problem.pairs:
+            self.pairs = np.zeros((len(self.loss), len(self.loss)))
+            places = [np.meshgrid(self.columns(i), self.columns(j), indexing="ij") for i, j in problem.pairs]
+            self.ends = tuple(np.concatenate([part.ravel() for part in parts]) for parts in zip(*places, strict=True))
+            self.pairs[self.ends] = self.pairs.T[self.ends] = np.concatenate(
+                [x.ravel() for x in problem.pairs.values()]
+            )
 
     def columns(self, item: int) -> np.ndarray:
         """Of an item's options."""
@@ -61,8 +64,13 @@ class Flat:
         return self.cost[:, taken].sum(-1)
 
     def fits(self, taken: np.ndarray) -> np.ndarray:
-        """[choices, items] -> [choices], whether every limit is kept."""
-        return (self.costs(taken) <= self.allowed[:, None]).all(0)
+        """[choices, items] -> [choices], whether a choice is feasible."""
+        costs = self.costs(taken)
+        found = (costs <= self.allowed[:, None]).all(0)
+        close = (costs >= self._strict[:, None] * (1 - self._hair)).any(0)
+        for row in np.flatnonzero(found & close):
+            found[row] = self.problem.is_feasible(self.choice(taken[row]))
+        return found
 
     def given(self, taken: np.ndarray) -> np.ndarray:
         """[choices, items] -> [choices, N]: what each option adds to the loss beside the other items' choices."""

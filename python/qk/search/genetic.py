@@ -1,9 +1,9 @@
 """BRECQ's genetic search for the choice of least loss.
 
 Source: Li et al., BRECQ: Pushing the Limit of Post-Training Quantization by Block Reconstruction (2021), section 3.4.
-Different from the paper: a child that broke a limit is drawn again REDRAWS times, then repaired; of two equal choices
-one is dropped; the best at the end are improved by changes of one or two items, without which the search stays some
-percent above the least loss on networks of a hundred layers.
+Different from the paper: a child that breaks a limit is drawn again at most REDRAWS times, then repaired; of equal
+choices one is kept; every PERIOD generations and at the end some are improved by changes of one or two items. Without
+that 200 layers keep 2 % of what lies between the loss of the cheapest options and the least.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from qk.search.moves import improve, repair
 from qk.search.problem import STAGE, Choice, Problem
 
 REDRAWS = 10  # of what breaks a limit
-IMPROVED = 5  # choices, the best of the last generation
+PERIOD = 5  # generations after which IMPROVED choices are improved: any, as the best ones alone are too much alike
+IMPROVED = 3
 
 
 def genetic(
@@ -42,7 +43,7 @@ def genetic(
     if not len(living):  # rare, and only with several limits
         living = flat.taken(exact(replace(problem, losses=[0 * x for x in problem.losses], pairs={})))[None]
     living = _best(flat, living, population)
-    for _ in range(generations):
+    for generation in range(1, generations + 1):
         parents = living[: (population + 1) // 2]
 
         def crossed(count: int, parents: np.ndarray = parents) -> np.ndarray:
@@ -55,6 +56,10 @@ def genetic(
 
         children = [_fitting(flat, crossed, population // 2), _fitting(flat, mutated, population - population // 2)]
         living = _best(flat, np.concatenate([living, *children]), population)
+        if generation % PERIOD == 0:
+            chosen = random.choice(len(living), min(IMPROVED, len(living)), replace=False)
+            better = [flat.taken(improve(flat, flat.choice(taken))) for taken in living[chosen]]
+            living = _best(flat, np.concatenate([living, better]), population)
     return min((improve(flat, flat.choice(taken)) for taken in living[:IMPROVED]), key=problem.loss)
 
 

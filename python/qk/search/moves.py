@@ -58,8 +58,8 @@ def improve(flat: Flat, choice: Choice) -> Choice:
 
 
 def _candidates(flat: Flat, choice: Choice) -> Iterator[Choice]:
-    """Changes worth a look, for sums here are rounded: those that seem to lower the loss, the best one first, then
-    those that seem to keep it and to lower the cost or the number of the first item changed."""
+    """Changes worth a look, as sums here are rounded: those that seem to lower the loss, the best one first, then those
+    that seem to keep it and to lower the cost or the number of the first item changed."""
     taken, problem = flat.taken(choice), flat.problem
     current, columns = taken[flat.item], np.arange(len(flat.item))
     move = (flat.item[:, None] < flat.item) & (columns != current)[:, None] & (columns != current)
@@ -73,8 +73,9 @@ def _candidates(flat: Flat, choice: Choice) -> Iterator[Choice]:
     given = flat.given(taken[None])[0]
     loss = both(given - given[current])
     if flat.pairs is not None:
-        of, beside = flat.pairs, flat.pairs[:, current]
-        loss += of - beside - beside.T + of[np.ix_(current, current)]
+        of, (one, other) = flat.pairs, flat.ends
+        instead, beside = current[one], current[other]
+        loss[one, other] += of[one, other] - of[one, beside] - of[instead, other] + of[instead, beside]
     loss[~move] = np.inf
 
     def changed(where: int) -> Choice:
