@@ -5,13 +5,14 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
 import qk
 from qk.prepare import prepare
 from qk.search.bank import Bank
 from qk.search.items import find_items
 from qk.search.latency import LatencyTable, kind_of, latency_costs, network_times, uniform_networks
-from qk.spec import Recipe
+from qk.spec import Budget, Recipe
 from search.small import data, net
 
 LATENCY = sys.modules["qk.search.latency"]  # qk.search itself is the function
@@ -104,6 +105,15 @@ def test_what_a_foreign_table_lacks_is_estimated_from_its_kind(bank, measured, t
     near = sorted((abs(torch.tensor(other.work[s] / macs).log().item()), s) for s in other.times if "3x3" in s)[:3]
     speeds = sorted(other.times[s]["W8A8"] / other.work[s] for _, s in near)
     assert other.time(gone, (8, 8), macs) == pytest.approx(macs * speeds[1], rel=1e-12)
+
+
+def test_layers_outside_fused_regions_are_refused():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    batches = [torch.randn(4, 8, generator=torch.Generator().manual_seed(0))]
+    search = qk.Search(prepare(model, batches[0], Recipe(dynamic=True)), batches, weights=(4, 8))
+    assert search.plan(Budget(bit_ops_share=0.9), "eagl").plan["2"].describe() == "W4A8 dynamic"
+    with pytest.raises(qk.QkError, match="layers that run in fused regions, got 2 outside"):
+        search.plan(Budget(latency_ms=5.0), "eagl")
 
 
 def test_too_few_rows_to_estimate_from_are_refused(bank, measured, tmp_path):

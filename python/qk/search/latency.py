@@ -205,7 +205,8 @@ def latency_costs(bank: Bank, inputs: Any, table: LatencyTable) -> Costs:
     """Milliseconds of each item at each option on a batch, and of all that a call takes beside the items.
 
     What a table of this machine lacks is measured and added to it; what one of another machine lacks is estimated from
-    its other rows. Raises QkError where it has too few for that, and where the model cannot be fused.
+    its other rows. Raises QkError where it has too few for that, where the model cannot be fused, and where a layer is
+    left outside the fused regions, as dynamic ones are.
     """
     p, items = bank.p, bank.items
     sizes = _input_sizes(bank, inputs)
@@ -239,6 +240,10 @@ def _measure(
     alike: dict[tuple[str, Widths], list[float]] = defaultdict(list)
     rests, widest = [], 0.0
     for pair, found in zip(networks, network_times(list(networks.values()), inputs), strict=True):
+        if alone := [name for item in bank.items for name in item.layers if name not in found.layers]:
+            expected = "of layers that run in fused regions"
+            advice = "Limit size or bit operations, keep these layers, or prepare without dynamic."
+            raise fail(STAGE, "a limit on latency", expected, f"{', '.join(alone[:5])} outside of them", advice)
         total = 0.0
         for item in bank.items:
             for name in item.layers:
