@@ -30,14 +30,14 @@ class Flat:
         self.relative = np.zeros(len(self.loss))
         for row, limit in zip(self.cost, problem.limits.values(), strict=True):
             self.relative += row / limit if limit > 0 else 0
-        self.pairs = None
+        self.pairs: np.ndarray | None = None
         if problem.pairs:
             self.pairs = np.zeros((len(self.loss), len(self.loss)))
-            places = [np.meshgrid(self.columns(i), self.columns(j), indexing="ij") for i, j in problem.pairs]
-            self.ends = tuple(np.concatenate([part.ravel() for part in parts]) for parts in zip(*places, strict=True))
-            self.pairs[self.ends] = self.pairs.T[self.ends] = np.concatenate(
-                [x.ravel() for x in problem.pairs.values()]
-            )
+            terms = [(self.columns(i)[:, None], self.columns(j), matrix) for (i, j), matrix in problem.pairs.items()]
+            flat = zip(*([part.ravel() for part in np.broadcast_arrays(*term)] for term in terms), strict=True)
+            one, other, values = map(np.concatenate, flat)
+            self.pairs[one, other] = self.pairs[other, one] = values
+            self.ends = one, other
 
     def columns(self, item: int) -> np.ndarray:
         """Of an item's options."""

@@ -79,7 +79,7 @@ class Program:
             forbidden = np.isin(np.arange(len(self.loss)), taken)
             rows.append(LinearConstraint(forbidden, -np.inf, len(taken) - 1))
         got = f"{RETRIES} choices above by less than {TOLERANCE / SPREAD:.0e} of what the cost varies by"
-        raise fail(STAGE, "limits", "told apart from what choices cost", got, "Lower them by that much.")
+        raise fail(STAGE, "limits", "further from what choices cost", got, "Lower them by that much.")
 
 
 def _structure(flat: Flat) -> tuple[object, np.ndarray]:
@@ -127,7 +127,8 @@ def _check(found: object) -> None:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """HiGHS prints a line that no option turns off (jump-dev/HiGHS.jl#312), and not by way of sys.stdout."""
+    """Keeps back what the process prints: HiGHS has a line that no option turns off (jump-dev/HiGHS.jl#312), and prints
+    it past sys.stdout, where it would end up in what a command line hands on."""
     try:
         stdout = os.dup(1)
     except OSError:  # there is none
