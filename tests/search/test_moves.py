@@ -8,6 +8,7 @@ import pytest
 from knapsacks import best_of_all, layers, small
 from qk.search.flat import Flat
 from qk.search.moves import improve, repair
+from qk.search.problem import EPS, Problem
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -20,6 +21,14 @@ def test_sums_of_many_choices_are_those_of_each(seed):
     assert np.allclose(flat.losses(taken), [problem.loss(choice) for choice in choices], rtol=0, atol=1e-13)
     assert flat.fits(taken).tolist() == [problem.is_feasible(choice) for choice in choices]
     assert [flat.choice(row) for row in taken] == choices
+
+
+def test_what_fits_by_the_room_for_rounding_alone_does_not_fit():
+    met = sum([0.1] * 10)
+    for limit, fits in ((met, True), (met * (1 - 10 * EPS), False)):
+        flat = Flat(Problem([[0.0]] * 10, {"size": [[0.1]] * 10}, {"size": limit}))
+        assert (flat.costs(flat.first) <= flat.allowed).all()
+        assert flat.fits(flat.first[None]).tolist() == [fits]
 
 
 def test_repair_keeps_what_fits_and_brings_the_rest_within_the_limits():

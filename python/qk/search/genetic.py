@@ -3,8 +3,9 @@
 Source: Li et al., BRECQ: Pushing the Limit of Post-Training Quantization by Block Reconstruction (2021), on mixed
 precision; no code was published. Different from it: a child that breaks a limit is drawn again at most REDRAWS times,
 then repaired; of equal choices one is kept; every PERIOD generations and at the end some are improved by changes of one
-or two items. Without that, networks of 200 layers end about 2 % short of what the exact choice gains over the cheapest
-options; with it all that were tried, also with pairs, reach 99.5 % of that.
+or two items, in most an item and all those it has a pair with are drawn anew before. Without that, networks of 200
+layers end about 2 % short of what the exact choice gains over the cheapest options; with it none that was tried, also
+with strong pairs, is as much as 0.5 % short.
 """
 
 from __future__ import annotations
@@ -40,6 +41,16 @@ def genetic(
     def anyone(count: int) -> np.ndarray:
         return flat.first + (random.random((count, len(flat.count))) * flat.count).astype(int)
 
+    linked = np.eye(len(flat.count), dtype=bool)
+    for i, j in problem.pairs:
+        linked[i, j] = linked[j, i] = True
+
+    def disturbed(taken: np.ndarray) -> np.ndarray:
+        anew = linked[random.integers(len(linked), size=len(taken))]
+        anew[0] = False
+        found = repair(flat, np.where(anew, anyone(len(taken)), taken))
+        return found[flat.fits(found)]
+
     def parents(count: int) -> np.ndarray:
         better = living[: (population + 1) // 2]
         return better[random.integers(len(better), size=count)]
@@ -60,8 +71,8 @@ def genetic(
         children = [_fitting(flat, crossed, population // 2), _fitting(flat, mutated, population - population // 2)]
         living = _best(flat, np.concatenate([living, *children]), population)
         if generation % PERIOD == 0:
-            chosen = random.choice(len(living), min(IMPROVED, len(living)), replace=False)
-            better = [flat.taken(improve(flat, flat.choice(taken))) for taken in living[chosen]]
+            some = living[random.choice(len(living), min(IMPROVED, len(living)), replace=False)]
+            better = [flat.taken(improve(flat, flat.choice(taken))) for taken in disturbed(some)]
             living = _best(flat, np.concatenate([living, better]), population)
     return min((improve(flat, flat.choice(taken)) for taken in living[:IMPROVED]), key=problem.loss)
 
