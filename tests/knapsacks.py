@@ -30,6 +30,13 @@ def small(seed):
     return Problem([random.normal(size=count) for count in options], costs, limits, pairs)
 
 
+def tried(block):
+    """Twenty of `small`: the seed, the problem, and its best choice by trying all."""
+    for seed in range(20 * block, 20 * block + 20):
+        problem = small(seed)
+        yield seed, problem, best_of_all(problem)
+
+
 def layers(seed, items=200, block=0):
     """A network: wider options cost more and lose less, with diminishing returns; costs are measured with noise.
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from qk.errors import fail
 
@@ -22,6 +23,14 @@ def replace_file(path: str | Path, content: bytes) -> Path:
     with replacing(path) as file:
         file.write(content)
     return Path(path)
+
+
+def write_json(path: str | Path, data: Any, stage: str) -> Path:
+    """Puts data at `path` as JSON, as replace_file does. Raises QkError for a place that cannot be written."""
+    try:
+        return replace_file(path, json.dumps(data, indent=1).encode())
+    except OSError as error:
+        raise fail(stage, str(path), "a place that can be written", error.strerror or error) from error
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from qk.errors import fail
 from qk.fields import STRICT, parsed, refuses_in_words
-from qk.files import replace_file
+from qk.files import write_json
 
 WeightBits = Literal[2, 3, 4, 8]  # as the kernels store them; 3 lies in 4
 ActivationBits = Literal[2, 3, 4, 5, 6, 7, 8]
@@ -221,10 +221,7 @@ class Plan:
 
     def save(self, path: str | Path) -> Path:
         """As a JSON file, which `load` reads. Returns the path."""
-        try:
-            return replace_file(path, json.dumps(self.to_dict(), indent=1).encode())
-        except OSError as error:
-            raise fail("plan", str(path), "a place that can be written", error.strerror or error) from error
+        return write_json(path, self.to_dict(), "plan")
 
     @staticmethod
     def load(path: str | Path) -> Plan:

@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 
-from knapsacks import COSTS, GAINS, UNITS, WORKED, additive, best_of_all, layers, small, things
+from knapsacks import COSTS, GAINS, UNITS, WORKED, additive, best_of_all, layers, small, things, tried
 from qk.errors import QkError
 from qk.search import linear
 from qk.search.exact import exact
@@ -25,9 +25,7 @@ def test_worked_knapsack(capacity, gain, taken, cost):
 
 @pytest.mark.parametrize("block", range(10))
 def test_equals_trying_all(block):
-    for seed in range(20 * block, 20 * block + 20):
-        problem = small(seed)
-        expected = best_of_all(problem)
+    for seed, problem, expected in tried(block):
         if expected is None:
             with pytest.raises(QkError, match="limits must be at least"):
                 exact(problem)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from knapsacks import COSTS, GAINS, WORKED, additive, best_of_all, layers, small, things
+from knapsacks import COSTS, GAINS, WORKED, additive, layers, small, things, tried
 from qk.errors import QkError
 from qk.search.exact import exact
 from qk.search.flat import Flat
@@ -26,9 +26,7 @@ def test_worked_knapsack(capacity, gain, taken, cost):
 
 @pytest.mark.parametrize("block", range(10))
 def test_equals_trying_all(block):
-    for seed in range(20 * block, 20 * block + 20):
-        problem = small(seed)
-        expected = best_of_all(problem)
+    for seed, problem, expected in tried(block):
         if expected is None:
             with pytest.raises(QkError, match="limits must be at least"):
                 genetic(problem, seed, generations=20)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qk.calibrate import ranges as find
-from qk.calibrate.batches import call, counting
+from qk.calibrate.batches import call
 from qk.calibrate.objective import first_tensor, label_loss, task_loss
 from qk.calibrate.observe import Observer
 from qk.calibrate.prefix import PrefixCache
@@ -369,7 +369,7 @@ class _Data:
         try:
             expected = self.expected[i].to(found.device)
             if self.measure is task_loss:
-                return float(task_loss(found, expected, counting(self.batches[i], found)))
+                return float(task_loss(found, expected, self.batches[i]))
             return float(self.measure(found, expected))
         except Exception as error:
             what = f"{describe(found)} and {describe(self.expected[i])}"

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from qk.calibrate.batches import unpadded
 from qk.errors import fail
 
 
@@ -22,21 +23,25 @@ def first_tensor(output: Any, stage: str = "qk.reconstruct") -> Tensor:
     raise fail(stage, "a unit's or the model's output", "or hold a floating tensor", type(output).__name__)
 
 
-def task_loss(found: Tensor, expected: Tensor, counted: Tensor | None = None) -> Tensor:
+def are_logits(output: Tensor) -> bool:
+    """[batch, classes]: what softmax makes of it is a distribution for each sample."""
+    return output.dim() == 2 and output.shape[1] > 1
+
+
+def task_loss(found: Tensor, expected: Tensor, batch: Any = None) -> Tensor:
     """How far the model's output is from the float model's, summed over samples.
 
     [batch, classes] are logits: KL(softmax(expected) || softmax(found)). Anything else has no classes that could be
-    told from its shape: half the squared error. counted: the positions of such an output that are no padding, as
-    qk.calibrate.batches has them. Raises QkError for shapes that differ, as of boxes that were found.
+    told from its shape: half the squared error. batch: that gave both; of such an output its padding does not count
+    (qk.calibrate.batches). Raises QkError for shapes that differ, as of boxes that were found.
     """
     if found.shape != expected.shape:
         got = f"{list(found.shape)} in place of {list(expected.shape)}"
         advice = "An output that is no fixed tensor needs loss='mse', and ranges other than lapq."
         raise fail("the task's loss", "the model's output", "of the shape that it has in float", got, advice)
-    if found.dim() == 2 and found.shape[1] > 1:
+    if are_logits(found):
         return F.kl_div(found.log_softmax(1), expected.log_softmax(1), reduction="sum", log_target=True)
-    square = (found - expected).square()
-    return 0.5 * (square if counted is None else square[counted]).sum()
+    return 0.5 * unpadded(batch, (found - expected).square()).sum()
 
 
 def label_loss(found: Tensor, labels: Tensor) -> Tensor:

@@ -261,8 +261,7 @@ class _Unit:
         layers = p.quant_layers()
         self.p, self.names = p, {*unit.layers, *p.tables}
         self.phase, self.recipe, self.generator = phase, recipe, generator
-        modules = unit.modules(p.model)
-        self.module: nn.Module = modules[0] if len(modules) == 1 else nn.Sequential(*modules)
+        self.module = unit.module(p.model)
         self.layers: list[QuantLayer] = [layers[name] for name in unit.layers]
         static = dict.fromkeys(layer.input for layer in self.layers if not layer.spec.dynamic)
         self.quantizers = [q for q in static if q not in learned]

@@ -141,7 +141,7 @@ def fisher(p: Prepared, module: nn.Module, batch: Any, index: int, output: Tenso
     try:
         with torch.enable_grad():
             found = first_tensor(call(p, batch, index, STAGE))
-            loss = task_loss(found, output.to(found.device), counting(batch, found))
+            loss = task_loss(found, output.to(found.device), batch)
             reached = loss.requires_grad  # not by a pooler whose output is beside the one that is compared
             gradient = torch.autograd.grad(loss, seen[:1], allow_unused=True)[0] if reached else None
     finally:

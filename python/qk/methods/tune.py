@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qk.calibrate.batches import call, counting, unpadded
+from qk.calibrate.batches import call, unpadded
 from qk.calibrate.objective import first_tensor, task_loss
 from qk.errors import QkError, fail
 from qk.inputs import KINDS, copied_to, describe, device_of, evaluating, feed, tensors_in
@@ -54,7 +54,7 @@ def soft_loss(output: Any, expected: Any, inputs: Any = None) -> Tensor:
     """KL(softmax(float output) || softmax(output)) at temperature 1, mean over the batch; see task_loss.
     inputs: that gave them, whose padding does not count."""
     found, expected = first_tensor(output, STAGE), first_tensor(expected, STAGE)
-    return task_loss(found, expected, counting(inputs, found)) / len(found)
+    return task_loss(found, expected, inputs) / len(found)
 
 
 def feature_loss(found: list[Tensor], expected: list[Tensor]) -> Tensor:

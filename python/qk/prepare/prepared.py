@@ -51,6 +51,11 @@ class Unit:
         """What runs, one after another: the first takes the unit's input, the last gives its output."""
         return [model.get_submodule(name) for name in self.chain or (self.name,)]
 
+    def module(self, model: nn.Module) -> nn.Module:
+        """All of it as one module."""
+        modules = self.modules(model)
+        return modules[0] if len(modules) == 1 else nn.Sequential(*modules)
+
 
 @dataclass(frozen=True)
 class Path:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from qk.calibrate.batches import call, counting
 from qk.calibrate.objective import first_tensor, task_loss
 from qk.calibrate.prefix import PrefixCache
 from qk.inputs import evaluating
+from qk.methods.cache import Room
+from qk.methods.engine import outputs_of
 from qk.search.bank import Bank
 from qk.search.items import STAGE
 from qk.search.sensitivity import Sensitivity
@@ -25,18 +25,22 @@ def alps(bank: Bank, batches: list, memory_mb: float = 1024) -> Sensitivity:
     for Mixed Precision Neural Network Quantization (2023), ALPS.
     """
     p, widest = bank.p, [0] * len(bank.items)
-    with evaluating(p.model), p.quantized(set()):
-        expected = [first_tensor(call(p, batch, i, STAGE), STAGE).clone() for i, batch in enumerate(batches)]
+    room = Room(memory_mb)
+    with evaluating(p.model):
+        expected = outputs_of(p, batches, room)
     samples = sum(len(output) for output in expected)
-    room = memory_mb - sum(output.nbytes for output in expected) / 2**20
     uses = {p.quant_layers()[name]: (i,) for i, item in enumerate(bank.items) for name in item.layers}
 
-    with evaluating(p.model), p.quantized(), PrefixCache(p, uses, max(0.0, room), STAGE) as cache:
+    with evaluating(p.model), p.quantized(), PrefixCache(p, uses, room.left / 2**20, STAGE) as cache:
 
         def loss(choice: list[int]) -> float:
             bank.put(choice)
             cache.move(np.array(choice, dtype=np.float64))
-            return sum(_loss(cache.run(i, batch), expected[i], batch) for i, batch in enumerate(batches)) / samples
+            total = 0.0
+            for i, batch in enumerate(batches):
+                found = first_tensor(cache.run(i, batch), STAGE)
+                total += float(task_loss(found, expected[i].to(found.device), batch))
+            return total / samples
 
         untouched, losses = loss(widest), []
         for i in reversed(range(len(widest))):  # the last first: what comes before stays as it is
@@ -45,8 +49,3 @@ def alps(bank: Bank, batches: list, memory_mb: float = 1024) -> Sensitivity:
             losses.append([0.0, *(max(0.0, change) for change in own)])
     bank.put(widest)
     return Sensitivity("alps", losses[::-1], unit="nats")
-
-
-def _loss(output: object, expected: Tensor, batch: object) -> float:
-    found = first_tensor(output, STAGE)
-    return float(task_loss(found, expected, counting(batch, found)))

@@ -15,7 +15,7 @@ from qk.ops import dequantize
 from qk.prepare.apply import apply_plan
 from qk.prepare.prepared import Prepared, check_prepared
 from qk.search.items import STAGE, Item, plan_of, with_widths
-from qk.spec import Ranges
+from qk.spec import Plan, Ranges
 
 
 @dataclass(frozen=True)
@@ -53,25 +53,22 @@ class Bank:
         self.p, self.items = copy.deepcopy(p), items
         self._weights: dict[tuple[str, int], Weight] = {}
         self._inputs: dict[tuple[str, int], Input] = {}
-        missing = {(item, option) for item in range(len(items)) for option in range(len(items[item].options))}
-        while missing:  # each round calibrates one option of every item, the ones first that bring two new widths
-            choice = [self._newest(i, missing) for i in range(len(items))]
-            apply_plan(self.p, plan_of(p, items, choice))
+        while any(self._missing(item) for item in items):  # one option of every item in each round
+            self.choice = tuple(self._newest(item) for item in items)
+            apply_plan(self.p, plan_of(p, items, self.choice))
             calibrate(self.p, batches, ranges)
-            self._record(choice)
-            missing = {(i, o) for i, o in missing if not self._knows(i, o)}
-        self.choice = tuple(choice)
+            self._record()
 
     def put(self, choice: Sequence[int]) -> None:
         """choice: number of the option of each item."""
-        layers = self.p.quant_layers()
+        layers, specs = self.p.quant_layers(), {}
         for item, before, number in zip(self.items, self.choice, choice, strict=True):
             if before == number:
                 continue
             weights, activations = item.options[number]
             for name in item.layers:
                 layer, weight = layers[name], self._weights[name, weights]
-                layer.spec = with_widths(layer.spec, (weights, activations))
+                layer.spec = specs[name] = with_widths(layer.spec, (weights, activations))
                 layer.codes, layer.weight_step, layer.weight_zero = weight.codes, weight.step, weight.zero
                 if layer.spec.dynamic:
                     layer.input.bits = activations
@@ -80,7 +77,7 @@ class Bank:
                 quantizer.bits = activations
                 quantizer.set_range(found.step, found.zero)
         self.choice = tuple(choice)
-        self.p.plan = plan_of(self.p, self.items, self.choice)
+        self.p.plan = Plan(self.p.plan.layers | specs)
 
     def codes(self, name: str, weights: int) -> Tensor:
         """uint8 codes of a layer's weight at that width, in kernel order."""
@@ -91,25 +88,23 @@ class Bank:
         found = self._weights[name, weights]
         return dequantize(found.codes, found.step, found.zero)
 
-    def _knows(self, item: int, option: int) -> bool:
-        weights, activations = self.items[item].options[option]
-        name = self.items[item].layers[0]
-        return (name, weights) in self._weights and (name, activations) in self._inputs
+    def _missing(self, item: Item) -> list[int]:
+        """Numbers of the options of which something is not known."""
+        return [option for option in range(len(item.options)) if self._unknown(item, option)]
 
-    def _newest(self, item: int, missing: set[tuple[int, int]]) -> int:
-        """The missing option of an item of which most is unknown; its first one if none is missing."""
-        name, options = self.items[item].layers[0], self.items[item].options
+    def _newest(self, item: Item) -> int:
+        """The missing option of which most is unknown; the first of all if none is missing."""
+        return max(self._missing(item), key=lambda option: self._unknown(item, option), default=0)
 
-        def unknown(option: int) -> int:
-            weights, activations = options[option]
-            return ((name, weights) not in self._weights) + ((name, activations) not in self._inputs)
+    def _unknown(self, item: Item, option: int) -> int:
+        """How many of the two widths of an option have no state yet."""
+        (weights, activations), name = item.options[option], item.layers[0]
+        return ((name, weights) not in self._weights) + ((name, activations) not in self._inputs)
 
-        wanted = [option for option in range(len(options)) if (item, option) in missing]
-        return max(wanted, key=unknown, default=0)
-
-    def _record(self, choice: Sequence[int]) -> None:
+    def _record(self) -> None:
+        """The states of now."""
         layers = self.p.quant_layers()
-        for item, number in zip(self.items, choice, strict=True):
+        for item, number in zip(self.items, self.choice, strict=True):
             weights, activations = item.options[number]
             for name in item.layers:
                 layer = layers[name]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import combinations
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qk.calibrate.batches import call, counting
-from qk.calibrate.objective import first_tensor
+from qk.calibrate.batches import call, unpadded
+from qk.calibrate.objective import are_logits, first_tensor
 from qk.methods.cache import Call
 from qk.methods.engine import frozen, replaced
 from qk.prepare.prepared import Unit
@@ -29,7 +30,7 @@ def fisher(bank: Bank, batches: list, draws: int = DRAWS, full: bool = True, see
     output: 1/2 E[(g dz)^2] with g the gradient of log p(y). full: so; else 1/2 E[sum g^2 dz^2], which takes errors of
     different values for independent. An item's loss has it alone quantized; pairs of one block have what both at once
     add, since a block's errors meet inside it. Of an output that is no [batch, classes] it is half the squared error.
-    Source: Li et al., BRECQ (2021), section 3.4 and appendix: sensitivities of mixed precision.
+    Source: Li et al., BRECQ (2021), on mixed precision; docs/decisions/0007-search.md on the whole form.
     """
     plan = _Measure(bank)
     generator = torch.Generator().manual_seed(seed)
@@ -55,30 +56,28 @@ class _Measure:
         self.alone = [[0.0] * len(item.options) for item in bank.items]
         self.both: dict[tuple[int, int], list[list[float]]] = {}
         for inside in self.units.values():
-            for i, j in _two(inside):
+            for i, j in combinations(inside, 2):
                 self.both[i, j] = [[0.0] * len(bank.items[j].options) for _ in bank.items[i].options]
 
     def add(self, batch: Any, index: int, draws: int, full: bool, generator: torch.Generator) -> int:
         """Takes a batch in; returns how many samples it has."""
-        with _watched(self.bank, [u for u, inside in self.units.items() if inside]) as seen, torch.enable_grad():
+        units = [unit for unit, inside in self.units.items() if inside]
+        with _watched(self.bank, units) as (calls, outputs), torch.enable_grad():
             output = first_tensor(call(self.bank.p, batch, index, STAGE), STAGE)
-            outputs = [found.output for found in seen.values()]
             slopes: list[list[Tensor]] = [[] for _ in outputs]
-            for loss in _drawn(output, counting(batch, output), draws, generator):
-                found = torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True)
-                for kept, slope, like in zip(slopes, found, outputs, strict=True):
+            for loss in _drawn(output, batch, draws, generator):
+                found = torch.autograd.grad(loss, list(outputs.values()), retain_graph=True, allow_unused=True)
+                for kept, slope, like in zip(slopes, found, outputs.values(), strict=True):
                     kept.append(torch.zeros_like(like) if slope is None else slope)
         with torch.no_grad():
-            for (unit, found), slope in zip(seen.items(), slopes, strict=True):
-                self._unit(unit, found, torch.stack(slope), full)
+            for (unit, of_unit), slope in zip(outputs.items(), slopes, strict=True):
+                self._unit(unit, calls[unit], of_unit, torch.stack(slope), full)
         return len(output)
 
-    def _unit(self, unit: Unit, found: _Seen, slopes: Tensor, full: bool) -> None:
-        """slopes: [draws, *output]."""
+    def _unit(self, unit: Unit, taken: Call, output: Tensor, slopes: Tensor, full: bool) -> None:
+        """taken, output: of the float model. slopes: [draws, *output]."""
         bank, inside = self.bank, self.units[unit]
-        modules = unit.modules(bank.p.model)
-        module = modules[0] if len(modules) == 1 else nn.Sequential(*modules)
-        before = found.output.detach()
+        module, before = unit.module(bank.p.model), output.detach()
         if not full:
             slopes = slopes.square().mean(0, keepdim=True)
 
@@ -86,7 +85,7 @@ class _Measure:
             """With these options of these items, and all else in float."""
             bank.put([chosen.get(i, 0) for i in range(len(bank.items))])
             with bank.p.quantized({name for i in chosen for name in bank.items[i].layers}):
-                args, kwargs = found.call.again(before.device)
+                args, kwargs = taken.again(before.device)
                 change = first_tensor(module(*args, **kwargs), STAGE) - before
             if full:
                 return 0.5 * float((slopes * change).flatten(2).sum(2).double().square().mean(0).sum())
@@ -95,39 +94,33 @@ class _Measure:
         for i in inside:
             for a in range(len(bank.items[i].options)):
                 self.alone[i][a] += loss({i: a})
-        for i, j in _two(inside):
+        for i, j in combinations(inside, 2):
             for a in range(len(bank.items[i].options)):
                 for b in range(len(bank.items[j].options)):
                     self.both[i, j][a][b] += loss({i: a, j: b})
 
 
-class _Seen:
-    """What a unit took and gave in one run of the float model."""
-
-    call: Call
-    output: Tensor
-
-
 @contextmanager
-def _watched(bank: Bank, units: list[Unit]) -> Iterator[dict[Unit, _Seen]]:
-    """Filled with the first call of each unit while the model runs; outputs get a gradient."""
-    seen: dict[Unit, _Seen] = {}
+def _watched(bank: Bank, units: list[Unit]) -> Iterator[tuple[dict[Unit, Call], dict[Unit, Tensor]]]:
+    """Filled with what each unit takes and gives when it is first called, while the model runs; what it gives gets a
+    gradient."""
+    calls: dict[Unit, Call] = {}
+    outputs: dict[Unit, Tensor] = {}
 
     def before(unit: Unit) -> Callable:
         def see(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            if unit not in seen:
-                seen[unit] = _Seen()
-                seen[unit].call = Call.of(args, kwargs)
+            if unit not in calls:
+                calls[unit] = Call.of(args, kwargs)
 
         return see
 
     def after(unit: Unit) -> Callable:
         def see(_: nn.Module, args: tuple, output: Any) -> Any:
-            if hasattr(seen[unit], "output"):  # a later call of the same module is part of what follows
+            if unit in outputs:  # a later call of the same module is part of what follows
                 return output
             found = first_tensor(output, STAGE)
-            seen[unit].output = found if found.requires_grad else found.detach().requires_grad_()
-            return replaced(output, seen[unit].output.clone())  # a copy: what follows may work in place
+            outputs[unit] = found if found.requires_grad else found.detach().requires_grad_()
+            return replaced(output, outputs[unit].clone())  # a copy: what follows may work in place
 
         return see
 
@@ -136,13 +129,13 @@ def _watched(bank: Bank, units: list[Unit]) -> Iterator[dict[Unit, _Seen]]:
             modules = unit.modules(bank.p.model)
             stack.callback(modules[0].register_forward_pre_hook(before(unit), with_kwargs=True).remove)
             stack.callback(modules[-1].register_forward_hook(after(unit)).remove)
-        yield seen
+        yield calls, outputs
 
 
-def _drawn(output: Tensor, counted: Tensor | None, draws: int, generator: torch.Generator) -> Iterator[Tensor]:
+def _drawn(output: Tensor, batch: Any, draws: int, generator: torch.Generator) -> Iterator[Tensor]:
     """-log p(y) summed over samples for labels y drawn from p, or, where the output is no [batch, classes], its product
     with noise of unit variance, whose squared gradient is on average that of half the squared error."""
-    if output.dim() == 2 and output.shape[1] > 1:
+    if are_logits(output):
         share = output.detach().softmax(1).cpu()
         for _ in range(draws):
             labels = torch.multinomial(share, 1, generator=generator)[:, 0].to(output.device)
@@ -150,8 +143,4 @@ def _drawn(output: Tensor, counted: Tensor | None, draws: int, generator: torch.
         return
     for _ in range(draws):
         noise = torch.randn(output.shape, generator=generator).to(output.device)
-        yield (output * (noise if counted is None else noise * counted[..., None])).sum()
-
-
-def _two(inside: list[int]) -> Iterator[tuple[int, int]]:
-    return ((i, j) for n, i in enumerate(inside) for j in inside[n + 1 :])
+        yield unpadded(batch, output * noise).sum()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qk.calibrate.batches import call, counting
+from qk.calibrate.batches import call
 from qk.calibrate.objective import first_tensor, task_loss
 from qk.methods.engine import frozen
 from qk.prepare.insert import to_kernel_order
@@ -22,7 +22,7 @@ def hessian(bank: Bank, batches: list, draws: int = DRAWS, seed: int = 0) -> Sen
 
     Curvature: trace of the Hessian over the number of weights, by Hutchinson's estimate E[v^T H v] with v of +-1, of
     the divergence from the float model's output (in nats for logits), where that is 0. Source: Dong et al., HAWQ-V2
-    (2020), section 3.2; Yao et al., HAWQ-V3 (2021).
+    (2020); Yao et al., HAWQ-V3 (2021).
     Raises QkError where one width of weights comes with several of activations, whose errors it does not see.
     """
     check_weights_alone(bank.items, "hessian")
@@ -36,7 +36,7 @@ def hessian(bank: Bank, batches: list, draws: int = DRAWS, seed: int = 0) -> Sen
         for index, batch in enumerate(batches):
             with torch.enable_grad():
                 output = first_tensor(call(p, batch, index, STAGE), STAGE)
-                loss = task_loss(output, output.detach(), counting(batch, output))
+                loss = task_loss(output, output.detach(), batch)
                 slopes = torch.autograd.grad(loss, weights, create_graph=True)
             samples += len(output)
             for _ in range(draws):

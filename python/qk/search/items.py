@@ -10,9 +10,9 @@ from typing import get_args
 from qk.errors import fail
 from qk.prepare.plan import check_patterns, last_layers, too_long
 from qk.prepare.prepared import Prepared
+from qk.search.problem import STAGE
 from qk.spec import ActivationBits, Plan, QuantSpec, WeightBits
 
-STAGE = "qk.search"
 Widths = tuple[int, int]  # of weights and of activations
 
 

@@ -24,14 +24,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qk import _core, machine, timing
 from qk.deploy import FusedModel, convert, fuse
 from qk.errors import fail
-from qk.files import replace_file
+from qk.files import write_json
 from qk.inputs import digest, evaluating, feed
 from qk.prepare.prepared import Layer
 from qk.search.bank import Bank
 from qk.search.cost import Costs
-from qk.search.items import Widths
+from qk.search.items import STAGE, Widths
 
-STAGE = "qk.search"
 FORMAT = 1
 ROUNDS = 30  # calls of each network that are timed, after as many as it takes to warm up
 WARM_UP = 3
@@ -98,11 +97,7 @@ class LatencyTable:
 
     def save(self, path: str | Path) -> None:
         """As JSON."""
-        data = {"format": FORMAT, **asdict(self)}
-        try:
-            replace_file(path, json.dumps(data, indent=1).encode())
-        except OSError as error:
-            raise fail(STAGE, str(path), "a place that can be written", error.strerror or error) from error
+        write_json(path, {"format": FORMAT, **asdict(self)}, STAGE)
 
     @staticmethod
     def load(path: str | Path, foreign: bool = False) -> LatencyTable:
@@ -252,10 +247,9 @@ def _measure(
                     alike[shapes[name], pair].append(found.layers[name])
         rests.append(found.whole - total)
         widest = widest or total
-    for name in shapes:
-        for (shape, pair), times in alike.items():
-            if shape == shapes[name]:
-                table.add(shape, pair, macs[name], statistics.mean(times))
+    work = {shapes[name]: macs[name] for name in shapes}
+    for (shape, pair), times in alike.items():
+        table.add(shape, pair, work[shape], statistics.mean(times))
     table.rest[network] = max(0.0, statistics.median(rests)) / widest
 
 
