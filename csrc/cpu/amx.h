@@ -68,7 +68,7 @@ struct alignas(64) Channels {
   uint32_t there;  // a bit for each channel
   int64_t first;   // output channel
   bool careful;    // a result may be NaN or beyond int32
-  bool plain;      // neither that, nor a residual, nor steps of rows
+  bool plain;      // neither that, nor a residual of floats, nor steps of rows
 };
 
 // Epilogue of 32 channels at a time, in the arithmetic of finish.h; made once for a call.
@@ -82,17 +82,9 @@ class TileFinish {
         low_(e.activation == Activation::none ? -__builtin_inff() : 0.0f),
         high_(e.activation == Activation::relu6 ? 6.0f : __builtin_inff()) {
     if (!codes_) return;
-    // Rounding is monotone, so an activation is a pair of limits of the code.
-    const int top = top_code(e.out_bits);
     inverse_ = 1.0f / *e.out_step;
-    zero_ = *e.out_zero;
-    least_ = e.activation == Activation::none ? 0 : zero_;
-    most_ = top;
-    top_ = static_cast<float>(top - zero_);
-    if (e.activation == Activation::relu6) {
-      const float six = 6.0f * inverse_;
-      if (six < top_) most_ = zero_ + static_cast<int>((six + 12582912.0f) - 12582912.0f);
-    }
+    limits_ = code_limits(e);
+    top_ = static_cast<float>(top_code(e.out_bits) - limits_.zero);
   }
 
   // Steps, bias and sums of the channels from ch.first on that ch.there names; sums: of their blocks. No bias is -0,
@@ -123,43 +115,42 @@ class TileFinish {
         static_cast<float>(k) * (255.0f * 128.0f) * _mm512_reduce_max_ps(worst_step) + _mm512_reduce_max_ps(worst_bias);
     if (e_.residual) worst += e_.residual_step ? 256.0f * *e_.residual_step : __builtin_inff();
     ch.careful = nan || e_.per_row || !(worst * inverse_ < 1e9f);
-    ch.plain = !(codes_ && ch.careful) && !e_.per_row && !e_.residual;
+    ch.plain = !(codes_ && ch.careful) && !e_.per_row && (!e_.residual || e_.residual_step);
   }
 
-  // What results of the same channels share, in registers.
+  // What results of the same channels share, in registers. added: a residual of codes.
   struct Constants {
-    __m512 step[2], bias[2], inverse, low, high;
-    __m512i zero, least, most, order;
+    __m512 step[2], bias[2], inverse, low, high, added_step;
+    __m512i added_zero;
+    CodeVectors limits;
     uint32_t there;
   };
+  template <bool added>
   QK_INLINE Constants constants(const Channels& ch) const {
-    Constants c;
-    for (int i = 0; i < 2; ++i) {
-      c.step[i] = _mm512_load_ps(ch.step + i * side);
-      c.bias[i] = _mm512_load_ps(ch.bias + i * side);
-    }
-    c.inverse = _mm512_set1_ps(inverse_);
-    c.low = _mm512_set1_ps(low_);
-    c.high = _mm512_set1_ps(high_);
-    c.zero = _mm512_set1_epi16(static_cast<short>(zero_));
-    c.least = _mm512_set1_epi8(static_cast<char>(least_));
-    c.most = _mm512_set1_epi8(static_cast<char>(most_));
-    // Packing goes in lanes of 128 bits: four channels of each of the four vectors.
-    c.order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    c.there = ch.there;
-    return c;
+    const auto both = [](const float* p, int i) { return _mm512_load_ps(p + i * side); };
+    return {{both(ch.step, 0), both(ch.step, 1)},
+            {both(ch.bias, 0), both(ch.bias, 1)},
+            _mm512_set1_ps(inverse_),
+            _mm512_set1_ps(low_),
+            _mm512_set1_ps(high_),
+            added ? _mm512_set1_ps(*e_.residual_step) : _mm512_setzero_ps(),
+            added ? _mm512_set1_epi32(*e_.residual_zero) : _mm512_setzero_si512(),
+            CodeVectors(limits_),
+            ch.there};
   }
 
   // Two neighbouring rows of a block's sums go to `row` and `next` of the product.
-  template <bool codes>
+  template <bool codes, bool added>
   QK_INLINE void pair(const int32_t* sums, const Channels& ch, const Constants& c, int64_t row, int64_t next) const {
-    if ((row | next) < 0 || !ch.plain) return special_pair<codes>(sums, ch, row, next);
+    if ((row | next) < 0 || !ch.plain) return special_pair<codes, added>(sums, ch, row, next);
+    const int64_t at = row * n_ + ch.first, at_next = next * n_ + ch.first;
     __m512 y[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i)
       y[i] = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums + i * side)), c.step[i % 2]),
                            c.bias[i % 2]);
-    write<codes>(y, c, row * n_ + ch.first, next * n_ + ch.first, true, true);
+    if constexpr (added) add_codes(y, c, at, at_next);
+    write<codes>(y, c, at, at_next, true, true);
   }
 
  private:
@@ -184,25 +175,22 @@ class TileFinish {
       __m512i q[4];
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) q[i] = _mm512_cvtps_epi32(_mm512_mul_ps(y[i], c.inverse));  // ties to even
-      const __m512i a = _mm512_adds_epi16(_mm512_packs_epi32(q[0], q[1]), c.zero);
-      const __m512i b = _mm512_adds_epi16(_mm512_packs_epi32(q[2], q[3]), c.zero);
-      const __m512i u = _mm512_permutexvar_epi32(
-          c.order, _mm512_min_epu8(_mm512_max_epu8(_mm512_packus_epi16(a, b), c.least), c.most));
+      const __m512i u = transposed(narrowed(q, 4, c.limits));
       if (one) _mm256_mask_storeu_epi8(out + at, c.there, _mm512_castsi512_si256(u));
       if (two) _mm256_mask_storeu_epi8(out + at_next, c.there, _mm512_extracti64x4_epi64(u, 1));
     }
   }
 
-  // The same with all that is not the rule: a row of -1 goes nowhere, rows have their own steps, a residual is added,
-  // values may be NaN or leave int32.
-  template <bool codes>
+  // The same with all that is not the rule: a row of -1 goes nowhere, rows have their own steps, a residual of floats
+  // is added, values may be NaN or leave int32.
+  template <bool codes, bool added>
   __attribute__((noinline)) void special_pair(const int32_t* sums, const Channels& ch, int64_t row,
                                               int64_t next) const {
     const bool one = row >= 0, two = next >= 0;
     if (!one && !two) return;
     row = one ? row : next;  // something that there is
     next = two ? next : row;
-    const Constants c = constants(ch);
+    Constants c = constants<added>(ch);
     __m512 y[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
@@ -217,7 +205,10 @@ class TileFinish {
       y[i] = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(acc), step), c.bias[i % 2]);
     }
     const int64_t at = row * n_ + ch.first, at_next = next * n_ + ch.first;
-    if (e_.residual) add_residual(y, at, at_next, ch.there);
+    if constexpr (added)
+      add_codes(y, c, at, at_next);
+    else if (e_.residual)
+      add_floats(y, c, at, at_next);
     if (codes && ch.careful) {
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
@@ -225,31 +216,29 @@ class TileFinish {
         const __mmask16 number = _mm512_cmp_ps_mask(t, t, _CMP_ORD_Q);
         y[i] = _mm512_min_ps(_mm512_maskz_mov_ps(number, t), _mm512_set1_ps(top_));
       }
-      Constants limited = c;
-      limited.inverse = _mm512_set1_ps(1.0f);  // exact
-      return write<codes>(y, limited, at, at_next, one, two);
+      c.inverse = _mm512_set1_ps(1.0f);  // exact
     }
     write<codes>(y, c, at, at_next, one, two);
   }
 
-  QK_INLINE void add_residual(__m512* y, int64_t at, int64_t at_next, uint32_t all) const {
-    const __mmask16 there[2] = {static_cast<__mmask16>(all), static_cast<__mmask16>(all >> 16)};
-    if (e_.residual_step) {
-      const uint8_t* from = static_cast<const uint8_t*>(e_.residual);
-      const __m512i zero = _mm512_set1_epi32(*e_.residual_zero);
-      const __m512 step = _mm512_set1_ps(*e_.residual_step);
+  QK_INLINE void add_codes(__m512* y, const Constants& c, int64_t at, int64_t at_next) const {
+    const uint8_t* const from = static_cast<const uint8_t*>(e_.residual);
+    const __m256i u[2] = {_mm256_maskz_loadu_epi8(c.there, from + at),
+                          _mm256_maskz_loadu_epi8(c.there, from + at_next)};
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const __m128i u = _mm_maskz_loadu_epi8(there[i % 2], from + (i < 2 ? at : at_next) + i % 2 * side);
-        const __m512i units = _mm512_sub_epi32(_mm512_cvtepu8_epi32(u), zero);
-        y[i] = _mm512_add_ps(y[i], _mm512_mul_ps(_mm512_cvtepi32_ps(units), step));
-      }
-    } else {
-      const float* from = static_cast<const float*>(e_.residual);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i)
-        y[i] = _mm512_add_ps(y[i], _mm512_maskz_loadu_ps(there[i % 2], from + (i < 2 ? at : at_next) + i % 2 * side));
+    for (int i = 0; i < 4; ++i) {
+      const __m128i half = i % 2 ? _mm256_extracti128_si256(u[i / 2], 1) : _mm256_castsi256_si128(u[i / 2]);
+      const __m512i units = _mm512_sub_epi32(_mm512_cvtepu8_epi32(half), c.added_zero);
+      y[i] = _mm512_add_ps(y[i], _mm512_mul_ps(_mm512_cvtepi32_ps(units), c.added_step));
     }
+  }
+
+  QK_INLINE void add_floats(__m512* y, const Constants& c, int64_t at, int64_t at_next) const {
+    const __mmask16 there[2] = {static_cast<__mmask16>(c.there), static_cast<__mmask16>(c.there >> 16)};
+    const float* const from = static_cast<const float*>(e_.residual);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+      y[i] = _mm512_add_ps(y[i], _mm512_maskz_loadu_ps(there[i % 2], from + (i < 2 ? at : at_next) + i % 2 * side));
   }
 
   const Epilogue e_;
@@ -258,7 +247,7 @@ class TileFinish {
   const bool codes_;
   const float low_, high_;
   float inverse_ = 0.0f, top_ = 0.0f;
-  int zero_ = 0, least_ = 0, most_ = 0;
+  CodeLimits limits_{};
 };
 
 // 64 codes of K of 16 channels: u - zero, and 0 behind the first n.

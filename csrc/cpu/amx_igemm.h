@@ -63,7 +63,7 @@ constexpr int64_t block_sums = 2 * side * 2 * side;
 constexpr int64_t stretch_steps = 14;
 constexpr int64_t stretches(int64_t steps) { return steps > stretch_steps + 4 ? ceil_div(steps, stretch_steps) : 1; }
 
-template <int B, bool codes>
+template <int B, bool codes, bool added>
 class TileWorker {
  public:
   TileWorker(const Product& p, const TilePlan& plan, const TileRoom& room, const TileFinish& finish)
@@ -146,7 +146,7 @@ class TileWorker {
 
   // Finishes the last block.
   void flush() {
-    if (next_ < end_) finish_rows(finish_.constants(*done_channels_), end_);
+    if (next_ < end_) finish_rows(finish_.template constants<added>(*done_channels_), end_);
   }
 
  private:
@@ -176,8 +176,8 @@ class TileWorker {
   QK_INLINE void finish_rows(const TileFinish::Constants& c, int64_t stop) {
     int64_t next = next_;
     for (; next < stop; next += 2)
-      finish_.template pair<codes>(done_sums_ + next * 2 * side, *done_channels_, c, done_to_[next],
-                                   done_to_[next + 1]);
+      finish_.template pair<codes, added>(done_sums_ + next * 2 * side, *done_channels_, c, done_to_[next],
+                                          done_to_[next + 1]);
     next_ = next;
   }
 
@@ -202,7 +202,7 @@ class TileWorker {
     const int64_t stride_a = a.stride, stride_b = b.stride;
     const bool two = two_;
     const int64_t per_step = round_up(ceil_div(end_ - next_, end - begin), 2);
-    const TileFinish::Constants c = finish_.constants(*done_channels_);
+    const TileFinish::Constants c = finish_.template constants<added>(*done_channels_);
     for (int64_t s = begin; s < end; ++s, w0 += tile_bytes, w1 += tile_bytes) {
       load_tile<6>(w0, 64);
       load_tile<4>(xa + at[s], stride_a);
@@ -255,7 +255,7 @@ class TileWorker {
   int64_t next_ = 0, end_ = 0;
 };
 
-template <int B, bool codes>
+template <int B, bool codes, bool added>
 void multiply_tiles(const Product& p) {
   const PackedLayout& l = p.layout;
   const TilePlan plan = plan_tiles(p, thread_count());
@@ -293,7 +293,7 @@ void multiply_tiles(const Product& p) {
                         reinterpret_cast<Channels*>(memory + channels)};
     p.source.pieces(p.source.self, room.pieces);
     TileState state;
-    TileWorker<B, codes> worker(p, plan, room, finish);
+    TileWorker<B, codes, added> worker(p, plan, room, finish);
     int64_t loaded = -1;
     for (int64_t unit = plan.units * begin / plan.workers; unit < plan.units * end / plan.workers; ++unit) {
       const int64_t at = unit / plan.columns, outer = at / plan.row_blocks;
@@ -316,14 +316,13 @@ inline bool multiply_on_tiles(const Product& p) {
   p.source.pieces(p.source.self, pieces);
   for (int64_t i = 0; i < l.segments; ++i)
     if (pieces[i].k != i * l.segment_padded || pieces[i].n != l.segment_k) return false;
-  const auto run = [&](auto codes) {
+  with_flags(p.epilogue.out_step, p.epilogue.residual && p.epilogue.residual_step, [&](auto codes, auto added) {
     switch (l.stored_bits) {
-      case 2: return multiply_tiles<2, codes>(p);
-      case 4: return multiply_tiles<4, codes>(p);
-      default: return multiply_tiles<8, codes>(p);
+      case 2: return multiply_tiles<2, codes, added>(p);
+      case 4: return multiply_tiles<4, codes, added>(p);
+      default: return multiply_tiles<8, codes, added>(p);
     }
-  };
-  p.epilogue.out_step ? run(std::true_type()) : run(std::false_type());
+  });
   return true;
 }
 

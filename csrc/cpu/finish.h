@@ -232,6 +232,26 @@ inline CodeLimits code_limits(const Epilogue& e) {
 
 constexpr float far_units = 0x1p30f;  // below it in size, before rounding
 
+#if defined(QK_ISA_AVX512VNNI)
+struct CodeVectors {
+  __m512i zero, low, high;
+  QK_INLINE explicit CodeVectors(const CodeLimits& l)
+      : zero(_mm512_set1_epi16(static_cast<int16_t>(l.zero))),
+        low(_mm512_set1_epi8(static_cast<char>(l.low))),
+        high(_mm512_set1_epi8(static_cast<char>(l.high))) {}
+};
+// Units of n vectors, up to four -> codes; in lane L of 128 bits those of lane L of each vector.
+QK_INLINE __m512i narrowed(const __m512i* v, int n, const CodeVectors& l) {
+  const __m512i a = _mm512_adds_epi16(_mm512_packs_epi32(v[0], v[n > 1 ? 1 : 0]), l.zero);
+  const __m512i b = n > 2 ? _mm512_adds_epi16(_mm512_packs_epi32(v[2], v[n > 3 ? 3 : 2]), l.zero) : a;
+  return _mm512_min_epu8(_mm512_max_epu8(_mm512_packus_epi16(a, b), l.low), l.high);
+}
+// A 4 x 4 matrix of 32 bits, row i in lane i of 128 bits; so the codes of each vector above come together.
+QK_INLINE __m512i transposed(__m512i v) {
+  return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), v);
+}
+#endif
+
 // What the results of a call share. Without an activation the limits are infinite: a comparison less to think of. For
 // codes the limits are those of code - zero and of the activation, both divided by the step: rounding a product is
 // monotone, so the smaller of two y gives the smaller of two y / step.
@@ -267,7 +287,7 @@ class Finish {
   }
 
   // Rows of sums of sixteen channels, two at a time -> codes. zero_sums: taken from the sums.
-  QK_INLINE void write_units(const int32_t* sums, int64_t rows, const uint32_t* zero_sums, const float* steps,
+  QK_INLINE void write_units(const int32_t* sums, int64_t rows, int64_t, const uint32_t* zero_sums, const float* steps,
                              const float* biases, void* out, int64_t at, int64_t n, int64_t valid) const {
     const __m256 inverse = _mm256_set1_ps(inverse_);
     const __m256i zero = _mm256_set1_epi16(static_cast<int16_t>(limits_.zero));
@@ -306,6 +326,75 @@ class Finish {
       if (two) store_some(to + n, reinterpret_cast<Codes>(_mm256_extracti128_si256(bytes, 1)), valid);
     }
   }
+
+  // Four vectors of sums of a block to four places.
+  QK_INLINE void write_four(const Words* sums, const Floats& step, const Floats& bias, void* out, const int64_t* to,
+                            int64_t valid) const {
+    const Words zeros = {};
+#pragma GCC unroll 2
+    for (int i = 0; i < 4; i += 2)
+      write_units(reinterpret_cast<const int32_t*>(sums + i), 2, 1, reinterpret_cast<const uint32_t*>(&zeros),
+                  reinterpret_cast<const float*>(&step), reinterpret_cast<const float*>(&bias), out, to[i],
+                  to[i + 1] - to[i], valid);
+  }
+#elif defined(QK_ISA_AVX512VNNI)
+  static constexpr bool by_units = codes && residual != Residual::floats;
+
+  QK_INLINE bool tame(const Floats& step, const Floats& bias, float most_sum) const {
+    const __m512 size = _mm512_abs_ps(step) * most_sum + _mm512_abs_ps(bias);
+    const __m512 far = (size + 255.0f * (added_step_ < 0 ? -added_step_ : added_step_)) * inverse_;
+    return _mm512_cmp_ps_mask(far, _mm512_set1_ps(far_units), _CMP_LT_OQ) == 0xffff;
+  }
+
+  // Rows of sums of `blocks` blocks. Four vectors are narrowed together: of one row, or of two or four.
+  QK_INLINE void write_units(const int32_t* sums, int64_t rows, int64_t blocks, const uint32_t* zero_sums,
+                             const float* steps, const float* biases, void* out, int64_t at, int64_t n,
+                             int64_t valid) const {
+    const auto with = [&](auto count) __attribute__((always_inline)) {
+      constexpr int each = count.value, at_once = each < 3 ? 4 / each : 1;
+      const CodeVectors limits(limits_);
+      __m512 step[each], bias[each];
+      __m512i zeros[each];
+#pragma GCC unroll 4
+      for (int b = 0; b < each; ++b) {
+        step[b] = _mm512_loadu_ps(steps + b * block);
+        bias[b] = _mm512_loadu_ps(biases + b * block);
+        zeros[b] = _mm512_loadu_si512(zero_sums + b * block);
+      }
+      for (int64_t r = 0; r < rows; r += at_once) {
+        __m512i q[4];
+        int64_t to[at_once];
+#pragma GCC unroll 4
+        for (int i = 0; i < at_once * each; ++i) {
+          const int64_t row = r + i / each;
+          const int b = i % each;
+          if (i >= each && row >= rows) {  // the first again
+            q[i] = q[b], to[i / each] = to[0];
+            continue;
+          }
+          to[i / each] = at + row * n;
+          const __m512i sum = _mm512_sub_epi32(_mm512_loadu_si512(sums + (row * each + b) * block), zeros[b]);
+          q[i] = units_of(sum, step[b], bias[b], to[i / each] + b * block, valid - b * block);
+        }
+        store_lanes<each>(transposed(narrowed(q, each == 3 ? 3 : 4, limits)), out, to, valid);
+      }
+    };
+    switch (blocks) {
+      case 1: return with(std::integral_constant<int, 1>());
+      case 2: return with(std::integral_constant<int, 2>());
+      case 3: return with(std::integral_constant<int, 3>());
+      default: return with(std::integral_constant<int, 4>());
+    }
+  }
+
+  // Four vectors of sums of a block to four places.
+  QK_INLINE void write_four(const Words* sums, const Floats& step, const Floats& bias, void* out, const int64_t* to,
+                            int64_t valid) const {
+    __m512i q[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) q[i] = units_of(reinterpret_cast<__m512i>(sums[i]), step, bias, to[i], valid);
+    store_lanes<1>(transposed(narrowed(q, 4, CodeVectors(limits_))), out, to, valid);
+  }
 #else
   static constexpr bool by_units = false;
 #endif
@@ -327,6 +416,34 @@ class Finish {
 
  private:
 #if defined(QK_ISA_AVX512VNNI)
+  // Units of sixteen results; at: of the residual.
+  QK_INLINE __m512i units_of(__m512i sum, const Floats& step, const Floats& bias, int64_t at, int64_t valid) const {
+    Floats y = _mm512_cvtepi32_ps(sum) * step + bias;
+    if constexpr (residual == Residual::codes) {
+      const __m512i u = _mm512_cvtepu8_epi32(
+          reinterpret_cast<__m128i>(load_some<Codes>(static_cast<const uint8_t*>(added_) + at, valid)));
+      y = y + _mm512_cvtepi32_ps(_mm512_sub_epi32(u, _mm512_set1_epi32(added_zero_))) * added_step_;
+    }
+    return _mm512_cvtps_epi32(y * inverse_);  // ties to even
+  }
+  // Lane i of 128 bits is block i % blocks of row i / blocks.
+  template <int blocks>
+  static QK_INLINE void store_lanes(__m512i codes_of, void* out, const int64_t* to, int64_t valid) {
+    uint8_t* const p = static_cast<uint8_t*>(out);
+    const uint64_t there = valid >= 64 ? ~uint64_t{0} : (uint64_t{1} << valid) - 1;
+    if constexpr (blocks >= 3) {
+      _mm512_mask_storeu_epi8(p + to[0], blocks == 3 ? there & 0xffffffffffff : there, codes_of);
+    } else if constexpr (blocks == 2) {
+      _mm256_mask_storeu_epi8(p + to[0], static_cast<__mmask32>(there), _mm512_castsi512_si256(codes_of));
+      _mm256_mask_storeu_epi8(p + to[1], static_cast<__mmask32>(there), _mm512_extracti64x4_epi64(codes_of, 1));
+    } else {
+      const __mmask16 some = static_cast<__mmask16>(there);
+      _mm_mask_storeu_epi8(p + to[0], some, _mm512_castsi512_si128(codes_of));
+      _mm_mask_storeu_epi8(p + to[1], some, _mm512_extracti32x4_epi32(codes_of, 1));
+      _mm_mask_storeu_epi8(p + to[2], some, _mm512_extracti32x4_epi32(codes_of, 2));
+      _mm_mask_storeu_epi8(p + to[3], some, _mm512_extracti32x4_epi32(codes_of, 3));
+    }
+  }
   // min and max give the second operand if one is NaN, or if both are zeros.
   QK_INLINE Floats limited(const Floats& y) const {
     return _mm512_min_ps(_mm512_set1_ps(high_), _mm512_max_ps(_mm512_set1_ps(low_), y));

@@ -145,7 +145,7 @@ class Worker {
             return load<Floats>(y + (r * blocks + b) * block);
           });
         else if (tame_ && !behind)
-          write_units(terms, rows, to, n_valid, acc);
+          write_units(terms, rows, blocks, to, n_valid, acc);
         else
           with_flags(p_.epilogue.per_row, behind && !wide_, [&](auto per_row, auto zeros) {
             write(rows, blocks, to, n_valid, [&](int64_t r, int64_t b) __attribute__((always_inline)) {
@@ -198,11 +198,11 @@ class Worker {
     const float x_step = per_row ? 1.0f : *e.x_step;
     const uint32_t x_zero = per_row ? 1 : static_cast<uint32_t>(*e.x_zero);
     const int64_t k_groups = l_.k_groups;
+    tame_ = Finish::by_units && !per_row && k_groups == 1;
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t n = n_first + b * block, valid = n_valid - b * block;
       const Floats bias = e.bias ? load_some<Floats>(e.bias + n, valid) : -(Floats{});
       std::memcpy(bias_ + b * block, &bias, sizeof bias);
-      tame_ = Finish::by_units && !per_row && k_groups == 1;
       for (int64_t g = 0; g < k_groups; g += block) {
         Floats steps[block];
         if (k_groups == 1) {
@@ -272,9 +272,10 @@ class Worker {
   }
 
   // Sums to codes, where tame_ allows.
-  QK_INLINE void write_units(const Terms& t, int64_t rows, int64_t to, int64_t n_valid, const int32_t* acc) const {
+  QK_INLINE void write_units(const Terms& t, int64_t rows, int64_t blocks, int64_t to, int64_t n_valid,
+                             const int32_t* acc) const {
     if constexpr (Finish::by_units)
-      finish_.write_units(acc, rows, t.sums, t.steps, bias_, p_.out, to, p_.n, least<int64_t>(n_valid, block));
+      finish_.write_units(acc, rows, blocks, t.sums, t.steps, bias_, p_.out, to, p_.n, n_valid);
   }
 
   // value(r, b) and the bias to results.
@@ -303,7 +304,7 @@ class Worker {
   const uint8_t* sums_;  // bytes: a view may begin anywhere
   const uint8_t* zeros_;
   const bool wide_;
-  bool tame_ = false;                                                    // Finish::tame, of the column's one block
+  bool tame_ = false;                                                    // Finish::tame, of all blocks of the column
   int64_t group_pieces_, row_reach_, runs_ = 0, tiles_ = 0, first_ = 0;  // row_reach: bytes of a row
   float bias_[most_blocks * block];
 };

@@ -46,15 +46,6 @@ QK_INLINE void to_units(Part* v, const float* step, const float* bias, float inv
   for (int i = 0; i < n; ++i) v[i] = _mm512_cvtps_epi32(y[i]);
 }
 
-// Units of codes -> codes of n parts, in lane L of 128 bits those of lane L of each part.
-QK_INLINE __m512i narrowed(const Part* v, int n, const CodeLimits& l) {
-  const __m512i zero = _mm512_set1_epi16(static_cast<int16_t>(l.zero));
-  const __m512i a = _mm512_adds_epi16(_mm512_packs_epi32(v[0], v[n > 1 ? 1 : 0]), zero);
-  const __m512i b = n > 2 ? _mm512_adds_epi16(_mm512_packs_epi32(v[2], v[n > 3 ? 3 : 2]), zero) : a;
-  const __m512i u = _mm512_max_epu8(_mm512_packus_epi16(a, b), _mm512_set1_epi8(static_cast<char>(l.low)));
-  return _mm512_min_epu8(u, _mm512_set1_epi8(static_cast<char>(l.high)));
-}
-
 template <bool whole>
 struct Wide {
   static constexpr int channels = 64, parts = 4;
@@ -75,7 +66,7 @@ struct Wide {
     store_part(out + 192, _mm512_unpackhi_epi16(ab1, cd1));
   }
   static QK_INLINE void store_codes(const Part* v, int, const CodeLimits& l, int64_t valid, uint8_t* out, int64_t) {
-    const __m512i u = narrowed(v, 4, l);
+    const __m512i u = narrowed(v, 4, CodeVectors(l));
     if constexpr (whole)
       _mm512_storeu_si512(out, u);
     else
@@ -105,7 +96,7 @@ struct Narrow {
   // Up to four pixels, `pitch` bytes apart.
   static QK_INLINE void store_codes(const Part* v, int pixels, const CodeLimits& l, int64_t valid, uint8_t* out,
                                     int64_t pitch) {
-    const __m512i u = transposed(narrowed(v, pixels, l));
+    const __m512i u = transposed(narrowed(v, pixels, CodeVectors(l)));
     const auto put = [&](uint8_t* to, __m128i codes) {
       if constexpr (whole)
         _mm_storeu_si128(reinterpret_cast<__m128i*>(to), codes);
@@ -116,12 +107,6 @@ struct Narrow {
     if (pixels > 1) put(out + pitch, _mm512_extracti32x4_epi32(u, 1));
     if (pixels > 2) put(out + 2 * pitch, _mm512_extracti32x4_epi32(u, 2));
     if (pixels > 3) put(out + 3 * pitch, _mm512_extracti32x4_epi32(u, 3));
-  }
-
- private:
-  // A 4 x 4 matrix of 32 bits: row i is lane i of 128 bits.
-  static QK_INLINE __m512i transposed(__m512i v) {
-    return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), v);
   }
 };
 

@@ -216,6 +216,12 @@ void result(const ResultArgs& a, const Finisher& f) {
     const int32_t* m = a.m + b * block;
     const int64_t plane = a.m_plane, ow = a.ow, n = a.n;
     void* const out = a.out;
+    const auto next = [&]() __attribute__((always_inline)) {
+      if (++tx == a.across) {
+        tx = 0;
+        if (++ty == a.down) ty = 0, ++image;
+      }
+    };
     for (int64_t t = 0; t < a.count; ++t, m += a.blocks * block) {
       Words z[4][2];  // M A
 #pragma GCC unroll 4
@@ -227,32 +233,27 @@ void result(const ResultArgs& a, const Finisher& f) {
       const int64_t at = ((image * a.oh + 2 * ty) * ow + 2 * tx) * n + n_first;
       const bool below = 2 * ty + 1 < a.oh, right = 2 * tx + 1 < ow;
       if constexpr (Finisher::by_units) {
-        if (tame) {
-          const auto write = [&](const Words& left, const Words& next, int64_t to) __attribute__((always_inline)) {
-            const Ints y[2] = {reinterpret_cast<Ints>(left) >> 2, reinterpret_cast<Ints>(next) >> 2};
-            const Words zeros = {};
-            finish.write_units(reinterpret_cast<const int32_t*>(y), right ? 2 : 1,
-                               reinterpret_cast<const uint32_t*>(&zeros), reinterpret_cast<const float*>(&steps),
-                               reinterpret_cast<const float*>(&bias), out, to, n, valid);
-          };
-          write(z[0][0] + z[1][0] + z[2][0], z[0][1] + z[1][1] + z[2][1], at);
-          if (below) write(z[1][0] - z[2][0] - z[3][0], z[1][1] - z[2][1] - z[3][1], at + ow * n);
+        if (tame && below && right) {
+          const Words four_y[4] = {z[0][0] + z[1][0] + z[2][0], z[0][1] + z[1][1] + z[2][1],
+                                   z[1][0] - z[2][0] - z[3][0], z[1][1] - z[2][1] - z[3][1]};
+          const int64_t to[4] = {at, at + n, at + ow * n, at + ow * n + n};
+          Words y[4];
+#pragma GCC unroll 4
+          for (int i = 0; i < 4; ++i) y[i] = reinterpret_cast<Words>(reinterpret_cast<Ints>(four_y[i]) >> 2);
+          finish.write_four(y, steps, bias, out, to, valid);
+          next();
+          continue;
         }
       }
       const auto write = [&](const Words& four_y, int64_t to) __attribute__((always_inline)) {
         const Ints y = reinterpret_cast<Ints>(four_y) >> 2;
         finish.write(__builtin_convertvector(y, Floats) * steps + bias, out, to, valid);
       };
-      if (!tame) {
-        write(z[0][0] + z[1][0] + z[2][0], at);
-        if (right) write(z[0][1] + z[1][1] + z[2][1], at + n);
-        if (below) write(z[1][0] - z[2][0] - z[3][0], at + ow * n);
-        if (right && below) write(z[1][1] - z[2][1] - z[3][1], at + ow * n + n);
-      }
-      if (++tx == a.across) {
-        tx = 0;
-        if (++ty == a.down) ty = 0, ++image;
-      }
+      write(z[0][0] + z[1][0] + z[2][0], at);
+      if (right) write(z[0][1] + z[1][1] + z[2][1], at + n);
+      if (below) write(z[1][0] - z[2][0] - z[3][0], at + ow * n);
+      if (right && below) write(z[1][1] - z[2][1] - z[3][1], at + ow * n + n);
+      next();
     }
   }
 }
