@@ -15,7 +15,8 @@ void tile(const TileArgs& a) {
   constexpr int64_t per_vector = 4 * parts;  // codes of K
   // Few rows: more sets of sums, so that one product need not wait for the one before.
   constexpr int sets = rows * blocks >= 8 ? 1 : rows * blocks >= 4 ? 2 : 4;
-  constexpr int unroll = sets > parts ? sets / parts : parts > 1 ? 1 : 2;
+  // Steps of the loop: the counting beside many products costs them slots.
+  constexpr int unroll = sets > parts ? sets / parts : parts > 1 ? 1 : rows * blocks >= 16 ? 4 : 2;
   static_assert(unroll * parts % sets == 0, "every set gets its turn in each round");
   // Few rows wait for the weights, more for the units that multiply.
   constexpr int64_t fetch = rows <= 4 && blocks > 1 ? 24 : 0;
@@ -91,17 +92,21 @@ void tile(const TileArgs& a) {
     const int rest = keep ? static_cast<int>(piece.n % 4) : 0;
     const int64_t last = rest > 0 ? (k - 1) % per_vector + 1 : 0;
     k -= last;
-    for (; k >= unroll * per_vector; k -= unroll * per_vector, x += unroll * per_vector, w += unroll * 64) {
+    const uint8_t* const stop = w + k / (unroll * per_vector) * (unroll * 64);
+    k %= unroll * per_vector;
+    for (; w != stop; x += unroll * per_vector, w += unroll * 64) {
       if constexpr (fetch == 0) {
-        __builtin_prefetch(ahead, 0, 2);
-        ahead += 64;
+        constexpr int lines = unroll > 2 ? unroll / 2 : 1;
+#pragma GCC unroll 4
+        for (int i = 0; i < lines; ++i) __builtin_prefetch(ahead + i * 64, 0, 2);
+        ahead += lines * 64;
         if (hurry) {
-          __builtin_prefetch(ahead, 0, 2);
-          __builtin_prefetch(ahead + 64, 0, 2);
-          ahead += 128;
+#pragma GCC unroll 8
+          for (int i = 0; i < 2 * lines; ++i) __builtin_prefetch(ahead + i * 64, 0, 2);
+          ahead += 2 * lines * 64;
         }
       }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int u = 0; u < unroll; ++u)
         vector(x + u * per_vector, w + u * 64, kept + u * parts * 64, u * parts, parts, 0);
       if constexpr (keep) kept += unroll * parts * 64;

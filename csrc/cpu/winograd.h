@@ -133,25 +133,33 @@ void product(const ProductArgs& a) {
   }
   const uint8_t* v = a.v;
   const uint8_t* u = a.u;
-  for (int64_t k = 0; k < a.steps;) {
-    const int64_t stop = least(a.steps, k + steps_per_chunk);
-    for (const uint8_t* x = v; k < stop; ++k, x += 4, u += line) {
-      Bytes weights[blocks];
+  const int64_t u_block = a.u_block;
+  const auto step = [&](const uint8_t* x, const uint8_t* w) __attribute__((always_inline)) {
+    Bytes weights[blocks];
 #pragma GCC unroll 4
-      for (int b = 0; b < blocks; ++b) weights[b] = load64(u + b * a.u_block);
+    for (int b = 0; b < blocks; ++b) weights[b] = load64(w + b * u_block);
 #pragma GCC unroll 16
-      for (int r = 0; r < rows; ++r) {
-        const Four codes = broadcast4(x + r * line);
+    for (int r = 0; r < rows; ++r) {
+      const Four codes = broadcast4(x + r * line);
 #pragma GCC unroll 4
-        for (int b = 0; b < blocks; ++b) acc[r][b] = dot4<pairs_fit>(acc[r][b], codes, weights[b]);
-      }
+      for (int b = 0; b < blocks; ++b) acc[r][b] = dot4<pairs_fit>(acc[r][b], codes, weights[b]);
     }
-    v += a.v_chunk, u += u_chunk - steps_per_chunk * line;
+  };
+  constexpr int at_once = rows * blocks >= 16 ? 4 : 1;  // counting beside the products costs them slots
+  for (int64_t steps = a.steps; steps > 0; steps -= steps_per_chunk, v += a.v_chunk, u += u_chunk) {
+    const int64_t some = least(steps, steps_per_chunk);
+    const uint8_t *x = v, *w = u;
+    const uint8_t* const stop = u + some / at_once * at_once * line;
+    for (; w != stop; x += at_once * 4, w += at_once * line)
+#pragma GCC unroll 4
+      for (int i = 0; i < at_once; ++i) step(x + i * 4, w + i * line);
+    for (; w != u + some * line; x += 4, w += line) step(x, w);
   }
+  int32_t* const m = a.m;
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-    for (int b = 0; b < blocks; ++b) store(a.m + (r * blocks + b) * block, acc[r][b]);
+    for (int b = 0; b < blocks; ++b) store(m + (r * blocks + b) * block, acc[r][b]);
 }
 
 #if defined(QK_ISA_AMX)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from qk import ops
 from qk.bench.problems import Conv, Gemm
 from qk.bench.rows import Candidate, same_bits
+from qk.deploy.program import Builder, encode
 from qk.ops.conv2d import reference as conv2d_reference
 from qk.ops.gemm import reference as gemm_reference
 from qk.ops.quantize_rows import reference as quantize_rows_reference
@@ -71,7 +73,8 @@ def _static(p: Gemm, bits: int) -> Candidate:
     x_step, x_zero, bias = torch.tensor([p.data.x_step]), torch.tensor([7], dtype=torch.int32), p.data.bias
     checked = _some_rows(p.m)
     out = _out_step(gemm_reference(x[checked], x_step, x_zero, codes, zero, step, bias))
-    run = partial(ops.gemm, x, x_step, x_zero, prepacked, step, bias, bits, 8, "none", *out)
+    product = {"weight": prepacked, "weight_step": step, "bias": bias, "bits": bits}
+    run = _one_layer("gemm", x, (x_step, x_zero, 8), out, **product, activation="none")
 
     def check() -> None:
         expected = gemm_reference(x[checked], x_step, x_zero, codes, zero, step, bias, "none", *out)
@@ -79,6 +82,17 @@ def _static(p: Gemm, bits: int) -> Candidate:
 
     moved = p.n * p.k * bits // 8 + p.m * (p.k + p.n)
     return Candidate(f"qk W{bits}A8", f"W{bits}A8", run, check, moved)
+
+
+def _one_layer(
+    op: str, x: Tensor, x_scale: tuple[Tensor, Tensor, int], out_scale: tuple[Tensor, Tensor], **named: Any
+) -> Callable[[], Tensor]:
+    """A network of one layer, codes in and out: what `fuse` makes of it, as the peers' are compiled models of one."""
+    builder = Builder()
+    given = builder.input(builder.scale(*x_scale))
+    builder.output(builder.step(op, given, scale=builder.scale(*out_scale, 8), **named))
+    constants, program = builder.constants(), encode(builder.program())
+    return lambda: torch.ops.qk.network.default([x], constants, program)[0]
 
 
 def _dynamic(p: Gemm, bits: int, k_groups: int) -> Candidate:
@@ -117,9 +131,9 @@ def _conv(p: Conv, bits: int, x_bits: int, algorithm: str) -> Candidate:
         conv2d_reference, x, x_step, x_zero, codes.reshape(shape), zero, step, bias, *at
     )
     out = _out_step(reference())
-    run = partial(
-        ops.conv2d, x, x_step, x_zero, prepacked, step, bias, bits, (p.kernel,) * 2, *at, x_bits, "relu", *out
-    )
+    product = {"weight": prepacked, "weight_step": step, "bias": bias, "bits": bits, "kernel": (p.kernel,) * 2}
+    places = dict(zip(("stride", "padding", "dilation", "groups"), at, strict=True))
+    run = _one_layer("conv2d", x, (x_step, x_zero, x_bits), out, **product, **places, activation="relu")
 
     def check() -> None:
         same_bits(run(), reference("relu", *out))

@@ -33,8 +33,10 @@ the median of a peer or of ours. A ratio is the peer's time over ours: above 1 w
 together, it is the geometric mean.
 
 - **Codes in, codes out**: W8A8, W4A8 and so on take 8-bit codes of activations and give codes, as a layer inside an
-  integer network does; so do the peers of width W8. The peers' products with 4-bit and 2-bit weights take and give
-  float32 and quantize activations on the way; "dynamic" is ours doing the same.
+  integer network does; so do the peers of width W8. Ours are integer networks of that one layer (the operator
+  `network`), ONNX Runtime's and OpenVINO's are compiled models of it with their tensors bound beforehand. The peers'
+  products with 4-bit and 2-bit weights take and give float32 and quantize activations on the way; "dynamic" is ours
+  doing the same.
 - **The limit** of a row is the longer of two times, both measured in the same run: its operations at the peak of 8-bit
   products on registers, and the bytes it must move at the bandwidth of reading as many bytes over and over. What
   needs less than that, Winograd's algorithm or sums in 16 bits, may exceed it.
