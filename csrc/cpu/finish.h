@@ -235,15 +235,19 @@ constexpr float far_units = 0x1p30f;  // below it in size, before rounding
 #if defined(QK_ISA_AVX512VNNI)
 struct CodeVectors {
   __m512i zero, low, high;
+  bool plain;  // saturation is all that is left to do
   QK_INLINE explicit CodeVectors(const CodeLimits& l)
       : zero(_mm512_set1_epi16(static_cast<int16_t>(l.zero))),
         low(_mm512_set1_epi8(static_cast<char>(l.low))),
-        high(_mm512_set1_epi8(static_cast<char>(l.high))) {}
+        high(_mm512_set1_epi8(static_cast<char>(l.high))),
+        plain(l.zero == 0 && l.low == 0 && l.high == 255) {}
 };
 // Units of n vectors, up to four -> codes; in lane L of 128 bits those of lane L of each vector.
 QK_INLINE __m512i narrowed(const __m512i* v, int n, const CodeVectors& l) {
-  const __m512i a = _mm512_adds_epi16(_mm512_packs_epi32(v[0], v[n > 1 ? 1 : 0]), l.zero);
-  const __m512i b = n > 2 ? _mm512_adds_epi16(_mm512_packs_epi32(v[2], v[n > 3 ? 3 : 2]), l.zero) : a;
+  __m512i a = _mm512_packs_epi32(v[0], v[n > 1 ? 1 : 0]);
+  __m512i b = n > 2 ? _mm512_packs_epi32(v[2], v[n > 3 ? 3 : 2]) : a;
+  if (l.plain) return _mm512_packus_epi16(a, b);
+  a = _mm512_adds_epi16(a, l.zero), b = _mm512_adds_epi16(b, l.zero);
   return _mm512_min_epu8(_mm512_max_epu8(_mm512_packus_epi16(a, b), l.low), l.high);
 }
 // A 4 x 4 matrix of 32 bits, row i in lane i of 128 bits; so the codes of each vector above come together.
@@ -346,20 +350,18 @@ class Finish {
     return _mm512_cmp_ps_mask(far, _mm512_set1_ps(far_units), _CMP_LT_OQ) == 0xffff;
   }
 
-  // Rows of sums of `blocks` blocks. Four vectors are narrowed together: of one row, or of two or four.
-  QK_INLINE void write_units(const int32_t* sums, int64_t rows, int64_t blocks, const uint32_t* zero_sums,
-                             const float* steps, const float* biases, void* out, int64_t at, int64_t n,
-                             int64_t valid) const {
+  // Rows of sums of `blocks` blocks, which started with what zero_sums would take from them. Four vectors are narrowed
+  // together: of one row, or of two or four.
+  QK_INLINE void write_units(const int32_t* sums, int64_t rows, int64_t blocks, const uint32_t*, const float* steps,
+                             const float* biases, void* out, int64_t at, int64_t n, int64_t valid) const {
     const auto with = [&](auto count) __attribute__((always_inline)) {
       constexpr int each = count.value, at_once = each < 3 ? 4 / each : 1;
       const CodeVectors limits(limits_);
       __m512 step[each], bias[each];
-      __m512i zeros[each];
 #pragma GCC unroll 4
       for (int b = 0; b < each; ++b) {
         step[b] = _mm512_loadu_ps(steps + b * block);
         bias[b] = _mm512_loadu_ps(biases + b * block);
-        zeros[b] = _mm512_loadu_si512(zero_sums + b * block);
       }
       for (int64_t r = 0; r < rows; r += at_once) {
         __m512i q[4];
@@ -373,7 +375,7 @@ class Finish {
             continue;
           }
           to[i / each] = at + row * n;
-          const __m512i sum = _mm512_sub_epi32(_mm512_loadu_si512(sums + (row * each + b) * block), zeros[b]);
+          const __m512i sum = _mm512_loadu_si512(sums + (row * each + b) * block);
           q[i] = units_of(sum, step[b], bias[b], to[i / each] + b * block, valid - b * block);
         }
         store_lanes<each>(transposed(narrowed(q, each == 3 ? 3 : 4, limits)), out, to, valid);

@@ -32,6 +32,7 @@ struct Room {
   uint8_t* words;      // the codes as 16-bit words, where they are multiplied as such
   int32_t* row_terms;  // [block_rows][k_groups]: sums of a row's codes, where zeros come behind the product (row_term)
   uint8_t* kept;       // a column of tiles as int8 or words
+  uint32_t* start;     // TileArgs
   float* steps;        // these: Terms
   uint32_t* sums;
   uint32_t* zeros;
@@ -101,6 +102,7 @@ class Worker {
     alignas(64) int32_t acc[most_sums];
     alignas(64) float y[most_sums];
     t.acc = acc;
+    t.start = room_.start;
     t.y = y;
     t.pieces = room_.pieces;
     t.piece_count = p_.source.piece_count;
@@ -199,10 +201,12 @@ class Worker {
     const uint32_t x_zero = per_row ? 1 : static_cast<uint32_t>(*e.x_zero);
     const int64_t k_groups = l_.k_groups;
     tame_ = Finish::by_units && !per_row && k_groups == 1;
+    const bool starts = tile_starts && !per_row && k_groups == 1;
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t n = n_first + b * block, valid = n_valid - b * block;
       const Floats bias = e.bias ? load_some<Floats>(e.bias + n, valid) : -(Floats{});
       std::memcpy(bias_ + b * block, &bias, sizeof bias);
+      Words start = {};
       for (int64_t g = 0; g < k_groups; g += block) {
         Floats steps[block];
         if (k_groups == 1) {
@@ -215,7 +219,8 @@ class Worker {
         for (int64_t i = 0; i < block && g + i < k_groups; ++i) {
           const int64_t from = (at + b) * k_groups + g + i, to = (g + i) * Terms::pitch + b * block;
           const Floats step = steps[i] * x_step;  // by 1 is exact
-          const Words sums = load<Words>(sums_ + from * sizeof(Words)) * x_zero;
+          Words sums = load<Words>(sums_ + from * sizeof(Words)) * x_zero;
+          if (starts) start = start - sums, sums = Words{};
           std::memcpy(room_.steps + to, &step, sizeof step);
           if constexpr (Finish::by_units)
             tame_ = tame_ && finish_.tame(step, bias, 255.0f * worst_weight(B) * static_cast<float>(l_.k));
@@ -227,6 +232,7 @@ class Worker {
           }
         }
       }
+      std::memcpy(room_.start + b * block, &start, sizeof start);
     }
     t.steps = room_.steps;
     t.sums = room_.sums;
@@ -333,7 +339,7 @@ void multiply_stored(const Product& p, const Finish& finish) {
                                             : p.source.row_bytes == 0    ? c.block_rows * row_pitch(2 * l.k)
                                                                          : 2 * row_bytes);
   const int64_t row_terms = parts.take<int32_t>(B < 8 ? c.block_rows * l.k_groups : 0);
-  const int64_t terms = l.k_groups * Terms::pitch;
+  const int64_t terms = l.k_groups * Terms::pitch, start = parts.take<uint32_t>(Terms::pitch);
   const int64_t steps = parts.take<float>(terms), sums = parts.take<uint32_t>(terms);
   const int64_t zeros = parts.take<uint32_t>(B < 8 ? terms : 0);
   const int64_t kept =
@@ -346,6 +352,7 @@ void multiply_stored(const Product& p, const Finish& finish) {
                     memory + words,
                     reinterpret_cast<int32_t*>(memory + row_terms),
                     memory + kept,
+                    reinterpret_cast<uint32_t*>(memory + start),
                     reinterpret_cast<float*>(memory + steps),
                     reinterpret_cast<uint32_t*>(memory + sums),
                     reinterpret_cast<uint32_t*>(memory + zeros)};

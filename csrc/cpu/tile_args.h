@@ -48,7 +48,8 @@ struct TileArgs {
   int64_t zeros_pitch;    // from block to block
   uint8_t* kept;          // where a tile that unpacks stores int8 weights of the first block, from position 0 on
   int64_t kept_pitch;
-  int32_t* acc;  // [rows][blocks * 16], written if there is one group of K
+  int32_t* acc;           // [rows][blocks * 16], written if there is one group of K
+  const uint32_t* start;  // [blocks * 16]: what those sums start with, if tile_starts
   // With several groups of K: the pieces of each, and the values of their sums are added to y [rows][blocks * 16].
   int64_t k_groups, group_pieces;
   Terms terms;

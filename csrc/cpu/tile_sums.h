@@ -5,6 +5,8 @@
 namespace qk::cpu::QK_ISA {
 namespace {
 
+constexpr bool tile_starts = true;
+
 // B: stored width; below 8 the codes are unpacked in registers and, with `keep`, stored without their zeros for the
 // tiles that follow. Every loop over the sums is unrolled: else gcc keeps them in memory. Each load beside the products
 // costs them a slot now and then, so a tile of 9 x 3 (12 loads for 27 products) is faster than one of 14 x 2 (16 for
@@ -42,6 +44,14 @@ void tile(const TileArgs& a) {
       }
   };
   clear();
+  if (a.k_groups == 1) {
+#pragma GCC unroll 4
+    for (int c = 0; c < blocks; ++c) {
+      const Lanes start = load<Lanes>(a.start + c * 16);
+#pragma GCC unroll 16
+      for (int r = 0; r < rows; ++r) acc[0][r][c] = start;
+    }
+  }
   Bytes zeros[blocks];
   const auto load_zeros = [&](int64_t g) __attribute__((always_inline)) {
     if constexpr (keep) {
