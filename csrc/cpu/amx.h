@@ -53,11 +53,13 @@ class TileState {
   int64_t rows_ = 0;
 };
 
-// A tile of rows of x, `stride` bytes apart. Copied ones lie step by step, not as the pieces say.
+// A tile of rows of x, `stride` bytes apart. Copied ones lie step by step, not as the pieces say. From row `first` of
+// it on, `count` rows are rows `to` and following of the product; others belong to the tile before, or to none.
 struct TileRows {
   const uint8_t* x;
   int64_t stride;
   bool copied;
+  int64_t first, count, to;
 };
 
 // What two blocks of 16 channels share. Channels that are not there have step 0.
@@ -139,33 +141,31 @@ class TileFinish {
             ch.there};
   }
 
-  // Two neighbouring rows of a block's sums go to `row` and `next` of the product.
+  // Two neighbouring rows of a block's sums, or one, go to `row` of the product and to the next.
   template <bool codes, bool added>
-  QK_INLINE void pair(const int32_t* sums, const Channels& ch, const Constants& c, int64_t row, int64_t next) const {
-    if ((row | next) < 0 || !ch.plain) return special_pair<codes, added>(sums, ch, row, next);
-    const int64_t at = row * n_ + ch.first, at_next = next * n_ + ch.first;
+  QK_INLINE void pair(const int32_t* sums, const Channels& ch, const Constants& c, int64_t row, bool two) const {
+    if (!ch.plain) return special_pair<codes, added>(sums, ch, row, two);
+    const int64_t at = row * n_ + ch.first, at_next = two ? at + n_ : at;
     __m512 y[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i)
       y[i] = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums + i * side)), c.step[i % 2]),
                            c.bias[i % 2]);
     if constexpr (added) add_codes(y, c, at, at_next);
-    write<codes>(y, c, at, at_next, true, true);
+    write<codes>(y, c, at, at_next, two);
   }
 
  private:
   // Limits, codes and their place; y: two vectors of a row and two of the next.
   template <bool codes>
-  QK_INLINE void write(__m512* y, const Constants& c, int64_t at, int64_t at_next, bool one, bool two) const {
+  QK_INLINE void write(__m512* y, const Constants& c, int64_t at, int64_t at_next, bool two) const {
     if constexpr (!codes) {
       float* const out = static_cast<float*>(out_);
       const __mmask16 there[2] = {static_cast<__mmask16>(c.there), static_cast<__mmask16>(c.there >> 16)};
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) y[i] = _mm512_min_ps(c.high, _mm512_max_ps(c.low, y[i]));  // NaN passes
-      if (one) {
-        _mm512_mask_storeu_ps(out + at, there[0], y[0]);
-        _mm512_mask_storeu_ps(out + at + side, there[1], y[1]);
-      }
+      _mm512_mask_storeu_ps(out + at, there[0], y[0]);
+      _mm512_mask_storeu_ps(out + at + side, there[1], y[1]);
       if (two) {
         _mm512_mask_storeu_ps(out + at_next, there[0], y[2]);
         _mm512_mask_storeu_ps(out + at_next + side, there[1], y[3]);
@@ -176,20 +176,16 @@ class TileFinish {
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) q[i] = _mm512_cvtps_epi32(_mm512_mul_ps(y[i], c.inverse));  // ties to even
       const __m512i u = transposed(narrowed(q, 4, c.limits));
-      if (one) _mm256_mask_storeu_epi8(out + at, c.there, _mm512_castsi512_si256(u));
+      _mm256_mask_storeu_epi8(out + at, c.there, _mm512_castsi512_si256(u));
       if (two) _mm256_mask_storeu_epi8(out + at_next, c.there, _mm512_extracti64x4_epi64(u, 1));
     }
   }
 
-  // The same with all that is not the rule: a row of -1 goes nowhere, rows have their own steps, a residual of floats
-  // is added, values may be NaN or leave int32.
+  // The same with all that is not the rule: rows have their own steps, a residual of floats is added, values may be NaN
+  // or leave int32.
   template <bool codes, bool added>
-  __attribute__((noinline)) void special_pair(const int32_t* sums, const Channels& ch, int64_t row,
-                                              int64_t next) const {
-    const bool one = row >= 0, two = next >= 0;
-    if (!one && !two) return;
-    row = one ? row : next;  // something that there is
-    next = two ? next : row;
+  __attribute__((noinline)) void special_pair(const int32_t* sums, const Channels& ch, int64_t row, bool two) const {
+    const int64_t next = two ? row + 1 : row;
     Constants c = constants<added>(ch);
     __m512 y[4];
 #pragma GCC unroll 4
@@ -218,7 +214,7 @@ class TileFinish {
       }
       c.inverse = _mm512_set1_ps(1.0f);  // exact
     }
-    write<codes>(y, c, at, at_next, one, two);
+    write<codes>(y, c, at, at_next, two);
   }
 
   QK_INLINE void add_codes(__m512* y, const Constants& c, int64_t at, int64_t at_next) const {

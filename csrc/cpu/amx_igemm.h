@@ -48,7 +48,6 @@ struct TileRoom {
   uint8_t* rows;  // of Source::fill
   int64_t rows_bytes;
   TileRows* tiles;
-  int64_t* to;         // [tiles][16]: rows of the product, -1 for nowhere
   uint8_t* copies;     // of tiles of rows that cannot be read where they lie
   int64_t *at, *row;   // [steps]: where a step begins in a row of x, and in a copied one
   int64_t* codes;      // [steps]: of 64
@@ -96,11 +95,9 @@ class TileWorker {
         // The last tile begins early enough to be whole; rows that it shares with the one before are not written again.
         const int64_t from = most<int64_t>(0, least(r, run.rows - height_));
         TileRows& t = room_.tiles[tiles_];
-        t = {run.x + from * run.stride, run.stride, false};
-        for (int64_t j = 0; j < side; ++j) {
-          const bool wanted = from + j >= r && j < height_ && from + j < run.rows;
-          room_.to[tiles_ * side + j] = wanted ? first++ : -1;
-        }
+        const int64_t count = least(from + height_, run.rows) - r;
+        t = {run.x + from * run.stride, run.stride, false, r - from, count, first};
+        first += count;
         ++tiles_;
         if (from + height_ + rows_behind > run.rows) copy_rows(t, least(height_, run.rows - from), copy);
       }
@@ -145,9 +142,7 @@ class TileWorker {
   }
 
   // Finishes the last block.
-  void flush() {
-    if (next_ < end_) finish_rows(finish_.template constants<added>(*done_channels_), end_);
-  }
+  void flush() { finish_pairs(finish_.template constants<added>(*done_channels_), pairs_left_); }
 
  private:
   void copy_rows(TileRows& t, int64_t rows, uint8_t*& copy) const {
@@ -172,13 +167,18 @@ class TileWorker {
     }
   }
 
-  // The block before, up to row `stop`.
-  QK_INLINE void finish_rows(const TileFinish::Constants& c, int64_t stop) {
-    int64_t next = next_;
-    for (; next < stop; next += 2)
-      finish_.template pair<codes, added>(done_sums_ + next * 2 * side, *done_channels_, c, done_to_[next],
-                                          done_to_[next + 1]);
-    next_ = next;
+  // `pairs` more of the block before.
+  QK_INLINE void finish_pairs(const TileFinish::Constants& c, int64_t pairs) {
+    pairs = least(pairs, pairs_left_);
+    if (pairs <= 0) return;
+    Left left = left_;  // a copy: what is written could alias the member
+    for (int64_t i = 0; i < pairs; ++i) {
+      if (left.count <= 0) left = left_next_;
+      finish_.template pair<codes, added>(left.sums, *done_channels_, c, left.to, left.count > 1);
+      left.sums += 2 * 2 * side, left.to += 2, left.count -= 2;
+    }
+    left_ = left;
+    pairs_left_ -= pairs;
   }
 
   // unpacking: with this block, the first of its column, the weights are unpacked for all of them.
@@ -201,7 +201,7 @@ class TileWorker {
     const uint8_t *const xa = a.x, *const xb = b.x;
     const int64_t stride_a = a.stride, stride_b = b.stride;
     const bool two = two_;
-    const int64_t per_step = round_up(ceil_div(end_ - next_, end - begin), 2);
+    const int64_t per_step = ceil_div(pairs_left_, end - begin);
     const TileFinish::Constants c = finish_.template constants<added>(*done_channels_);
     for (int64_t s = begin; s < end; ++s, w0 += tile_bytes, w1 += tile_bytes) {
       load_tile<6>(w0, 64);
@@ -219,7 +219,7 @@ class TileWorker {
       if constexpr (unpacking)
         if (s + early < end) unpack_step(s + early);
       for (int64_t i = 0; i < ahead_lines_ && ahead_ < ahead_end_; ++i, ahead_ += 64) __builtin_prefetch(ahead_, 0, 2);
-      if (next_ < end_) finish_rows(c, least(end_, next_ + per_step));
+      finish_pairs(c, per_step);
     }
     store_tile<0>(sums, sums_stride);
     if (two) store_tile<1>(sums + side, sums_stride);
@@ -228,11 +228,10 @@ class TileWorker {
       if (two) store_tile<3>(sums + block_sums / 2 + side, sums_stride);
     }
     if (end < plan_.steps) return;
-    done_sums_ = sums;
     done_channels_ = channels_;
-    done_to_ = room_.to + tile * side;
-    next_ = 0;
-    end_ = pair ? 2 * side : side;
+    left_ = {sums + a.first * 2 * side, a.to, a.count};
+    left_next_ = {sums + block_sums / 2 + b.first * 2 * side, b.to, pair ? b.count : 0};
+    pairs_left_ = ceil_div(left_.count, int64_t{2}) + ceil_div(left_next_.count, int64_t{2});
   }
 
   const Product& p_;
@@ -248,11 +247,14 @@ class TileWorker {
   Bytes zero_[2];
   const uint8_t *ahead_ = nullptr, *ahead_end_ = nullptr;
   int64_t ahead_lines_ = 0;
-  // The block before: rows next_ .. end_ - 1 of its two tiles are not finished yet.
-  const int32_t* done_sums_ = nullptr;
+  // Rows of the block before that are not finished yet: of one tile and of the next, and how many pairs they make.
+  struct Left {
+    const int32_t* sums;
+    int64_t to, count;
+  };
   const Channels* done_channels_;
-  const int64_t* done_to_ = nullptr;
-  int64_t next_ = 0, end_ = 0;
+  Left left_{}, left_next_{};
+  int64_t pairs_left_ = 0;
 };
 
 template <int B, bool codes, bool added>
@@ -269,11 +271,11 @@ void multiply_tiles(const Product& p) {
   const int64_t rows_bytes = plan.block_rows * p.source.row_bytes + p.source.fixed_bytes + 64;
   const int64_t pieces = take(sizeof(Piece), p.source.piece_count), runs = take(sizeof(Run), plan.block_rows);
   const int64_t rows = take(1, rows_bytes), tiles = take(sizeof(TileRows), plan.block_rows);
-  const int64_t to = take(8, plan.block_rows * side);
   // At worst all tiles are copied, with rows that two of them share, and a tile reads behind the last.
   const int64_t copies = take(l.k_padded, 2 * plan.block_rows + side), steps = take(8, 3 * plan.steps);
   const int64_t unpacked = take(1, B < 8 ? 2 * l.k_padded * side : 0),
-                sums = take(4, (stretches(plan.steps) > 1 ? plan.block_rows : 2) * block_sums);
+                // The pair of an odd last row reads one more.
+      sums = take(4, (stretches(plan.steps) > 1 ? plan.block_rows : 2) * block_sums + 2 * side);
   const int64_t channels = take(sizeof(Channels), 2);
   parallel_for(plan.workers, 1, [&](int64_t begin, int64_t end) {
     uint8_t* const memory = static_cast<uint8_t*>(thread_scratch(bytes));
@@ -283,7 +285,6 @@ void multiply_tiles(const Product& p) {
                         memory + rows,
                         rows_bytes,
                         reinterpret_cast<TileRows*>(memory + tiles),
-                        reinterpret_cast<int64_t*>(memory + to),
                         memory + copies,
                         step,
                         step + plan.steps,
