@@ -20,6 +20,7 @@ constexpr bool small_weights_help = false;
 #if defined(QK_ISA_AVX512VNNI)
 
 using Part = __m512i;
+using StripLimits = CodeVectors;
 constexpr int part_lanes = 16, pixels_at_once = 7;
 
 QK_INLINE Part load_part(const void* p) { return _mm512_loadu_si512(p); }
@@ -65,8 +66,8 @@ struct Wide {
     store_part(out + 128, _mm512_unpacklo_epi16(ab1, cd1));
     store_part(out + 192, _mm512_unpackhi_epi16(ab1, cd1));
   }
-  static QK_INLINE void store_codes(const Part* v, int, const CodeLimits& l, int64_t valid, uint8_t* out, int64_t) {
-    const __m512i u = narrowed(v, 4, CodeVectors(l));
+  static QK_INLINE void store_codes(const Part* v, int, const StripLimits& l, int64_t valid, uint8_t* out, int64_t) {
+    const __m512i u = narrowed(v, 4, l);
     if constexpr (whole)
       _mm512_storeu_si512(out, u);
     else
@@ -94,9 +95,9 @@ struct Narrow {
     store_part(out, _mm512_shuffle_epi8(transposed(v), bytes));
   }
   // Up to four pixels, `pitch` bytes apart.
-  static QK_INLINE void store_codes(const Part* v, int pixels, const CodeLimits& l, int64_t valid, uint8_t* out,
+  static QK_INLINE void store_codes(const Part* v, int pixels, const StripLimits& l, int64_t valid, uint8_t* out,
                                     int64_t pitch) {
-    const __m512i u = transposed(narrowed(v, pixels, CodeVectors(l)));
+    const __m512i u = transposed(narrowed(v, pixels, l));
     const auto put = [&](uint8_t* to, __m128i codes) {
       if constexpr (whole)
         _mm_storeu_si128(reinterpret_cast<__m128i*>(to), codes);
@@ -113,6 +114,7 @@ struct Narrow {
 #elif defined(QK_ISA_AVX2)
 
 using Part = __m256i;
+using StripLimits = CodeLimits;
 constexpr int part_lanes = 8, pixels_at_once = 3;
 
 QK_INLINE Part load_part(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
@@ -155,7 +157,7 @@ struct Wide {
     store_part(out + 64, _mm256_unpacklo_epi16(ab1, cd1));
     store_part(out + 96, _mm256_unpackhi_epi16(ab1, cd1));
   }
-  static QK_INLINE void store_codes(const Part* v, int, const CodeLimits& l, int64_t valid, uint8_t* out, int64_t) {
+  static QK_INLINE void store_codes(const Part* v, int, const StripLimits& l, int64_t valid, uint8_t* out, int64_t) {
     const __m256i zero = _mm256_set1_epi16(static_cast<int16_t>(l.zero));
     const __m256i a = _mm256_adds_epi16(_mm256_packs_epi32(v[0], v[1]), zero);
     const __m256i b = _mm256_adds_epi16(_mm256_packs_epi32(v[2], v[3]), zero);
@@ -183,6 +185,8 @@ struct Part {
   uint32_t v[16];  // wraps, as the vectors of the others do
 };
 constexpr int part_lanes = 16, pixels_at_once = 2;
+
+using StripLimits = CodeLimits;
 
 QK_INLINE Part load_part(const void* p) {
   Part v;
@@ -223,7 +227,7 @@ struct Narrow {
       out[4 * i + 3] = there ? r3[i] : 0;
     }
   }
-  static QK_INLINE void store_codes(const Part* v, int pixels, const CodeLimits& l, int64_t valid, uint8_t* out,
+  static QK_INLINE void store_codes(const Part* v, int pixels, const StripLimits& l, int64_t valid, uint8_t* out,
                                     int64_t pitch) {
     for (int p = 0; p < pixels; ++p)
       for (int64_t i = 0; i < 16 && i < valid; ++i) {

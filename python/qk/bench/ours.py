@@ -61,9 +61,10 @@ def _weight(n: int, k: int, bits: int, k_groups: int = 1) -> tuple[Tensor, Tenso
     return codes, torch.full(per, 2 ** (bits - 1), dtype=torch.int32), 0.01 + 0.01 * torch.rand(per, generator=rng)
 
 
-def _out_step(sample: Tensor) -> tuple[Tensor, Tensor]:
-    """Step and zero that hold most of the float result."""
-    return (sample.std() * 6 / 255).reshape(1).clamp(min=1e-6), torch.tensor([128], dtype=torch.int32)
+def _out_step(sample: Tensor, relu: bool = False) -> tuple[Tensor, Tensor]:
+    """Step and zero that hold most of the float result, behind a ReLU of what it leaves."""
+    deviations, zero = (3, 0) if relu else (6, 128)
+    return (sample.std() * deviations / 255).reshape(1).clamp(min=1e-6), torch.tensor([zero], dtype=torch.int32)
 
 
 def _static(p: Gemm, bits: int) -> Candidate:
@@ -130,7 +131,7 @@ def _conv(p: Conv, bits: int, x_bits: int, algorithm: str) -> Candidate:
     reference: Callable[..., Tensor] = partial(
         conv2d_reference, x, x_step, x_zero, codes.reshape(shape), zero, step, bias, *at
     )
-    out = _out_step(reference())
+    out = _out_step(reference(), relu=True)
     product = {"weight": prepacked, "weight_step": step, "bias": bias, "bits": bits, "kernel": (p.kernel,) * 2}
     places = dict(zip(("stride", "padding", "dilation", "groups"), at, strict=True))
     run = _one_layer("conv2d", x, (x_step, x_zero, x_bits), out, **product, **places, activation="relu")
