@@ -47,7 +47,10 @@ static constexpr Cut cut(int64_t rows, int64_t row_unit, const PackedLayout& p, 
     c.row_blocks = ceil_div(rows, c.block_rows);
     shape_tiles();
   };
-  const int64_t fit = most(row_unit > 1 ? row_unit : tile.rows, rows_budget / p.k_padded);
+  // Results of a row are written column by column: where weights are few, the rows' results should stay there as well.
+  const bool few_weights = p.blocks_per_outer * PackedLayout::block * p.k_padded <= rows_budget / 2;
+  const int64_t row_bytes = p.k_padded + (few_weights ? p.n_per_outer : 0);
+  const int64_t fit = most(row_unit > 1 ? row_unit : tile.rows, rows_budget / row_bytes);
   const int64_t row_blocks = ceil_div(rows, fit);
   cut_rows(row_blocks);
   // Several units for each thread, or one rounds up to two for some and none for others.

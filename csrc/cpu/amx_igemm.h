@@ -142,7 +142,9 @@ class TileWorker {
   }
 
   // Finishes the last block.
-  void flush() { finish_pairs(finish_.template constants<added>(*done_channels_), pairs_left_); }
+  void flush() {
+    if (pairs_left_ > 0) finish_pairs(finish_.template constants<added>(*done_channels_), pairs_left_);
+  }
 
  private:
   void copy_rows(TileRows& t, int64_t rows, uint8_t*& copy) const {
@@ -273,9 +275,9 @@ void multiply_tiles(const Product& p) {
   const int64_t rows = take(1, rows_bytes), tiles = take(sizeof(TileRows), plan.block_rows);
   // At worst all tiles are copied, with rows that two of them share, and a tile reads behind the last.
   const int64_t copies = take(l.k_padded, 2 * plan.block_rows + side), steps = take(8, 3 * plan.steps);
-  const int64_t unpacked = take(1, B < 8 ? 2 * l.k_padded * side : 0),
-                // The pair of an odd last row reads one more.
-      sums = take(4, (stretches(plan.steps) > 1 ? plan.block_rows : 2) * block_sums + 2 * side);
+  const int64_t unpacked = take(1, B < 8 ? 2 * l.k_padded * side : 0);
+  // The pair of an odd last row reads one more.
+  const int64_t sums = take(4, (stretches(plan.steps) > 1 ? plan.block_rows : 2) * block_sums + 2 * side);
   const int64_t channels = take(sizeof(Channels), 2);
   parallel_for(plan.workers, 1, [&](int64_t begin, int64_t end) {
     uint8_t* const memory = static_cast<uint8_t*>(thread_scratch(bytes));
