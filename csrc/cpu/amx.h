@@ -84,7 +84,6 @@ class TileFinish {
         low_(e.activation == Activation::none ? -__builtin_inff() : 0.0f),
         high_(e.activation == Activation::relu6 ? 6.0f : __builtin_inff()) {
     if (!codes_) return;
-    inverse_ = 1.0f / *e.out_step;
     limits_ = code_limits(e);
     top_ = static_cast<float>(top_code(e.out_bits) - limits_.zero);
   }
@@ -116,7 +115,7 @@ class TileFinish {
     float worst =
         static_cast<float>(k) * (255.0f * 128.0f) * _mm512_reduce_max_ps(worst_step) + _mm512_reduce_max_ps(worst_bias);
     if (e_.residual) worst += e_.residual_step ? 256.0f * *e_.residual_step : __builtin_inff();
-    ch.careful = nan || e_.per_row || !(worst * inverse_ < 1e9f);
+    ch.careful = nan || e_.per_row || !(worst * limits_.inverse < 1e9f);
     ch.plain = !(codes_ && ch.careful) && !e_.per_row && (!e_.residual || e_.residual_step);
   }
 
@@ -132,7 +131,7 @@ class TileFinish {
     const auto both = [](const float* p, int i) { return _mm512_load_ps(p + i * side); };
     return {{both(ch.step, 0), both(ch.step, 1)},
             {both(ch.bias, 0), both(ch.bias, 1)},
-            _mm512_set1_ps(inverse_),
+            _mm512_set1_ps(limits_.inverse),
             _mm512_set1_ps(low_),
             _mm512_set1_ps(high_),
             added ? _mm512_set1_ps(*e_.residual_step) : _mm512_setzero_ps(),
@@ -242,7 +241,7 @@ class TileFinish {
   const int64_t n_;
   const bool codes_;
   const float low_, high_;
-  float inverse_ = 0.0f, top_ = 0.0f;
+  float top_ = 0.0f;
   CodeLimits limits_{};
 };
 

@@ -265,13 +265,7 @@ template <bool small, class Finish>
 class Worker {
  public:
   Worker(const Conv2dArgs& a, const Plan& p, const Finish& finish, uint8_t* memory)
-      : a_(a),
-        p_(p),
-        finish_(finish),
-        limits_(code_limits(a.epilogue)),
-        inverse_(code_limits(a.epilogue).inverse),
-        memory_(memory),
-        lines_(a, p, memory) {
+      : a_(a), p_(p), finish_(finish), limits_(code_limits(a.epilogue)), memory_(memory), lines_(a, p, memory) {
     std::memset(memory + p.zeros_at, *a.epilogue.x_zero, Wide<true>::channels);
     int64_t* steps = reinterpret_cast<int64_t*>(memory + p.steps_at);
     for (int64_t kx = 0, s = 0; kx < a.shape.kw; ++kx)
@@ -358,7 +352,7 @@ class Worker {
       const StripLimits limits = limits_;
       uint8_t* const out = static_cast<uint8_t*>(a_.out) + at;
       tile<Strip, small, true, rows, pixels>(
-          t, inverse_, [&](int r, int i, const Part* parts, int together) __attribute__((always_inline)) {
+          t, limits.inverse, [&](int r, int i, const Part* parts, int together) __attribute__((always_inline)) {
             Strip::store_codes(parts, together, limits, valid, out + r * row_pitch + i * channels, channels);
           });
     } else {
@@ -394,7 +388,6 @@ class Worker {
   const Plan& p_;
   const Finish finish_;
   const StripLimits limits_;
-  const float inverse_;
   uint8_t* const memory_;
   Lines lines_;
 };

@@ -234,10 +234,12 @@ constexpr float far_units = 0x1p30f;  // below it in size, before rounding
 
 #if defined(QK_ISA_AVX512VNNI)
 struct CodeVectors {
+  float inverse;
   __m512i zero, low, high;
   bool plain;  // saturation is all that is left to do
   QK_INLINE explicit CodeVectors(const CodeLimits& l)
-      : zero(_mm512_set1_epi16(static_cast<int16_t>(l.zero))),
+      : inverse(l.inverse),
+        zero(_mm512_set1_epi16(static_cast<int16_t>(l.zero))),
         low(_mm512_set1_epi8(static_cast<char>(l.low))),
         high(_mm512_set1_epi8(static_cast<char>(l.high))),
         plain(l.zero == 0 && l.low == 0 && l.high == 255) {}

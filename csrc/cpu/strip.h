@@ -184,9 +184,8 @@ using Narrow = Wide<whole>;
 struct Part {
   uint32_t v[16];  // wraps, as the vectors of the others do
 };
-constexpr int part_lanes = 16, pixels_at_once = 2;
-
 using StripLimits = CodeLimits;
+constexpr int part_lanes = 16, pixels_at_once = 2;
 
 QK_INLINE Part load_part(const void* p) {
   Part v;

@@ -111,12 +111,12 @@ void tile(const TileArgs& a) {
         for (int i = 0; i < lines; ++i) __builtin_prefetch(ahead + i * 64, 0, 2);
         ahead += lines * 64;
         if (hurry) {
-#pragma GCC unroll 8
+#pragma GCC unroll 4
           for (int i = 0; i < 2 * lines; ++i) __builtin_prefetch(ahead + i * 64, 0, 2);
           ahead += 2 * lines * 64;
         }
       }
-#pragma GCC unroll 8
+#pragma GCC unroll 4
       for (int u = 0; u < unroll; ++u)
         vector(x + u * per_vector, w + u * 64, kept + u * parts * 64, u * parts, parts, 0);
       if constexpr (keep) kept += unroll * parts * 64;

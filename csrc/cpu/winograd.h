@@ -224,12 +224,6 @@ void result(const ResultArgs& a, const Finisher& f) {
     const int32_t* m = a.m + b * block;
     const int64_t plane = a.m_plane, ow = a.ow, n = a.n;
     void* const out = a.out;
-    const auto next = [&]() __attribute__((always_inline)) {
-      if (++tx == a.across) {
-        tx = 0;
-        if (++ty == a.down) ty = 0, ++image;
-      }
-    };
     for (int64_t t = 0; t < a.count; ++t, m += a.blocks * block) {
       Words z[4][2];  // M A
 #pragma GCC unroll 4
@@ -240,28 +234,26 @@ void result(const ResultArgs& a, const Finisher& f) {
       }
       const int64_t at = ((image * a.oh + 2 * ty) * ow + 2 * tx) * n + n_first;
       const bool below = 2 * ty + 1 < a.oh, right = 2 * tx + 1 < ow;
-      if constexpr (Finisher::by_units) {
-        if (tame && below && right) {
-          const Words four_y[4] = {z[0][0] + z[1][0] + z[2][0], z[0][1] + z[1][1] + z[2][1],
-                                   z[1][0] - z[2][0] - z[3][0], z[1][1] - z[2][1] - z[3][1]};
-          const int64_t to[4] = {at, at + n, at + ow * n, at + ow * n + n};
-          Words y[4];
+      const Words four_y[4] = {z[0][0] + z[1][0] + z[2][0], z[0][1] + z[1][1] + z[2][1], z[1][0] - z[2][0] - z[3][0],
+                               z[1][1] - z[2][1] - z[3][1]};
+      const int64_t to[4] = {at, at + n, at + ow * n, at + ow * n + n};
+      Words y[4];
 #pragma GCC unroll 4
-          for (int i = 0; i < 4; ++i) y[i] = reinterpret_cast<Words>(reinterpret_cast<Ints>(four_y[i]) >> 2);
-          finish.write_four(y, steps, bias, out, to, valid);
-          next();
-          continue;
-        }
+      for (int i = 0; i < 4; ++i) y[i] = reinterpret_cast<Words>(reinterpret_cast<Ints>(four_y[i]) >> 2);
+      if (tame && below && right) {
+        if constexpr (Finisher::by_units) finish.write_four(y, steps, bias, out, to, valid);
+      } else {
+        const bool there[4] = {true, right, below, right && below};
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i)
+          if (there[i])
+            finish.write(__builtin_convertvector(reinterpret_cast<Ints>(y[i]), Floats) * steps + bias, out, to[i],
+                         valid);
       }
-      const auto write = [&](const Words& four_y, int64_t to) __attribute__((always_inline)) {
-        const Ints y = reinterpret_cast<Ints>(four_y) >> 2;
-        finish.write(__builtin_convertvector(y, Floats) * steps + bias, out, to, valid);
-      };
-      write(z[0][0] + z[1][0] + z[2][0], at);
-      if (right) write(z[0][1] + z[1][1] + z[2][1], at + n);
-      if (below) write(z[1][0] - z[2][0] - z[3][0], at + ow * n);
-      if (right && below) write(z[1][1] - z[2][1] - z[3][1], at + ow * n + n);
-      next();
+      if (++tx == a.across) {
+        tx = 0;
+        if (++ty == a.down) ty = 0, ++image;
+      }
     }
   }
 }
