@@ -39,6 +39,11 @@ def _settled(run: Run) -> Run:
     return call
 
 
+def _steps(functions: dict[str, Callable[..., Tensor]], *leaves: Tensor, grad: Tensor) -> dict[str, Run]:
+    """A training step of each."""
+    return {name: _settled(forward_backward(function, *leaves, grad=grad)) for name, function in functions.items()}
+
+
 def lsq(rows: int, cols: int, steps: int, compiled: bool = False) -> Case:
     """Learned step sizes: value, and the gradients of x and step."""
 
@@ -76,7 +81,7 @@ def lsq(rows: int, cols: int, steps: int, compiled: bool = False) -> Case:
         name=f"lsq fwd+bwd {x.numel() >> 20}M, {'per tensor' if steps == 1 else 'per row'}",
         check=check,
         ours=forward_backward(ours, x, step, zero, grad=grad),
-        peers={name: _settled(forward_backward(f, x, step, zero, grad=grad)) for name, f in peers.items()},
+        peers=_steps(peers, x, step, zero, grad=grad),
         moved_bytes=x.numel() * 4 * 5,  # forward reads x, writes out; backward reads x and grad, writes grad of x
     )
 
@@ -104,7 +109,7 @@ def soft_round(name: str, shape: tuple[int, ...], compiled: bool = False, device
         name=f"soft_round fwd+bwd {name}",
         check=check,
         ours=forward_backward(ours, v, grad=grad),
-        peers={n: _settled(forward_backward(f, v, grad=grad)) for n, f in _peers(eager, compiled).items()},
+        peers=_steps(_peers(eager, compiled), v, grad=grad),
         moved_bytes=v.numel() * 4 * 7,  # forward: weight, v, out; backward: grad, weight, v, grad of v
     )
 
@@ -135,6 +140,6 @@ def fisher_loss(
         name=f"fisher_loss with gradient {name}, {'weighted' if weighted else 'no weight'}",
         check=check,
         ours=ours,
-        peers={n: _settled(forward_backward(f, output, grad=grad)) for n, f in _peers(eager, compiled).items()},
+        peers=_steps(_peers(eager, compiled), output, grad=grad),
         moved_bytes=output.numel() * 4 * (4 if weighted else 3),  # one pass: all inputs, and the gradient of output
     )
