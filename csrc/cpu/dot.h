@@ -44,6 +44,11 @@ template <int B>
 QK_INLINE Bytes unpack(Bytes v, int part) {
   return _mm512_and_si512(_mm512_srli_epi16(v, part * B), _mm512_set1_epi8((1 << B) - 1));
 }
+// The same times 2^(part * B), as unsigned bytes: without a shift.
+template <int B>
+QK_INLINE Bytes unpack_high(Bytes v, int part) {
+  return _mm512_and_si512(v, _mm512_set1_epi8(static_cast<char>(((1 << B) - 1) << (part * B))));
+}
 QK_INLINE Bytes minus(Bytes a, Bytes b) { return _mm512_sub_epi8(a, b); }
 // The first n of each channel's four bytes, 1 to 3, and 0.
 QK_INLINE Bytes first_bytes(Bytes v, int n) { return _mm512_and_si512(v, _mm512_set1_epi32((1 << 8 * n) - 1)); }
@@ -54,6 +59,9 @@ template <bool small>
 QK_INLINE Lanes dot4(Lanes acc, Four x, Bytes w) {
   return _mm512_dpbusd_epi32(acc, x, w);
 }
+// Signed x, unsigned weights.
+QK_INLINE Lanes dot4_moved(Lanes acc, Four x, Bytes w) { return _mm512_dpbusd_epi32(acc, w, x); }
+QK_INLINE Lanes shifted(Lanes v, int bits) { return _mm512_srai_epi32(v, bits); }
 QK_INLINE void store(int32_t* p, Lanes v) { _mm512_storeu_si512(p, v); }
 inline uint32_t sum_codes(const uint8_t* x, int64_t n) {
   const __m512i ones = _mm512_set1_epi8(1);
@@ -188,6 +196,12 @@ QK_INLINE Bytes first_bytes(Bytes v, int n) {
     if (i % 4 >= n) v.v[i] = 0;
   return v;
 }
+template <int B>
+QK_INLINE Bytes unpack_high(const Bytes& v, int part) {
+  Bytes out;
+  for (int i = 0; i < 64; ++i) out.v[i] = static_cast<int8_t>(v.v[i] & ((1 << B) - 1) << (part * B));
+  return out;
+}
 QK_INLINE Bytes minus(Bytes a, const Bytes& b) {
   for (int i = 0; i < 64; ++i) a.v[i] = static_cast<int8_t>(a.v[i] - b.v[i]);
   return a;
@@ -203,6 +217,16 @@ QK_INLINE Lanes dot4(Lanes acc, const Four& x, const Bytes& w) {
   for (int i = 0; i < 16; ++i)
     for (int j = 0; j < 4; ++j) acc.v[i] += static_cast<uint32_t>(x.v[j] * w.v[4 * i + j]);
   return acc;
+}
+QK_INLINE Lanes dot4_moved(Lanes acc, const Four& x, const Bytes& w) {
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < 4; ++j)
+      acc.v[i] += static_cast<uint32_t>(static_cast<int8_t>(x.v[j]) * static_cast<uint8_t>(w.v[4 * i + j]));
+  return acc;
+}
+QK_INLINE Lanes shifted(Lanes v, int bits) {
+  for (int i = 0; i < 16; ++i) v.v[i] = static_cast<uint32_t>(static_cast<int32_t>(v.v[i]) >> bits);
+  return v;
 }
 QK_INLINE void store(int32_t* p, const Lanes& v) { std::memcpy(p, &v, 64); }
 

@@ -148,23 +148,23 @@ QK_INLINE Words words(const Lanes& v) {
 #endif
 
 // What zeros of weights below 8 bits add to the sums: zero * (sum of the row's codes). Terms of the 16 channels and of
-// the row make one multiplication of 16-bit pairs; sum_limit is what they can hold.
+// the row make one multiplication of 16-bit pairs, which holds sums below 2^26.
 #if defined(QK_ISA_AVX512VNNI)
-constexpr int64_t sum_limit = int64_t{1} << 26;
 QK_INLINE Words zero_terms(const uint8_t* zeros) {
   const __m512i z = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros)));
   const __m512i low = _mm512_sub_epi32(_mm512_setzero_si512(), z);  // pair (-zero, -zero * 2048): 15 * 2048 < 2^15
   return reinterpret_cast<Words>(_mm512_mask_slli_epi16(low, 0xaaaaaaaa, _mm512_slli_epi32(low, 16), 11));
 }
-QK_INLINE int32_t row_term(uint32_t sum) { return static_cast<int32_t>((sum >> 11) << 16 | (sum & 2047)); }
+QK_INLINE int32_t row_term(int32_t sum) {
+  return static_cast<int32_t>(static_cast<uint32_t>(sum >> 11) << 16 | (static_cast<uint32_t>(sum) & 2047));
+}
 QK_INLINE Words less_zeros(const Words& acc, const Words& zeros, int32_t row) {
   return reinterpret_cast<Words>(
       _mm512_dpwssd_epi32(reinterpret_cast<__m512i>(acc), reinterpret_cast<__m512i>(zeros), _mm512_set1_epi32(row)));
 }
 #else
-constexpr int64_t sum_limit = INT64_MAX;
 QK_INLINE Words zero_terms(const uint8_t* zeros) { return __builtin_convertvector(load<Codes>(zeros), Words); }
-QK_INLINE int32_t row_term(uint32_t sum) { return static_cast<int32_t>(sum); }
+QK_INLINE int32_t row_term(int32_t sum) { return sum; }
 QK_INLINE Words less_zeros(const Words& acc, const Words& zeros, int32_t row) {
   return acc - zeros * static_cast<uint32_t>(row);
 }

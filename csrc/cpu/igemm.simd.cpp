@@ -29,8 +29,9 @@ struct Room {
   Piece* pieces;
   Run* runs;
   uint8_t* rows;       // of Source::fill
-  uint8_t* words;      // the codes as 16-bit words, where they are multiplied as such
-  int32_t* row_terms;  // [block_rows][k_groups]: sums of a row's codes, where zeros come behind the product (row_term)
+  uint8_t* words;      // the codes as 16-bit words, where they are multiplied as such; or moved ones
+  int32_t* row_terms;  // [rows of a tile][k_groups]: sums of codes, where zeros come behind the product (row_term)
+  int32_t* row_zeros;  // [rows of a tile], of moved codes
   uint8_t* kept;       // a column of tiles as int8 or words
   uint32_t* start;     // TileArgs
   float* steps;        // these: Terms
@@ -44,6 +45,9 @@ constexpr int64_t most_sums =
 template <int B, class Finish>
 class Worker {
   static constexpr bool words = B == 8 && words_of_8_bits;
+  // A sum of that many products stays in int32 if weights are codes where they lie in their byte.
+  static constexpr int64_t longest_behind = tile_moves ? INT32_MAX / (128 * 255) : INT64_MAX;
+  static constexpr int move = tile_moves ? 128 : 0;
 
  public:
   Worker(const Product& p, const Room& room, int64_t tile_rows, const Finish& finish)
@@ -54,8 +58,7 @@ class Worker {
         finish_(finish),
         codes_(p.weight + l_.codes_at),
         sums_(p.weight + l_.sums_at),
-        zeros_(p.weight + l_.zeros_at),
-        wide_(l_.k / l_.k_groups * 255 >= sum_limit) {
+        zeros_(p.weight + l_.zeros_at) {
     p.source.pieces(p.source.self, room.pieces);
     group_pieces_ = p.source.piece_count / l_.k_groups;
     const Piece& last = room.pieces[p.source.piece_count - 1];
@@ -70,19 +73,7 @@ class Worker {
     if constexpr (words) widen_rows();
     tiles_ = 0;
     for (int64_t i = 0; i < runs_; ++i) tiles_ += ceil_div(room_.runs[i].rows, tile_rows_);
-    if (zeros_behind()) {
-      int32_t* term = room_.row_terms;
-      for (int64_t i = 0; i < runs_; ++i)
-        for (int64_t r = 0; r < room_.runs[i].rows; ++r) {
-          const uint8_t* x = room_.runs[i].x + r * room_.runs[i].stride;
-          for (int64_t g = 0; g < l_.k_groups; ++g) {
-            uint32_t sum = 0;
-            for (int64_t j = g * group_pieces_; j < (g + 1) * group_pieces_; ++j)
-              sum += sum_codes(x + room_.pieces[j].x, room_.pieces[j].n);
-            *term++ = wide_ ? static_cast<int32_t>(sum) : row_term(sum);
-          }
-        }
-    }
+    if (zeros_behind()) prepare_tile(room_.runs[0]);
   }
 
   // Blocks [begin, begin + blocks) of group `outer` against the rows.
@@ -113,43 +104,35 @@ class Worker {
     constexpr int width = tile_width<B>;
     constexpr bool keeps = B < 8 || words;
     bool kept = !keeps;
-    const bool few_tiles = tiles_ <= 3, behind = zeros_behind();
+    const bool few_tiles = tiles_ <= 3, behind = zeros_behind(), moved = behind && tile_moves;
     int64_t row = 0;
     for (int64_t i = 0; i < runs_; ++i) {
       const Run& run = room_.runs[i];
       const int64_t tiles = ceil_div(run.rows, tile_rows_);
       for (int64_t j = 0; j < tiles; ++j) {
         const int64_t from = run.rows * j / tiles, rows = run.rows * (j + 1) / tiles - from;
-        const Tile tile = kept          ? tile_for<8 * kept_bytes<B>, false, width>(rows, blocks)
-                          : tiles_ == 1 ? tile_for<B, false, width>(rows, blocks)
-                                        : tile_for<B, keeps, width>(rows, blocks);
+        const Tile tile = kept     ? tile_for<8 * kept_bytes<B>, false, width>(rows, blocks)
+                          : behind ? tile_for<B, false, width>(rows, blocks)
+                                   : tile_for<B, keeps, width>(rows, blocks);
         t.x = run.x + from * run.stride;
         t.x_stride = run.stride;
         if (p_.epilogue.per_row) {
           terms.row_step = p_.epilogue.x_step + first_ + row;
-          terms.row_zero = p_.epilogue.x_zero + first_ + row;
+          terms.row_zero = moved ? room_.row_zeros : p_.epilogue.x_zero + first_ + row;
         }
         terms.row_terms = room_.row_terms + row * l_.k_groups;
         t.hurry = few_tiles;
-        if (l_.k_groups == 1) {
-          tile(t);
-          if (behind && wide_) subtract_zeros(terms, rows, blocks, 0, acc);
-        } else {
-          clear(y, rows * blocks);
-          if (behind && wide_)
-            add_groups(t, tile, rows, blocks);
-          else
-            tile(t);
-        }
+        if (l_.k_groups > 1) clear(y, rows * blocks);
+        tile(t);
         const int64_t to = (first_ + row) * p_.n + n_first;
         if (l_.k_groups > 1)
           write(rows, blocks, to, n_valid, [&](int64_t r, int64_t b) __attribute__((always_inline)) {
             return load<Floats>(y + (r * blocks + b) * block);
           });
-        else if (tame_ && !behind)
+        else if (tame_ && !terms.zeros)
           write_units(terms, rows, blocks, to, n_valid, acc);
         else
-          with_flags(p_.epilogue.per_row, behind && !wide_, [&](auto per_row, auto zeros) {
+          with_flags(p_.epilogue.per_row, terms.zeros, [&](auto per_row, auto zeros) {
             write(rows, blocks, to, n_valid, [&](int64_t r, int64_t b) __attribute__((always_inline)) {
               return terms.value<per_row, zeros>(load<Words>(acc + (r * blocks + b) * block), 0, b, r);
             });
@@ -167,7 +150,38 @@ class Worker {
 
  private:
   // Of one tile a column: its weights are used once, the row's codes by all columns.
-  bool zeros_behind() const { return B < 8 && tiles_ == 1; }
+  bool zeros_behind() const { return B < 8 && tiles_ == 1 && l_.k / l_.k_groups <= longest_behind; }
+
+  // What zeros that come behind need of the rows.
+  void prepare_tile(Run& run) {
+    int32_t* term = room_.row_terms;
+    for (int64_t r = 0; r < run.rows; ++r) {
+      const uint8_t* x = run.x + r * run.stride;
+      for (int64_t g = 0; g < l_.k_groups; ++g) {
+        int32_t sum = 0;
+        for (int64_t j = g * group_pieces_; j < (g + 1) * group_pieces_; ++j)
+          sum += static_cast<int32_t>(sum_codes(x + room_.pieces[j].x, room_.pieces[j].n) - move * room_.pieces[j].n);
+        *term++ = row_term(sum);
+      }
+    }
+    if constexpr (tile_moves) move_rows(run);
+  }
+
+  void move_rows(Run& run) {
+    const auto move_codes = [](const uint8_t* from, int64_t n, uint8_t* to) {
+      for (int64_t i = 0; i < n; ++i) to[i] = from[i] ^ 128;
+    };
+    if (p_.source.row_bytes == 0) {
+      const int64_t pitch = row_pitch(row_reach_);
+      for (int64_t r = 0; r < run.rows; ++r) move_codes(run.x + r * run.stride, row_reach_, room_.words + r * pitch);
+      run = {room_.words, pitch, run.rows};
+    } else {
+      uint8_t* const x = room_.rows + (run.x - room_.rows);
+      move_codes(x, (run.rows - 1) * run.stride + row_reach_, x);
+    }
+    if (p_.epilogue.per_row)
+      for (int64_t r = 0; r < run.rows; ++r) room_.row_zeros[r] = p_.epilogue.x_zero[first_ + r] - move;
+  }
 
   // Copies that rows share are widened once, rows that are read in place one by one.
   void widen_rows() {
@@ -198,10 +212,12 @@ class Worker {
     const Epilogue& e = p_.epilogue;
     const bool per_row = e.per_row;
     const float x_step = per_row ? 1.0f : *e.x_step;
-    const uint32_t x_zero = per_row ? 1 : static_cast<uint32_t>(*e.x_zero);
+    const uint32_t x_zero = per_row ? 1 : static_cast<uint32_t>(*e.x_zero - (zeros_behind() ? move : 0));
     const int64_t k_groups = l_.k_groups;
     tame_ = Finish::by_units && !per_row && k_groups == 1;
     const bool starts = tile_starts && !per_row && k_groups == 1;
+    // The zeros' share of a single row is no different from that of the others.
+    const bool one_row = starts && room_.runs[0].rows == 1;
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t n = n_first + b * block, valid = n_valid - b * block;
       const Floats bias = e.bias ? load_some<Floats>(e.bias + n, valid) : -(Floats{});
@@ -221,22 +237,24 @@ class Worker {
           const Floats step = steps[i] * x_step;  // by 1 is exact
           Words sums = load<Words>(sums_ + from * sizeof(Words)) * x_zero;
           if (starts) start = start - sums, sums = Words{};
+          if (zeros_behind()) {
+            const Words zeros = zero_terms(zeros_ + from * block);
+            if (one_row)
+              start = less_zeros(start, zeros, room_.row_terms[0]);
+            else
+              std::memcpy(room_.zeros + to, &zeros, sizeof zeros);
+          }
           std::memcpy(room_.steps + to, &step, sizeof step);
           if constexpr (Finish::by_units)
             tame_ = tame_ && finish_.tame(step, bias, 255.0f * worst_weight(B) * static_cast<float>(l_.k));
           std::memcpy(room_.sums + to, &sums, sizeof sums);
-          if (zeros_behind()) {
-            const uint8_t* z = zeros_ + from * block;
-            const Words zeros = wide_ ? __builtin_convertvector(load<Codes>(z), Words) : zero_terms(z);
-            std::memcpy(room_.zeros + to, &zeros, sizeof zeros);
-          }
         }
       }
       std::memcpy(room_.start + b * block, &start, sizeof start);
     }
     t.steps = room_.steps;
     t.sums = room_.sums;
-    t.zeros = zeros_behind() ? room_.zeros : nullptr;
+    t.zeros = zeros_behind() && !one_row ? room_.zeros : nullptr;
     t.k_groups = k_groups;
   }
 
@@ -244,37 +262,6 @@ class Worker {
   static void clear(float* y, int64_t vectors) {
     const Floats nothing = -(Floats{});
     for (int64_t i = 0; i < vectors; ++i) std::memcpy(y + i * block, &nothing, sizeof nothing);
-  }
-
-  // The zeros' share of sums that reach sum_limit; zeros and row_terms are plain numbers then.
-  static void subtract_zeros(const Terms& t, int64_t rows, int64_t blocks, int64_t g, int32_t* acc) {
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t b = 0; b < blocks; ++b) {
-        int32_t* const at = acc + (r * blocks + b) * block;
-        const uint32_t sum = static_cast<uint32_t>(t.row_terms[r * t.k_groups + g]);
-        const Words value = load<Words>(at) - load<Words>(t.zeros + g * Terms::pitch + b * block) * sum;
-        std::memcpy(at, &value, sizeof value);
-      }
-  }
-
-  // The groups of K one by one, for such sums.
-  void add_groups(TileArgs t, Tile tile, int64_t rows, int64_t blocks) const {
-    const Terms terms = t.terms;
-    t.k_groups = 1;
-    t.piece_count = group_pieces_;
-    for (int64_t g = 0; g < l_.k_groups; ++g, t.pieces += group_pieces_) {
-      tile(t);
-      subtract_zeros(terms, rows, blocks, g, t.acc);
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t b = 0; b < blocks; ++b) {
-          const int64_t at = (r * blocks + b) * block;
-          const Words acc = load<Words>(t.acc + at);
-          const Floats value =
-              terms.row_step ? terms.value<true, false>(acc, g, b, r) : terms.value<false, false>(acc, g, b, r);
-          const Floats y = load<Floats>(t.y + at) + value;
-          std::memcpy(t.y + at, &y, sizeof y);
-        }
-    }
   }
 
   // Sums to codes, where tame_ allows.
@@ -309,7 +296,6 @@ class Worker {
   const uint8_t* codes_;
   const uint8_t* sums_;  // bytes: a view may begin anywhere
   const uint8_t* zeros_;
-  const bool wide_;
   bool tame_ = false;                                                    // Finish::tame, of all blocks of the column
   int64_t group_pieces_, row_reach_, runs_ = 0, tiles_ = 0, first_ = 0;  // row_reach: bytes of a row
   float bias_[most_blocks * block];
@@ -335,10 +321,12 @@ void multiply_stored(const Product& p, const Finish& finish) {
   const int64_t pieces = parts.take<Piece>(p.source.piece_count), runs = parts.take<Run>(c.block_rows);
   const int64_t row_bytes = c.block_rows * p.source.row_bytes + p.source.fixed_bytes + 64;
   const int64_t rows = parts.take<uint8_t>(row_bytes);
-  const int64_t words = parts.take<uint8_t>(!(B == 8 && words_of_8_bits) ? 0
-                                            : p.source.row_bytes == 0    ? c.block_rows * row_pitch(2 * l.k)
-                                                                         : 2 * row_bytes);
-  const int64_t row_terms = parts.take<int32_t>(B < 8 ? c.block_rows * l.k_groups : 0);
+  const int64_t few = B < 8 ? least(c.block_rows, c.tile_rows) : 0;
+  const int64_t row_terms = parts.take<int32_t>(few * l.k_groups), row_zeros = parts.take<int32_t>(few);
+  const int64_t words = parts.take<uint8_t>(B == 8 && words_of_8_bits && p.source.row_bytes > 0 ? 2 * row_bytes
+                                            : B == 8 && words_of_8_bits ? c.block_rows * row_pitch(2 * l.k)
+                                            : p.source.row_bytes == 0   ? few * row_pitch(l.k)
+                                                                        : 0);
   const int64_t terms = l.k_groups * Terms::pitch, start = parts.take<uint32_t>(Terms::pitch);
   const int64_t steps = parts.take<float>(terms), sums = parts.take<uint32_t>(terms);
   const int64_t zeros = parts.take<uint32_t>(B < 8 ? terms : 0);
@@ -351,19 +339,23 @@ void multiply_stored(const Product& p, const Finish& finish) {
                     memory + rows,
                     memory + words,
                     reinterpret_cast<int32_t*>(memory + row_terms),
+                    reinterpret_cast<int32_t*>(memory + row_zeros),
                     memory + kept,
                     reinterpret_cast<uint32_t*>(memory + start),
                     reinterpret_cast<float*>(memory + steps),
                     reinterpret_cast<uint32_t*>(memory + sums),
                     reinterpret_cast<uint32_t*>(memory + zeros)};
     Worker<B, Finish> worker(p, room, c.tile_rows, finish);
-    int64_t loaded = -1;
-    for (int64_t unit = c.units * begin / c.workers; unit < c.units * end / c.workers; ++unit) {
+    int64_t unit = c.units * begin / c.workers, column = unit % c.columns;
+    for (const int64_t stop = c.units * end / c.workers; unit < stop; column = 0) {
       const int64_t at = unit / c.columns, outer = at / c.row_blocks, first = at % c.row_blocks * c.block_rows;
-      if (loaded != at) worker.load_rows(outer, first, least(c.block_rows, p.rows - first));
-      loaded = at;
-      const int64_t column = unit % c.columns, from = l.blocks_per_outer * column / c.columns;
-      worker.column(outer, from, l.blocks_per_outer * (column + 1) / c.columns - from);
+      worker.load_rows(outer, first, least(c.block_rows, p.rows - first));
+      int64_t from = l.blocks_per_outer * column / c.columns;
+      for (; column < c.columns && unit < stop; ++column, ++unit) {
+        const int64_t to = l.blocks_per_outer * (column + 1) / c.columns;
+        worker.column(outer, from, to - from);
+        from = to;
+      }
     }
   });
 }

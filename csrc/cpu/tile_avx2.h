@@ -201,7 +201,7 @@ QK_INLINE void word_pieces_once(const TileArgs& a, const Piece* pieces, int64_t 
       sums.set(2 * r + i, _mm256_permute4x64_epi64(_mm256_hadd_epi32(acc[r][2 * i], acc[r][2 * i + 1]), 0xd8));
 }
 
-constexpr bool tile_starts = false;
+constexpr bool tile_starts = false, tile_moves = false;
 
 // B: as stored where the tile reads it, 16 for words; width: of the codes.
 template <int B, bool keep, int width, int rows, int blocks>

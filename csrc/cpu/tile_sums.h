@@ -5,18 +5,26 @@
 namespace qk::cpu::QK_ISA {
 namespace {
 
-constexpr bool tile_starts = true;
+constexpr bool tile_starts = true, tile_moves = true;
+
+template <bool moved>
+QK_INLINE Lanes product(Lanes acc, Four x, Bytes w) {
+  return moved ? dot4_moved(acc, x, w) : dot4<false>(acc, x, w);
+}
 
 // B: stored width; below 8 the codes are unpacked in registers and, with `keep`, stored without their zeros for the
-// tiles that follow. Every loop over the sums is unrolled: else gcc keeps them in memory. Each load beside the products
-// costs them a slot now and then, so a tile of 9 x 3 (12 loads for 27 products) is faster than one of 14 x 2 (16 for
-// 28).
+// tiles that follow. Without, they are unsigned and x is moved, so that few rows can multiply them where they lie in
+// their byte: 2^(p * B) times too large, in sums of their own. Every loop over the sums is unrolled: else gcc keeps
+// them in memory. Each load beside the products costs them a slot now and then, so a tile of 9 x 3 (12 loads for 27
+// products) is faster than one of 14 x 2 (16 for 28).
 template <int B, bool keep, int width, int rows, int blocks>
 void tile(const TileArgs& a) {
   constexpr int parts = 8 / B;
   constexpr int64_t per_vector = 4 * parts;  // codes of K
+  constexpr bool moved = B < 8 && !keep, high = moved && rows * blocks * parts <= 24;
   // Few rows: more sets of sums, so that one product need not wait for the one before.
-  constexpr int sets = rows * blocks >= 8 ? 1 : rows * blocks >= 4 ? 2 : 4;
+  constexpr int in_turn = rows * blocks >= 8 ? 1 : rows * blocks >= 4 ? 2 : 4;
+  constexpr int sets = high ? most(parts, in_turn) : in_turn;
   // Steps of the loop: the counting beside many products costs them slots.
   constexpr int unroll = sets > parts ? sets / parts : parts > 1 ? 1 : rows * blocks >= 16 ? 4 : 2;
   static_assert(unroll * parts % sets == 0, "every set gets its turn in each round");
@@ -39,7 +47,7 @@ void tile(const TileArgs& a) {
       for (int c = 0; c < blocks; ++c) {
         Lanes total = acc[0][r][c];
 #pragma GCC unroll 4
-        for (int s = 1; s < sets; ++s) total = sum(total, acc[s][r][c]);
+        for (int s = 1; s < sets; ++s) total = sum(total, high ? shifted(acc[s][r][c], s % parts * B) : acc[s][r][c]);
         use(r, c, total);
       }
   };
@@ -61,12 +69,14 @@ void tile(const TileArgs& a) {
   };
   load_zeros(0);
   const int64_t x_stride = a.x_stride, weight_pitch = a.weight_pitch, kept_pitch = a.kept_pitch;
+  const uint8_t* const turn = a.weight + weight_pitch - fetch * 64;  // from here on the next column is fetched
   // rest: codes of the last step, if it is not whole and its weights are kept; else 0.
   const auto vector = [&](const uint8_t* x, const uint8_t* w, uint8_t* kept, int first, int steps,
                           int rest) __attribute__((always_inline)) {
     if constexpr (fetch > 0) {
+      const uint8_t* const next = w + fetch * 64 + (w < turn ? 0 : (blocks - 1) * weight_pitch);
 #pragma GCC unroll 4
-      for (int c = 0; c < blocks; ++c) __builtin_prefetch(w + c * weight_pitch + fetch * 64, 0, 3);
+      for (int c = 0; c < blocks; ++c) __builtin_prefetch(next + c * weight_pitch, 0, 3);
     }
 #pragma GCC unroll 4
     for (int p = 0; p < parts; ++p) {
@@ -75,7 +85,7 @@ void tile(const TileArgs& a) {
 #pragma GCC unroll 4
       for (int c = 0; c < blocks; ++c) {
         weights[c] = load64(w + c * weight_pitch);
-        if constexpr (B < 8) weights[c] = unpack<B>(weights[c], p);
+        if constexpr (B < 8) weights[c] = high ? unpack_high<B>(weights[c], p) : unpack<B>(weights[c], p);
         if constexpr (keep) {
           weights[c] = minus(weights[c], zeros[c]);
           if (rest > 0 && p + 1 == steps) weights[c] = first_bytes(weights[c], rest);
@@ -87,7 +97,7 @@ void tile(const TileArgs& a) {
         const Four codes = broadcast4(x + r * x_stride + 4 * p);
 #pragma GCC unroll 4
         for (int c = 0; c < blocks; ++c)
-          acc[(first + p) % sets][r][c] = dot4<false>(acc[(first + p) % sets][r][c], codes, weights[c]);
+          acc[(first + p) % sets][r][c] = product<moved>(acc[(first + p) % sets][r][c], codes, weights[c]);
       }
     }
   };

@@ -59,7 +59,7 @@ Tensor conv2d(const Tensor& x, const Tensor& x_step, const Tensor& x_zero, const
   const PackedLayout layout = check_prepacked("conv2d", weights, shape);
   check_sum("conv2d", xs, x_bits, shape);
   check_residual("conv2d", x, {batch, oh, ow, n}, residual, residual_step, residual_zero, t);
-  Tensor out = new_result(xs, {batch, oh, ow, n}, t.epilogue);
+  Tensor out = new_values(xs, std::vector<int64_t>{batch, oh, ow, n}, t.epilogue.out_step);
   QK_DEVICE_GUARD(x);
   run({xs.const_data_ptr<uint8_t>(), weights.const_data_ptr<uint8_t>(), result_data(out, t.epilogue), batch, h, w, oh,
        ow, stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1], shape, layout, t.epilogue});

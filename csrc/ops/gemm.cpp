@@ -31,7 +31,7 @@ Tensor gemm(const Tensor& x, const Tensor& x_step, const Tensor& x_zero, const T
   for (int64_t i = 0; i + 1 < x.dim(); ++i) sizes.push_back(x.size(i));
   sizes.push_back(n);
   check_residual("gemm", x, sizes, residual, residual_step, residual_zero, t);
-  Tensor out = new_result(xs, sizes, t.epilogue);
+  Tensor out = new_values(xs, sizes, t.epilogue.out_step);
   QK_DEVICE_GUARD(x);
   kernel({xs.const_data_ptr<uint8_t>(), weights.const_data_ptr<uint8_t>(), result_data(out, t.epilogue), m, shape,
           layout, t.epilogue});

@@ -7,6 +7,7 @@
 #include "core/check.h"
 #include "core/layout.h"
 #include "core/register.h"
+#include "core/result.h"
 #include "ops/epilogue.h"
 
 namespace qk {
@@ -198,10 +199,6 @@ inline void check_residual(const char* op, const Tensor& x, const std::vector<in
   t.residual_step = step, t.residual_zero = zero;
   e.residual_step = step->const_data_ptr<float>();
   e.residual_zero = zero->const_data_ptr<int32_t>();
-}
-
-inline Tensor new_result(const Tensor& x, const std::vector<int64_t>& sizes, const Epilogue& e) {
-  return torch::stable::new_empty(x, sizes, e.out_step ? ScalarType::Byte : ScalarType::Float);
 }
 
 inline void* result_data(Tensor& out, const Epilogue& e) {

@@ -300,12 +300,13 @@ void check_numbers(const Plan& plan, const std::vector<Tensor>& inputs, const Th
 std::vector<Tensor> new_results(const Plan& plan, const Tensor& like) {
   const Program& program = *plan.program;
   std::vector<Tensor> results;
+  results.reserve(program.outputs.size());
   for (const ProgramOutput& o : program.outputs) {
     const bool codes = program.values[o.value].scale.codes();
     const Sizes& sizes = plan.sizes[o.value];
-    check(!o.channels_first || sizes.size() == 4, "network", "an output with layout nchw", "[B, H, W, C]",
-          text_of(sizes));
-    results.push_back(torch::stable::new_empty(like, sizes, codes ? ScalarType::Byte : ScalarType::Float));
+    if (o.channels_first && sizes.size() != 4)
+      fail("network", "an output with layout nchw", "[B, H, W, C]", text_of(sizes));
+    results.push_back(new_values(like, sizes, codes));
   }
   return results;
 }
@@ -336,8 +337,8 @@ std::vector<Tensor> network(const std::vector<Tensor>& inputs, const std::vector
   static thread_local Thread thread;
   check(!inputs.empty(), "network", "inputs", "one tensor or more", "none");
   const auto program = program_of(thread, text);
-  check(inputs.size() == program->inputs.size(), "network", "inputs",
-        (std::to_string(program->inputs.size()) + " tensors").c_str(), inputs.size());
+  if (inputs.size() != program->inputs.size())
+    fail("network", "inputs", std::to_string(program->inputs.size()) + " tensors", std::to_string(inputs.size()));
   QK_DEVICE_GUARD(inputs[0]);
   const std::vector<Tensor> taken = take(*program, inputs, thread);
   thread.addresses.constants = constants_of(constants, inputs[0]);

@@ -5,6 +5,7 @@
 
 #include "core/check.h"
 #include "core/register.h"
+#include "core/result.h"
 #include "ops/integer.h"
 #include "ops/values.h"
 
@@ -63,7 +64,7 @@ inline Result check_result(const char* op, const Tensor& first, const std::strin
 // Sets where the result lies.
 template <class Sizes>
 Tensor new_result(const Tensor& like, const Sizes& sizes, Result& result) {
-  Tensor out = torch::stable::new_empty(like, sizes, result.step ? ScalarType::Byte : ScalarType::Float);
+  Tensor out = new_values(like, sizes, result.step);
   result.data = result.step ? static_cast<void*>(out.mutable_data_ptr<uint8_t>()) : out.mutable_data_ptr<float>();
   return out;
 }

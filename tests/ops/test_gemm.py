@@ -348,6 +348,23 @@ def test_weight_bytes_of_another_origin_are_refused(make_weight):
         qk.ops.gemm(**arguments(w, weight=torch.zeros_like(w.prepacked)))
 
 
+@pytest.mark.parametrize("bits, far", [(2, 16), (4, 8)])
+@pytest.mark.parametrize("m", [1, 2, 7])
+@pytest.mark.parametrize("code", [0, 255])
+def test_longest_sums_of_few_rows_are_exact(bits, far, m, code, make_weight, device):
+    """Rows that share no weights with others multiply codes of weights 16 or 64 times too large, as long as such sums
+    stay in int32: K up to (2^31 - 1) / (128 * 255). At it and beyond it, with every code at its end."""
+    longest = (2**31 - 1) // (128 * 255)
+    for k in (longest, longest + 1, far * longest):
+        w = make_weight((3, k), bits, device, extreme=True)
+        for per_row in (False, True):
+            inputs, bias = problem(m, k, w, device, per_row=per_row)
+            inputs[0].fill_(code)
+            inputs[2].fill_(255 - code)
+            got, want = both(inputs, w, bias)
+            assert torch.equal(got, want)
+
+
 def test_sum_that_could_leave_int32_is_refused(make_weight):
     longest = (2**31 - 1) // (255 * 128)
     w = make_weight((1, longest), 8, extreme=True)
