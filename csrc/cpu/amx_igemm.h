@@ -64,6 +64,8 @@ constexpr int64_t stretches(int64_t steps) { return steps > stretch_steps + 4 ? 
 
 template <int B, bool codes, bool added>
 class TileWorker {
+  static constexpr int64_t step_bytes = tile_bytes * B / 8;  // of packed weights, 64 codes of 16 channels
+
  public:
   TileWorker(const Product& p, const TilePlan& plan, const TileRoom& room, const TileFinish& finish)
       : p_(p), l_(p.layout), plan_(plan), room_(room), finish_(finish), done_channels_(room.channels) {
@@ -125,18 +127,18 @@ class TileWorker {
       zero_[0] = spread16(zeros);
       zero_[1] = spread16(zeros + (two_ ? side : 0));
     }
+    if (tiles_ == 1 || (tiles_ == 2 && paired(0))) return block_of<true, true>(0, 0, plan_.steps, room_.sums);
     const int64_t parts = stretches(plan_.steps);
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t begin = plan_.steps * part / parts, end = plan_.steps * (part + 1) / parts;
       for (int64_t i = 0, block = 0; i < tiles_; ++block) {
-        const bool pair = i + 1 < tiles_ && room_.tiles[i].copied == room_.tiles[i + 1].copied;
         // Sums that are finished at once take turns in two rooms, others have one each.
         int32_t* const sums = room_.sums + (parts > 1 ? block : block % 2) * block_sums;
         if (B < 8 && i == 0)
-          block_of<true>(i, pair, begin, end, sums);
+          block_of<true, false>(i, begin, end, sums);
         else
-          block_of<false>(i, pair, begin, end, sums);
-        i += pair ? 2 : 1;
+          block_of<false, false>(i, begin, end, sums);
+        i += paired(i) ? 2 : 1;
       }
     }
   }
@@ -159,13 +161,29 @@ class TileWorker {
     copy += rows * stride;
   }
 
-  QK_INLINE void unpack_step(int64_t s) {
+  // Whether a tile and the next are gone through together.
+  bool paired(int64_t tile) const {
+    return tile + 1 < tiles_ && room_.tiles[tile].copied == room_.tiles[tile + 1].copied;
+  }
+
+  // to: of the unpacked steps.
+  QK_INLINE void unpack_step(int64_t s, int64_t to) {
     if constexpr (B < 8) {
-      constexpr int64_t packed = tile_bytes * B / 8;
-      unpack_tile<B>(packed_[0] + s * packed, zero_[0], room_.codes[s], room_.unpacked + s * tile_bytes);
+      unpack_tile<B>(packed_[0] + s * step_bytes, zero_[0], room_.codes[s], room_.unpacked + to * tile_bytes);
       if (two_)
-        unpack_tile<B>(packed_[1] + s * packed, zero_[1], room_.codes[s],
-                       room_.unpacked + l_.k_padded * side + s * tile_bytes);
+        unpack_tile<B>(packed_[1] + s * step_bytes, zero_[1], room_.codes[s],
+                       room_.unpacked + l_.k_padded * side + to * tile_bytes);
+    }
+  }
+
+  // The weights of 3 KB later in both blocks; behind their end, those of the next column.
+  QK_INLINE void fetch(int64_t s, int64_t end) const {
+    constexpr int64_t steps = 3072 / step_bytes;
+    const uint8_t* const next = packed_[0] + (s + steps) * step_bytes + (s + steps < end ? 0 : l_.block_bytes);
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < step_bytes; i += 64) {
+      __builtin_prefetch(next + i, 0, 3);
+      __builtin_prefetch(next + l_.block_bytes + i, 0, 3);
     }
   }
 
@@ -183,35 +201,52 @@ class TileWorker {
     pairs_left_ -= pairs;
   }
 
-  // unpacking: with this block, the first of its column, the weights are unpacked for all of them.
-  template <bool unpacking>
-  void block_of(int64_t tile, bool pair, int64_t begin, int64_t end, int32_t* sums) {
+  // unpacking: with this block, the first of its column, the weights are unpacked for all of them. only: there is no
+  // other, so unpacked weights stay in a few lines of L1, and columns take so little time that what comes soon is
+  // fetched, not the next one.
+  template <bool unpacking, bool only>
+  void block_of(int64_t tile, int64_t begin, int64_t end, int32_t* sums) {
+    const bool pair = paired(tile);
     const TileRows &a = room_.tiles[tile], &b = room_.tiles[tile + (pair ? 1 : 0)];
     constexpr int64_t early = 2;  // steps: what is stored must have reached L1 before a tile loads it
+    constexpr int64_t ring = only && B < 8 ? 3 : -1;  // step s of the weights lies at s & ring
     if constexpr (unpacking)
-      for (int64_t s = begin; s < least(begin + early, end); ++s) unpack_step(s);
+      for (int64_t s = begin; s < least(begin + early, end); ++s) unpack_step(s, s & ring);
     const int64_t sums_stride = 2 * side * 4;
     const int32_t* const start = begin == 0 ? channels_->start : sums;
     const int64_t start_stride = begin == 0 ? 0 : sums_stride, lower = begin == 0 ? 0 : block_sums / 2;
     load_tile<0>(start, start_stride);
     load_tile<1>(start + side, start_stride);
-    load_tile<2>(start + lower, start_stride);
-    load_tile<3>(start + lower + side, start_stride);
-    const uint8_t* w0 = (B < 8 ? room_.unpacked : packed_[0]) + begin * tile_bytes;
-    const uint8_t* w1 = (B < 8 ? room_.unpacked + l_.k_padded * side : packed_[1]) + begin * tile_bytes;
+    // Products of a single tile of rows would wait for each other: its sums are split, into those of even and odd
+    // steps.
+    const bool split = only && !pair;
+    alignas(64) static constexpr int32_t nothing[side] = {};
+    load_tile<2>(split ? nothing : start + lower, start_stride);
+    load_tile<3>(split ? nothing : start + lower + side, start_stride);
+    const uint8_t* const w0 = B < 8 ? room_.unpacked : packed_[0];
+    const uint8_t* const w1 = B < 8 ? room_.unpacked + l_.k_padded * side : packed_[1];
     const int64_t* const at = a.copied ? room_.row : room_.at;
     const uint8_t *const xa = a.x, *const xb = b.x;
     const int64_t stride_a = a.stride, stride_b = b.stride;
     const bool two = two_;
     const int64_t per_step = ceil_div(pairs_left_, end - begin);
     const TileFinish::Constants c = finish_.template constants<added>(*done_channels_);
-    for (int64_t s = begin; s < end; ++s, w0 += tile_bytes, w1 += tile_bytes) {
-      load_tile<6>(w0, 64);
+    for (int64_t s = begin; s < end; ++s) {
+      const int64_t w = (s & ring) * tile_bytes;
+      load_tile<6>(w0 + w, 64);
       load_tile<4>(xa + at[s], stride_a);
-      products<0, 4, 6>();
-      if (two) {
-        load_tile<7>(w1, 64);
-        products<1, 4, 7>();
+      if (split && s % 2 == 1) {
+        products<2, 4, 6>();
+        if (two) {
+          load_tile<7>(w1 + w, 64);
+          products<3, 4, 7>();
+        }
+      } else {
+        products<0, 4, 6>();
+        if (two) {
+          load_tile<7>(w1 + w, 64);
+          products<1, 4, 7>();
+        }
       }
       if (pair) {
         load_tile<5>(xb + at[s], stride_b);
@@ -219,8 +254,12 @@ class TileWorker {
         if (two) products<3, 5, 7>();
       }
       if constexpr (unpacking)
-        if (s + early < end) unpack_step(s + early);
-      for (int64_t i = 0; i < ahead_lines_ && ahead_ < ahead_end_; ++i, ahead_ += 64) __builtin_prefetch(ahead_, 0, 2);
+        if (s + early < end) unpack_step(s + early, (s + early) & ring);
+      if constexpr (only)
+        fetch(s, end);
+      else
+        for (int64_t i = 0; i < ahead_lines_ && ahead_ < ahead_end_; ++i, ahead_ += 64)
+          __builtin_prefetch(ahead_, 0, 2);
       finish_pairs(c, per_step);
     }
     store_tile<0>(sums, sums_stride);
@@ -228,6 +267,13 @@ class TileWorker {
     if (pair) {
       store_tile<2>(sums + block_sums / 2, sums_stride);
       if (two) store_tile<3>(sums + block_sums / 2 + side, sums_stride);
+    }
+    if (split) {
+      int32_t* const odd = sums + block_sums / 2;
+      store_tile<2>(odd, sums_stride);
+      if (two) store_tile<3>(odd + side, sums_stride);
+      for (int64_t i = 0; i < height_ * 2 * side; i += side)
+        _mm512_store_si512(sums + i, _mm512_add_epi32(_mm512_load_si512(sums + i), _mm512_load_si512(odd + i)));
     }
     if (end < plan_.steps) return;
     done_channels_ = channels_;
