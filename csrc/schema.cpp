@@ -114,6 +114,14 @@ STABLE_TORCH_LIBRARY(qk, m) {
       "concat(Tensor[] codes, Tensor[] steps, Tensor[] zeros, Tensor out_step, Tensor out_zero, int out_bits=8) -> "
       "Tensor");
 
+  // q [B, queries, heads * D], k [B, keys, heads * D], v [B, keys, heads * E] uint8 codes, step and zero [1] each, mask
+  // bool or uint8 [B or 1, queries or 1, keys], scale 1 / sqrt(D) if not given -> [B, queries, heads * E]: for each
+  // head softmax(scale * q k^T) v, exact integer sums, weights of 8 bits relative to the largest of a row.
+  m.def(
+      "attention(Tensor q, Tensor q_step, Tensor q_zero, Tensor k, Tensor k_step, Tensor k_zero, Tensor v,"
+      " Tensor v_step, Tensor v_zero, int heads, Tensor? mask=None, float? scale=None, Tensor? out_step=None,"
+      " Tensor? out_zero=None, int out_bits=8) -> Tensor");
+
   // rows [N, row_bytes] uint8: `cols` codes, value i at bit i * bits, in front of them or, with codes_first, behind
   // them (kind affine) scale and offset, (codebook) 2^bits values, of dtype float16, bfloat16 or float32, or (shared)
   // int32, a row of books [.., 2^bits] float32. value: code * scale + offset, or the codebook's at code.

@@ -305,9 +305,24 @@ def embedding_bag(rnd, schema):
     }
 
 
+def attention(rnd, schema):
+    batch, queries, keys = rnd.choice((0, 1, 2)), rnd.choice(SIZES), rnd.choice(SIZES)
+    heads, depth, width = rnd.choice((1, 1, 2, 3)), rnd.choice((1, 3, 8, 32)), rnd.choice((1, 5, 16, 33))
+    shapes = {"q": [queries, heads * depth], "k": [keys, heads * depth], "v": [keys, heads * width]}
+    args = {"heads": heads, "scale": rnd.choice((None, None, 0.1, 1e30))} | result_scale(rnd)
+    for name, rest in shapes.items():
+        args[name] = strided(rnd, values(rnd, [batch, *rest], torch.uint8))
+        args[f"{name}_step"], args[f"{name}_zero"] = scale(rnd, 1, 8)
+    if rnd.random() < 0.5:
+        rows = [rnd.choice((1, batch)), rnd.choice((1, queries)), keys]
+        args["mask"] = strided(rnd, values(rnd, rows, rnd.choice((torch.bool, torch.uint8))))
+    return args
+
+
 LIKELY = {"pack": pack, "unpack": unpack, "sparq": sparq, "prepack": prepack, "gemm": gemm, "conv2d": conv2d}
 LIKELY |= {"network": network, "add": pointwise, "multiply": pointwise, "pool": pool, "lookup": lookup}
 LIKELY |= {"sparq_pack": sparq_pack, "sparq_unpack": sparq_unpack, "concat": concat, "embedding_bag": embedding_bag}
+LIKELY |= {"attention": attention}
 
 
 def described(value):

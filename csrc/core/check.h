@@ -9,6 +9,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "core/bits.h"
 
@@ -39,6 +40,12 @@ inline std::string describe(const Tensor& t) {
   for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
   text << "]";
   return text.str();
+}
+
+inline std::string text_of(const std::vector<int64_t>& sizes) {
+  std::string text = "[";
+  for (size_t i = 0; i < sizes.size(); ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
+  return text + "]";
 }
 
 inline void check_tensor(bool holds, const char* op, const char* argument, const char* expected, const Tensor& got,

@@ -1,6 +1,7 @@
 #include "core/program.h"
 
 #include <algorithm>
+#include <cstring>
 #include <list>
 #include <mutex>
 #include <stdexcept>
@@ -38,6 +39,8 @@ enum Key : uint32_t {
   family = 1 << 20,
   round = 1 << 21,
   pairs = 1 << 22,
+  heads = 1 << 23,
+  score_scale = 1 << 24,
 };
 constexpr std::string_view key_names[] = {"weight",
                                           "weight_step",
@@ -61,7 +64,9 @@ constexpr std::string_view key_names[] = {"weight",
                                           "out_bits",
                                           "family",
                                           "round",
-                                          "pairs"};
+                                          "pairs",
+                                          "heads",
+                                          "score_scale"};
 constexpr uint32_t matrix = weight | weight_step | bits | n | k_groups, window = kernel | stride | padding | dilation,
                    scale = out_scale | out_bits;
 
@@ -81,6 +86,7 @@ constexpr Signature signatures[] = {
     {"lookup", StepOp::lookup, 1, 1, table, scale},
     {"sparq", StepOp::sparq, 1, 1, family | round | pairs, 0},
     {"concat", StepOp::concat, 1, 4096, scale, 0},
+    {"attention", StepOp::attention, 3, 4, heads | score_scale, scale},
     {"reshape", StepOp::reshape, 1, 1, shape, 0},
     {"dequantize", StepOp::dequantize, 1, 1, 0, 0},
 };
@@ -190,6 +196,12 @@ struct Parser {
       case out_bits: s.scale.bits = static_cast<int>(number(value, 2, 8, name)); break;
       case family: s.family = choice(value, {"5opt", "3opt", "2opt", "6opt", "7opt"}, name); break;
       case round: s.round = choice(value, {"0", "1"}, name); break;
+      case heads: s.heads = number(value, 1, INT32_MAX, name); break;
+      case score_scale: {
+        const int32_t bits = static_cast<int32_t>(number(value, 1, 0x7f7fffff, name));  // of a positive float32
+        std::memcpy(&s.score_scale, &bits, sizeof bits);
+        break;
+      }
       case pairs: s.pairs = choice(value, {"0", "1"}, name); break;
       default: wrong(quoted(name) + " is not known");
     }
@@ -266,7 +278,8 @@ struct Parser {
     switch (s.op) {
       case StepOp::quantize: demand(!codes, "quantize takes float32 values"); break;
       case StepOp::concat:
-        for (int v : s.in) demand(p.values[v].scale.codes(), "concat takes codes");
+      case StepOp::attention:
+        for (int v : s.in) demand(p.values[v].scale.codes(), "concat and attention take codes");
         break;
       case StepOp::add: break;
       case StepOp::reshape: {

@@ -10,7 +10,20 @@
 
 namespace qk {
 
-enum class StepOp { quantize, conv2d, gemm, add, multiply, pool, lookup, sparq, concat, reshape, dequantize };
+enum class StepOp {
+  quantize,
+  conv2d,
+  gemm,
+  add,
+  multiply,
+  pool,
+  lookup,
+  sparq,
+  concat,
+  attention,
+  reshape,
+  dequantize
+};
 
 // Of codes: which step and zero, and the width. bits 0: float32, no scale.
 struct Scale {
@@ -36,6 +49,8 @@ struct Step {
   bool max = false, ceil_mode = false, count_include_pad = false;
   int family = 0;  // of sparq: which of program.cpp's list
   bool round = false, pairs = false;
+  int64_t heads = 0;
+  float score_scale = 0.0f;
   std::vector<int64_t> shape;
 };
 

@@ -129,6 +129,12 @@ struct Runner {
     k.zero = a.zero(in(0).scale);
     QK_DEVICE::sparq(k);
   }
+  void operator()(AttentionArgs& k) const {
+    k.q = a.operand(in(0), step.in[0]), k.k = a.operand(in(1), step.in[1]), k.v = a.operand(in(2), step.in[2]);
+    k.mask = step.in.size() > 3 ? a.at<uint8_t>(step.in[3]) : nullptr;
+    set(k.out);
+    QK_DEVICE::attention(k);
+  }
   void operator()(Concat& k) const {
     for (size_t i = 0; i < k.parts.size(); ++i) {
       const Operand part = a.operand(in(static_cast<int>(i)), step.in[i]);

@@ -10,6 +10,8 @@
 #include "core/program.h"
 #include "core/register.h"
 #include "ops/add.h"
+#include "ops/attention.h"
+#include "ops/attention_check.h"
 #include "ops/concat.h"
 #include "ops/conv2d.h"
 #include "ops/dequantize.h"
@@ -34,7 +36,7 @@ struct Concat {
 struct Nothing {};  // a step without work: reshape, or an empty result
 
 using StepArgs = std::variant<Nothing, QuantizeArgs, QuantizeTransposedArgs, Conv2dArgs, GemmArgs, AddArgs,
-                              MultiplyArgs, PoolArgs, LookupArgs, SparqArgs, Concat, DequantizeArgs>;
+                              MultiplyArgs, PoolArgs, LookupArgs, SparqArgs, Concat, AttentionArgs, DequantizeArgs>;
 
 // The four tensors of constants.
 struct Constants {
@@ -64,12 +66,6 @@ inline int64_t count(const Sizes& sizes) {
   int64_t n = 1;
   for (int64_t size : sizes) n *= size;
   return n;
-}
-
-inline std::string text_of(const Sizes& sizes) {
-  std::string text = "[";
-  for (size_t i = 0; i < sizes.size(); ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
-  return text + "]";
 }
 
 class Planner {
@@ -167,6 +163,13 @@ class Planner {
       }
       case StepOp::sparq: return sparq(s, x, out);
       case StepOp::concat: return concat(s, x, out);
+      case StepOp::attention: {
+        AttentionArgs a =
+            attention_args(op_, x, in(s, 1), in(s, 2), s.in.size() > 3 ? &in(s, 3) : nullptr, s.heads, s.score_scale);
+        a.out = result(s);
+        out = {a.batch, a.queries, a.heads * a.width};
+        return a;
+      }
       case StepOp::reshape: out = reshaped(s, x); return Nothing{};
       case StepOp::dequantize: {
         out = x;

@@ -87,7 +87,8 @@ def test_a_fused_sentence_encoder_gives_the_bits_of_the_unfused_one(tensors):
         if tensors is None:
             assert_same(model, fused, inputs)
     assert fused.steps["gemm"] == 37
-    assert fused.steps["quantize"] == (19 if tensors else 25)  # q, k and v share the codes of what they read
+    assert fused.steps["quantize"] == (13 if tensors else 25)  # q, k and v share the codes of what they read
+    assert fused.steps.get("attention", 0) == (6 if tensors else 0)
     assert ("encoder.layer.0.output.LayerNorm: layer_norm", "layer_norm has no integer form here") in fused.report
 
 

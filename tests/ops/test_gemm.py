@@ -348,7 +348,7 @@ def test_weight_bytes_of_another_origin_are_refused(make_weight):
         qk.ops.gemm(**arguments(w, weight=torch.zeros_like(w.prepacked)))
 
 
-@pytest.mark.parametrize("bits, far", [(2, 16), (4, 8)])
+@pytest.mark.parametrize(("bits", "far"), [(2, 16), (4, 8)])
 @pytest.mark.parametrize("m", [1, 2, 7])
 @pytest.mark.parametrize("code", [0, 255])
 def test_longest_sums_of_few_rows_are_exact(bits, far, m, code, make_weight, device):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import qk
 from networks import GLOBAL, POOL, Net, chain, coded, equal, image, random_net
 from qk import _core
+from qk.deploy.fusing.heads import score_bits
 from qk.deploy.program import decode, interpret
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -129,6 +130,16 @@ def concat(net):
     yield net.step("concat", a, scale=net.new_scale())
 
 
+def attention(net):
+    (q, _), (k, _), (v, _) = coded(net, 2, 5, 24), coded(net, 2, 7, 24, bits=6), coded(net, 2, 7, 15)
+    a = {"heads": 3, "score_scale": score_bits(24**-0.5)}
+    yield net.step("attention", q, k, v, **a)
+    yield net.step("attention", q, q, q, **a, scale=net.new_scale())
+    for shape in ((2, 1, 7), (1, 5, 7), (1, 1, 7), (2, 5, 7)):
+        mask, _ = coded(net, *shape, bits=2)
+        yield net.step("attention", q, k, v, mask, **a, scale=net.new_scale(4))
+
+
 def reshape(net):
     x, _ = coded(net, 2, 3, 4, 5)
     y = net.step("reshape", x, shape=(0, -1))
@@ -146,8 +157,8 @@ def dequantize(net):
 
 KINDS = [
     quantize_nchw, quantize_channels_last, quantize_other_strides, quantize_both_ways, quantize_rows_and_sequences,
-    quantize_between, conv2d, conv2d_with_residual, gemm, add, multiply, pool, lookup, sparq, concat, reshape,
-    dequantize,
+    quantize_between, conv2d, conv2d_with_residual, gemm, add, multiply, pool, lookup, sparq, concat, attention,
+    reshape, dequantize,
 ]  # fmt: skip
 
 

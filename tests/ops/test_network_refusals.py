@@ -87,6 +87,54 @@ def test_a_program_that_is_not_well_formed_is_refused(old, new, message):
         decode(text)
 
 
+ATTENTION = """qk-program 1
+input 0 out_scale=0 out_bits=8
+input 1 out_scale=0 out_bits=8
+input 2
+attention 3 = 0 0 0 1 heads=2 score_scale=1065353216
+output 3 layout=same
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("0 0 0 1", "0 0", "line 5: attention takes 3 to 4 inputs, not 2"),
+        ("0 0 0 1", "0 0 2", "line 5: .*attention take"),
+        ("0 0 0 1", "0 0 0 2", "line 5: .*attention take"),
+        ("heads=2", "heads=0", "line 5: heads must be"),
+        ("heads=2 ", "", "line 5: .*heads"),
+        ("score_scale=1065353216", "score_scale=0", "line 5: score_scale must be"),
+        ("score_scale=1065353216", "score_scale=2139095040", "line 5: score_scale must be"),
+    ],
+)
+def test_attention_that_is_not_well_formed_is_refused(old, new, message):
+    text = ATTENTION.replace(old, new, 1)
+    x = torch.zeros(2, 3, 8, dtype=torch.uint8)
+    inputs = [x, torch.ones(2, 1, 3, dtype=torch.uint8), torch.zeros(1)]
+    qk.ops.network(inputs, CONSTANTS, ATTENTION)
+    with pytest.raises(RuntimeError, match="qk::network: program must be well formed, got .*" + message):
+        qk.ops.network(inputs, CONSTANTS, text)
+    with pytest.raises(ValueError, match="qk: program, .*" + message):
+        decode(text)
+
+
+@pytest.mark.parametrize(
+    ("shape", "mask", "message"),
+    [
+        ((2, 8), (2, 1, 3), r"line 5, attention 3: q must be \[B, queries, heads \* D\], heads = 2, got \[2, 8\]"),
+        ((2, 3, 7), (2, 1, 3), r"line 5, attention 3: q must be"),
+        ((2, 3, 8), (2, 1, 4), r"line 5, attention 3: mask must be \[B or 1, queries or 1, keys\]"),
+        ((2, 3, 8), (2, 3), r"line 5, attention 3: mask must be"),
+        ((1, 33026, 2), (1, 1, 33026), r"line 5, attention 3: keys must be at most 33025"),
+    ],
+)
+def test_attention_of_other_sizes_is_refused(shape, mask, message):
+    inputs = [torch.zeros(shape, dtype=torch.uint8), torch.ones(mask, dtype=torch.uint8), torch.zeros(1)]
+    with pytest.raises(RuntimeError, match=message):
+        qk.ops.network(inputs, CONSTANTS, ATTENTION)
+
+
 @pytest.mark.parametrize("text", ["", "\n", "\0", "qk-program 1", "qk-program 1\n", "input 0", "=" * 10000, "ü" * 99])
 def test_no_program_at_all_is_refused(text):
     with pytest.raises(RuntimeError, match="qk::network: program must be well formed"):

@@ -10,6 +10,7 @@ from torch import fx, nn
 from qk import ops
 from qk.deploy.embedding import table_modules
 from qk.deploy.fusing.graph import Constants, finished, merge_equal
+from qk.deploy.fusing.heads import join_heads
 from qk.deploy.fusing.leftovers import left_in_float, note_reasons
 from qk.deploy.fusing.model import FusedModel, Inputs
 from qk.deploy.fusing.regions import build_regions
@@ -71,6 +72,8 @@ def _quantized(model: nn.Module, batches: list[Any], tensors: int | None, ranges
     constants = canonical(traced(model, batches[0]))
     merge_equal(constants.graph)
     note_shapes(constants, batches[0])
+    if tensors is not None:
+        join_heads(constants.graph)
     note_reasons(constants.graph, model, tensors)
     if tensors is not None:
         quantize_tensors(constants, batches, ranges)

@@ -2,6 +2,7 @@
 
 import qk._native  # noqa: F401  registers torch.ops.qk
 from qk.ops.add import add
+from qk.ops.attention import attention
 from qk.ops.concat import concat
 from qk.ops.conv2d import conv2d
 from qk.ops.dequantize import dequantize
@@ -27,6 +28,7 @@ from qk.ops.unpack import unpack
 
 __all__ = [
     "add",
+    "attention",
     "concat",
     "conv2d",
     "dequantize",

@@ -144,6 +144,9 @@ SIGNATURES: dict[str, Signature] = {
     "sparq": Signature((1, 1), attributes={"family": tuple(FAMILIES), "round": "int", "pairs": "int"}),
     # codes of one shape but for the last axis, put together along it, each requantized to the scale of the result.
     "concat": Signature((1, 4096), scale="codes"),
+    # q [B, queries, heads * D], k, v and, maybe, a mask [B or 1, queries or 1, keys], whose scale has no meaning; all
+    # codes. score_scale: the bits of a positive float32. As torch.ops.qk.attention.
+    "attention": Signature((3, 4), attributes={"heads": "int", "score_scale": "int"}),
     # no copy. shape: 0 is the size of the input there, one may be -1.
     "reshape": Signature((1, 1), attributes={"shape": "list"}, scale="none"),
     # codes -> float32.
@@ -323,12 +326,14 @@ def _check_attribute(demand: Any, name: str, kind: str | tuple[str, ...], value:
     demand(fits, f"{name} must be {kind if kind != 'int' else 'a number'}, not {value}")
     if kind == "list":
         return demand(1 <= len(numbers) <= 8 and numbers.count(-1) <= 1, f"{name} must be 1 to 8 sizes, one of them -1")
-    least = 1 if name in ("stride", "dilation", "groups", "n", "k_groups") else 0
+    least = 1 if name in ("stride", "dilation", "groups", "n", "k_groups", "heads", "score_scale") else 0
     demand(min(numbers) >= least, f"{name} must be {least} or more")
     if name in ("ceil_mode", "count_include_pad", "round", "pairs"):
         demand(value in (0, 1), f"{name} must be 0 or 1")
     if name == "bits":
         demand(value in (2, 4, 8), "bits must be 2, 4 or 8")
+    if name == "score_scale":
+        demand(value < 0x7F800000, "score_scale must be the bits of a finite float32")
 
 
 def _check_kinds(demand: Any, step: Step, signature: Signature, scales: dict[int, Scale | None]) -> None:
@@ -336,8 +341,8 @@ def _check_kinds(demand: Any, step: Step, signature: Signature, scales: dict[int
     codes = [scales[id] is not None for id in step.inputs]
     if step.op == "quantize":
         demand(not codes[0], "quantize takes float32 values")
-    elif step.op == "concat":
-        demand(all(codes), "concat takes codes")
+    elif step.op in ("concat", "attention"):
+        demand(all(codes), f"{step.op} takes codes")
     elif step.op not in ("add", "reshape"):
         demand(codes[0], f"the first input of {step.op} must be codes")
     if signature.scale == "codes":

@@ -62,6 +62,8 @@ def step_shape(step: Step, ins: list[tuple[Any, ...]]) -> tuple[Any, ...]:
             if not _same(other[:-1], x[:-1]):
                 raise _misfit(step, f"the inputs must agree but for the last size, got {list(x)} and {list(other)}")
         return (*x[:-1], sum(other[-1] for other in ins))
+    if step.op == "attention":
+        return _attended(step, *ins)
     if step.op == "sparq" and not x:
         raise _misfit(step, "the input must be [..., cols], got []")
     if step.op == "reshape":
@@ -85,6 +87,20 @@ def _window(step: Step, x: tuple[Any, ...]) -> list[Any]:
             side = side - 1
         sides.append(side)
     return sides
+
+
+def _attended(step: Step, q: Shape, k: Shape, v: Shape, mask: Shape | None = None) -> tuple[Any, ...]:
+    heads = step.attributes["heads"]
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if len(x) != 3 or x[2] < heads or x[2] % heads:
+            raise _misfit(step, f"{name} must be [B, rows, heads * D] for {heads} heads, got {list(x)}")
+    if not _same((q[0], q[2]), (k[0], k[2])) or not _same(k[:2], v[:2]):
+        raise _misfit(step, f"q, k and v must fit each other, got {list(q)}, {list(k)} and {list(v)}")
+    if mask is not None and not (
+        len(mask) == 3 and mask[2] == k[1] and (mask[0] == 1 or mask[0] == k[0]) and (mask[1] == 1 or mask[1] == q[1])
+    ):
+        raise _misfit(step, f"the mask must be [B or 1, queries or 1, keys], got {list(mask)}")
+    return (q[0], q[1], v[2])
 
 
 def _reshaped(step: Step, x: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -12,6 +12,7 @@ from qk.ops._program import Program, Scale, Step, decode
 from qk.ops._rows import on_one_device
 from qk.ops._shapes import output_shape, shapes, step_shape
 from qk.ops.add import reference as add
+from qk.ops.attention import reference as attention
 from qk.ops.concat import reference as concat
 from qk.ops.conv2d import reference as conv2d
 from qk.ops.dequantize import reference as dequantize
@@ -105,6 +106,10 @@ def _define(step: Step, operands: list[Operand], constants: Sequence[Tensor], we
         return sparq(x, *FAMILIES[a["family"]], bool(a["round"]), bool(a["pairs"]), x_zero)
     if step.op == "concat":
         return concat(*map(list, zip(*operands, strict=True)), *out)
+    if step.op == "attention":
+        mask = operands[3][0] if len(operands) > 3 else None
+        scale = torch.tensor(a["score_scale"], dtype=torch.int32).view(torch.float32).item()
+        return attention(*operands[0], *operands[1], *operands[2], a["heads"], mask, scale, *out)
     if step.op == "reshape":
         return x.reshape(step_shape(step, [tuple(x.shape)]))
     return dequantize(x, x_step, x_zero)

@@ -142,3 +142,18 @@ inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __fadd_rn(float x, float y) { return x + y; }
 inline float __fdiv_rn(float x, float y) { return x / y; }
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
+inline uint32_t __float_as_uint(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+inline float __uint_as_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+inline int atomicAdd(int* to, int by) {  // fibers do not run at once
+  const int before = *to;
+  *to += by;
+  return before;
+}

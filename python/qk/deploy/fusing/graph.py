@@ -17,7 +17,7 @@ QUANTIZE, DEQUANTIZE = qk.quantize.default, qk.dequantize.default
 ROWS = qk.quantize_rows.default
 CONV2D, GEMM = qk.conv2d.default, qk.gemm.default
 LAYERS = (CONV2D, GEMM)
-SPARQ = qk.sparq.default
+SPARQ, ATTENTION = qk.sparq.default, qk.attention.default
 RELU, HARDTANH = aten.relu.default, aten.hardtanh.default
 ADD, MUL, CAT = aten.add.Tensor, aten.mul.Tensor, aten.cat.default
 POOLS = (nhwc.avg_pool, nhwc.adaptive_avg_pool, nhwc.mean)
@@ -73,6 +73,8 @@ def inputs_of(node: fx.Node) -> list[fx.Node]:
         return list(node.args[0])
     if is_call(node, *LAYERS):
         return [node.kwargs["x"]] + [n for n in [node.kwargs.get("residual")] if n is not None]
+    if is_call(node, ATTENTION):
+        return [node.kwargs[name] for name in "qkv"]
     return [n for n in node.all_input_nodes if n.op != "get_attr"]
 
 

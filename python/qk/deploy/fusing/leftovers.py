@@ -7,12 +7,14 @@ import operator
 from torch import fx, nn
 
 from qk.deploy.fusing.graph import MOVES, ROWS, aten, is_call, is_dynamic
+from qk.deploy.fusing.heads import seen
 from qk.deploy.fusing.tensors import Roles, is_known
 
 WEIGHTED = (aten.conv2d.default, aten.linear.default, aten.embedding.default)
 PLAIN = (  # bookkeeping, no work worth a line
     *(operator.getitem, aten.sym_size.int, aten.arange.default, aten.slice.Tensor, aten.select.int),
     *(aten.expand.default, aten.new_ones.default, aten.contiguous.default, aten.clone.default),
+    seen,
 )
 
 

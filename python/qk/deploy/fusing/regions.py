@@ -6,10 +6,12 @@ import operator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 
 from qk.deploy.fusing import nhwc
 from qk.deploy.fusing.graph import (
+    ATTENTION,
     CONV2D,
     DEQUANTIZE,
     GEMM,
@@ -25,6 +27,7 @@ from qk.deploy.fusing.graph import (
     qk,
     shape_of,
 )
+from qk.deploy.fusing.heads import score_bits
 from qk.deploy.program import Builder, encode
 from qk.ops.sparq import FAMILIES
 
@@ -78,6 +81,8 @@ def _in_programs(node: fx.Node, constants: Constants) -> bool:
     if is_call(node, *LAYERS):
         grid = grid_of(node.kwargs["x"])
         return grid is not None and (grid.step, grid.zero) == (node.kwargs["x_step"], node.kwargs["x_zero"])
+    if is_call(node, ATTENTION):
+        return all(grid_of(codes) is not None for codes in inputs_of(node))
     if is_call(node, POOL):
         return node.kwargs["divisor_override"] is None and node.kwargs["activation"] == "none"
     if is_call(node, PRODUCT):
@@ -154,6 +159,8 @@ class _Writer:
 
     def write(self, node: fx.Node, inside: set[fx.Node]) -> None:
         inputs = [self._id(n) for n in self._read(node)]
+        if is_call(node, ATTENTION) and node.kwargs["mask"] is not None:
+            inputs.append(self._mask(node.kwargs["mask"]))
         op, named = self._step(node)
         grid = grid_of(node)
         keeps = op in ("reshape", "sparq") or (op == "pool" and named["mode"] == "max")
@@ -191,6 +198,13 @@ class _Writer:
             self.sources.append(node)
         return self.ids[node]
 
+    def _mask(self, node: fx.Node) -> int:
+        """As codes, of a scale that has no meaning."""
+        if node not in self.ids:
+            self.ids[node] = self.builder.input(self.builder.scale(torch.ones(1), torch.zeros(1), 8))
+            self.sources.append(node)
+        return self.ids[node]
+
     def _scale(self, grid: Grid) -> Any:
         return self.builder.scale(self.constants.tensor(grid.step), self.constants.tensor(grid.zero), grid.bits)
 
@@ -213,6 +227,8 @@ class _Writer:
         if is_call(node, CONCAT):
             return "concat", {}
         k = node.kwargs
+        if is_call(node, ATTENTION):
+            return "attention", {"heads": k["heads"], "score_scale": score_bits(k["scale"])}
         if is_call(node, SUM, PRODUCT):
             return "add" if is_call(node, SUM) else "multiply", {"activation": k["activation"]}
         if is_call(node, POOL):

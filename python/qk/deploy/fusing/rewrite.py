@@ -11,6 +11,7 @@ from qk import ops
 from qk.deploy.fusing import nhwc
 from qk.deploy.fusing.graph import (
     ADD,
+    ATTENTION,
     CAT,
     DEQUANTIZE,
     GEMM,
@@ -79,7 +80,9 @@ _OPEN = {"activation": "none", "out_step": None, "out_zero": None, "out_bits": 8
 
 def _takes_end(node: fx.Node) -> bool:
     """Whether the operator ends in values that it could also quantize."""
-    return is_call(node, *LAYERS, SUM, PRODUCT, POOL) and node.kwargs["out_step"] is None and not _is_max(node)
+    return (
+        is_call(node, *LAYERS, SUM, PRODUCT, POOL, ATTENTION) and node.kwargs["out_step"] is None and not _is_max(node)
+    )
 
 
 def _is_max(node: fx.Node) -> bool:

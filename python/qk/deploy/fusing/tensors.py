@@ -9,6 +9,7 @@ from the class, else one from the range seen on the batches.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -20,9 +21,10 @@ from torch.fx._pytree import tree_flatten_spec
 from qk import ops
 from qk.calibrate.observe import Observer
 from qk.calibrate.ranges import percentile, step_and_zero
-from qk.deploy.fusing import nhwc
+from qk.deploy.fusing import heads, nhwc
 from qk.deploy.fusing.graph import (
     ADD,
+    ATTENTION,
     CAT,
     CONV2D,
     DEQUANTIZE,
@@ -57,7 +59,7 @@ class Roles:
         nodes = list(graph.nodes)
         for node in nodes:
             if is_call(node, *LAYERS, DEQUANTIZE) or (
-                is_known(node) and all(n in self.supplied for n in inputs_of(node))
+                is_known(node) and all(n in self.supplied for n in operands_of(node))
             ):
                 self.supplied.add(node)
         for node in reversed(nodes):
@@ -67,6 +69,11 @@ class Roles:
     def is_integer(self, node: fx.Node) -> bool:
         """Of operators between layers."""
         return is_known(node) and node in self.supplied and node in self.wanted
+
+
+def operands_of(node: fx.Node) -> list[fx.Node]:
+    """The tensors whose values it computes with: a mask of attention is none."""
+    return list(node.args[:3]) if is_call(node, heads.attention) else inputs_of(node)
 
 
 def is_known(node: fx.Node) -> bool:
@@ -83,7 +90,7 @@ def is_known(node: fx.Node) -> bool:
     if is_call(node, CAT):
         return node.args[1] in (-1, len(shape_of(node)) - 1)
     return activation_of(node) is not None or is_call(
-        node, *FUNCTIONS, *MOVES, nhwc.max_pool, nhwc.avg_pool, nhwc.mean, nhwc.batch_norm
+        node, *FUNCTIONS, *MOVES, nhwc.max_pool, nhwc.avg_pool, nhwc.mean, nhwc.batch_norm, heads.attention
     )
 
 
@@ -147,7 +154,7 @@ class _Classes:
             source
             for node in graph.nodes
             if roles.is_integer(node)
-            for source in inputs_of(node)
+            for source in operands_of(node)
             if (source, node) not in fused
         }
         # A class is quantized where it is made: what moves has the codes already, and so has what a module quantizes.
@@ -294,10 +301,11 @@ def _replace(graph: fx.Graph, constants: Constants, roles: Roles, grid_for: Call
         if maker is None:
             continue
         with graph.inserting_before(node):
-            operand = _codes(graph, node.args[0], grid_for)
-            if operand is None:
+            sources = operands_of(node) if maker is _attention else node.args[:1]
+            operands = [_codes(graph, source, grid_for) for source in sources]
+            if None in operands:
                 continue
-            new = maker(graph, constants, node, *operand)
+            new = maker(graph, constants, node, *itertools.chain(*operands))
         node.replace_all_uses_with(with_shape(new, node))
         graph.erase_node(node)
 
@@ -307,6 +315,8 @@ def _maker(node: fx.Node) -> Callable[..., fx.Node] | None:
         return _table
     if is_call(node, *POOLS):
         return _average
+    if is_call(node, heads.attention):
+        return _attention
     return _scaled if is_call(node, nhwc.batch_norm) else None
 
 
@@ -346,6 +356,16 @@ def _average(graph: fx.Graph, constants: Constants, node: fx.Node, codes: fx.Nod
     kwargs = {"x": codes, "x_step": grid.step, "x_zero": grid.zero, "mode": "average", **window}
     rest = {"dilation": [1, 1], "activation": "none", "out_step": None, "out_zero": None, "out_bits": BITS}
     return graph.call_function(qk.pool.default, (), kwargs | rest)
+
+
+def _attention(graph: fx.Graph, constants: Constants, node: fx.Node, *operands: Any) -> fx.Node:
+    """operands: codes and grid of q, k and v."""
+    kwargs: dict[str, Any] = {}
+    for name, codes, grid in zip("qkv", operands[::2], operands[1::2], strict=True):
+        kwargs |= {name: codes, f"{name}_step": grid.step, f"{name}_zero": grid.zero}
+    mask, count, scale = node.args[3:]
+    kwargs |= {"heads": count, "mask": mask, "scale": scale, "out_step": None, "out_zero": None, "out_bits": BITS}
+    return graph.call_function(ATTENTION, (), kwargs)
 
 
 def _scaled(graph: fx.Graph, constants: Constants, node: fx.Node, codes: fx.Node, grid: Grid) -> fx.Node:

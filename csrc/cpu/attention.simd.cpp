@@ -1,0 +1,382 @@
+// Attention of one head and some of its queries at a time: its keys and values are put into the order of dot.h once,
+// then a few queries' scores, weights and results stay in L1.
+#include "ops/attention.h"
+
+#include "core/layout.h"
+#include "core/scratch.h"
+#include "cpu/finish.h"
+#include "cpu/lanes.h"
+
+namespace qk::cpu::QK_ISA {
+namespace {
+
+typedef uint16_t Pairs8 __attribute__((vector_size(16)));
+
+typedef int32_t LaneInts __attribute__((vector_size(4 * lanes)));
+typedef uint32_t LaneWords __attribute__((vector_size(4 * lanes)));
+
+constexpr int rows_at_once = 4;
+constexpr uint8_t middle = 128;        // codes - 128 are int8
+constexpr int32_t unseen = INT32_MIN;  // the score of a key that a query does not see
+
+// The lowest byte of each, as products read it; the largest; the sum, which may wrap.
+#if defined(QK_ISA_AVX512VNNI)
+QK_INLINE void store_weights(LaneInts v, uint8_t* to) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(v)));
+}
+QK_INLINE int32_t largest_of(LaneInts v) { return _mm512_reduce_max_epi32(reinterpret_cast<__m512i>(v)); }
+QK_INLINE uint32_t sum_of(LaneInts v) {
+  return static_cast<uint32_t>(_mm512_reduce_add_epi32(reinterpret_cast<__m512i>(v)));
+}
+#else
+QK_INLINE void store_weights(LaneInts v, uint8_t* to) {
+#if defined(QK_ISA_AVX2)
+  const __m256i bytes = _mm256_and_si256(reinterpret_cast<__m256i>(v), _mm256_set1_epi32(255));
+  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), words);
+#else
+  for (int i = 0; i < lanes; ++i) to[i] = static_cast<uint8_t>(v[i]);
+#endif
+}
+QK_INLINE int32_t largest_of(LaneInts v) {
+  int32_t top = v[0];
+  for (int i = 1; i < lanes; ++i) top = most(top, v[i]);
+  return top;
+}
+QK_INLINE uint32_t sum_of(LaneInts v) {
+  uint32_t sum = 0;
+  for (int i = 0; i < lanes; ++i) sum += static_cast<uint32_t>(v[i]);
+  return sum;
+}
+#endif
+
+// Where products of bytes would saturate both sides are 16-bit words: of a step of 4, the first two of K for 16
+// channels, then the others.
+constexpr int wide = words_of_8_bits ? 2 : 1, step_bytes = 64 * wide;
+
+// A vector in the order of dot.h, int8.
+QK_INLINE void put_step(const uint8_t* bytes, uint8_t* to) {
+#if defined(QK_ISA_AVX2)
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    // Two bytes of each channel to the upper halves of words, and down again with their sign.
+    const char c = static_cast<char>(2 * half), d = static_cast<char>(c + 1), no = -128;
+    const __m256i order = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(no, c, no, d, no, c + 4, no, d + 4, no, c + 8, no, d + 8, no, c + 12, no, d + 12));
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 64 * half + 32 * i),
+                          _mm256_srai_epi16(_mm256_shuffle_epi8(load32(bytes + 32 * i), order), 8));
+  }
+#else
+  std::memcpy(to, bytes, 64);
+#endif
+}
+
+// rows x blocks * 16 sums of codes x (rows x_stride bytes apart) with packed int8 w (blocks w_pitch apart).
+template <int rows, int blocks>
+QK_INLINE void products(const uint8_t* x, int64_t x_stride, const uint8_t* w, int64_t w_pitch, int64_t steps,
+                        const int32_t* start, int32_t* out, int64_t out_stride) {
+  Lanes acc[rows][blocks];
+#pragma GCC unroll 4
+  for (int c = 0; c < blocks; ++c) {
+    const Lanes first = start ? load<Lanes>(start + c * block) : none();
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) acc[r][c] = first;
+  }
+  for (int64_t s = 0; s < steps; ++s) {
+#if defined(QK_ISA_AVX2)
+    static_assert(blocks == 1, "the registers hold one block");
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      const uint8_t* const at = w + s * step_bytes + 64 * half;
+      const __m256i first = load32(at), second = load32(at + 32);
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; ++r) {
+        const __m256i codes = broadcast4(x + r * x_stride + 8 * s + 4 * half);
+        acc[r][0].a = in_order(_mm256_add_epi32(acc[r][0].a, _mm256_madd_epi16(codes, first)));
+        acc[r][0].b = in_order(_mm256_add_epi32(acc[r][0].b, _mm256_madd_epi16(codes, second)));
+      }
+    }
+#else
+    Bytes weights[blocks];
+#pragma GCC unroll 4
+    for (int c = 0; c < blocks; ++c) weights[c] = load64(w + c * w_pitch + s * step_bytes);
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+      const Four codes = broadcast4(x + r * x_stride + 4 * s);
+#pragma GCC unroll 4
+      for (int c = 0; c < blocks; ++c) acc[r][c] = dot4<false>(acc[r][c], codes, weights[c]);
+    }
+#endif
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < blocks; ++c) store(out + r * out_stride + c * block, acc[r][c]);
+}
+
+// The same for any number of blocks.
+template <int rows>
+void all_products(const uint8_t* x, int64_t x_stride, const uint8_t* w, int64_t w_pitch, int64_t steps, int64_t blocks,
+                  const int32_t* start, int32_t* out, int64_t out_stride) {
+  for (int64_t c = 0; c < blocks;) {
+    const int32_t* const from = start ? start + c * block : nullptr;
+    if constexpr (most_blocks >= 4) {
+      if (blocks - c >= 4) {
+        products<rows, 4>(x, x_stride, w + c * w_pitch, w_pitch, steps, from, out + c * block, out_stride);
+        c += 4;
+        continue;
+      }
+      if (blocks - c >= 2) {
+        products<rows, 2>(x, x_stride, w + c * w_pitch, w_pitch, steps, from, out + c * block, out_stride);
+        c += 2;
+        continue;
+      }
+    }
+    products<rows, 1>(x, x_stride, w + c * w_pitch, w_pitch, steps, from, out + c * block, out_stride);
+    ++c;
+  }
+}
+
+// One worker's memory.
+struct Room {
+  uint8_t* keys;     // [key_blocks][depth_steps][16 keys x 4 of depth], int8
+  int32_t* start;    // [key_blocks * 16]: -q_zero * (sum of a key)
+  uint8_t* values;   // [width_blocks][key_steps][16 of width x 4 keys], int8
+  uint8_t* query;    // [rows_at_once][4 * depth_steps], where rows are not whole steps
+  int32_t* scores;   // [rows_at_once][key_blocks * 16]
+  uint8_t* weights;  // [rows_at_once][key_blocks * 16]
+  int32_t* sums;     // [rows_at_once][width_blocks * 16]
+};
+
+template <bool codes>
+class Worker {
+ public:
+  Worker(const AttentionArgs& a, const Room& room)
+      : a_(a),
+        room_(room),
+        depth_steps_(ceil_div(a.depth, 4)),
+        key_blocks_(ceil_div(a.keys, block)),
+        key_steps_(ceil_div(a.keys, 4)),
+        width_blocks_(ceil_div(a.width, block)),
+        halvings_(*a.q.step * *a.k.step * a.exponent),
+        finish_(epilogue(a.out)) {}
+
+  void load_head(int64_t batch, int64_t head) {
+    batch_ = batch, head_ = head;
+    pack_keys();
+    pack_values();
+  }
+
+  void queries(int64_t begin, int64_t end) {
+    for (; begin + rows_at_once <= end; begin += rows_at_once) some_queries<rows_at_once>(begin);
+    for (; begin < end; ++begin) some_queries<1>(begin);
+  }
+
+ private:
+  static Epilogue epilogue(const Result& r) {
+    Epilogue e{};
+    e.activation = r.activation;
+    e.out_step = r.step, e.out_zero = r.zero, e.out_bits = r.bits;
+    return e;
+  }
+  const uint8_t* row(const Operand& o, int64_t rows, int64_t r, int64_t columns) const {
+    return static_cast<const uint8_t*>(o.data) + ((batch_ * rows + r) * a_.heads + head_) * columns;
+  }
+
+  const uint8_t* mask_row(int64_t query) const {
+    const int64_t batch = a_.mask_batch == 1 ? 0 : batch_, row = a_.mask_rows == 1 ? 0 : query;
+    const uint8_t* const mask = a_.mask + (batch * a_.mask_rows + row) * a_.keys;
+    return std::memchr(mask, 0, static_cast<size_t>(a_.keys)) ? mask : nullptr;
+  }
+
+  void pack_keys() {
+    for (int64_t b = 0; b < key_blocks_; ++b) {
+      const int64_t there = least<int64_t>(block, a_.keys - b * block);
+      const uint8_t* const from = row(a_.k, a_.keys, b * block, a_.depth);
+      const int64_t stride = a_.heads * a_.depth;
+      for (int64_t s = 0; s < depth_steps_; ++s) {
+        const int64_t n = least<int64_t>(4, a_.depth - 4 * s);
+        uint8_t bytes[64] = {};
+        for (int64_t j = 0; j < there; ++j) {
+          const uint8_t* const at = from + j * stride + 4 * s;
+          if (n == 4) {
+            const uint32_t four = load4(at) ^ 0x80808080u;
+            std::memcpy(bytes + 4 * j, &four, 4);
+          } else {
+            for (int64_t i = 0; i < n; ++i) bytes[4 * j + i] = at[i] ^ middle;
+          }
+        }
+        put_step(bytes, room_.keys + (b * depth_steps_ + s) * step_bytes);
+      }
+      for (int64_t j = 0; j < block; ++j) {
+        const int64_t sum = j < there ? sum_codes(from + j * stride, a_.depth) - middle * a_.depth : 0;
+        room_.start[b * block + j] = -*a_.q.zero * static_cast<int32_t>(sum);
+      }
+    }
+  }
+
+  void pack_values() {
+    for (int64_t b = 0; b < width_blocks_; ++b) {
+      const int64_t valid = least<int64_t>(block, a_.width - b * block);
+      for (int64_t s = 0; s < key_steps_; ++s) {
+        Codes four[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i)
+          four[i] = 4 * s + i < a_.keys
+                        ? load_some<Codes>(row(a_.v, a_.keys, 4 * s + i, a_.width) + b * block, valid) ^ middle
+                        : Codes{};
+        uint8_t bytes[64];
+        interleave(four, bytes);
+        put_step(bytes, room_.values + (b * key_steps_ + s) * step_bytes);
+      }
+    }
+  }
+
+  // Byte i of vector j to byte 4 i + j.
+  static QK_INLINE void interleave(const Codes (&v)[4], uint8_t* to) {
+    const auto low = [](auto a, auto b) {
+      return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    };
+    const auto high = [](auto a, auto b) {
+      return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    };
+    const Codes first[2] = {low(v[0], v[1]), high(v[0], v[1])}, second[2] = {low(v[2], v[3]), high(v[2], v[3])};
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      const Pairs8 a = reinterpret_cast<Pairs8>(first[i]), b = reinterpret_cast<Pairs8>(second[i]);
+      const Pairs8 both[2] = {__builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11),
+                              __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)};
+      std::memcpy(to + 32 * i, both, 32);
+    }
+  }
+
+  // As products read them: where they lie if they consist of whole steps of bytes.
+  template <int rows>
+  const uint8_t* query_rows(const uint8_t* x, int64_t& stride) {
+    if (wide == 1 && a_.depth % 4 == 0) return x;
+    const int64_t reach = 4 * depth_steps_ * wide;
+    for (int r = 0; r < rows; ++r)
+      for (int64_t i = 0; i < a_.depth; ++i) {
+        room_.query[r * reach + i * wide] = x[r * stride + i];
+        if constexpr (wide == 2) room_.query[r * reach + i * wide + 1] = 0;
+      }
+    stride = reach;
+    return room_.query;
+  }
+
+  template <int rows>
+  void some_queries(int64_t first) {
+    const int64_t keys = key_blocks_ * block;
+    int64_t stride = a_.heads * a_.depth;
+    const uint8_t* const x = query_rows<rows>(row(a_.q, a_.queries, first, a_.depth), stride);
+    all_products<rows>(x, stride, room_.keys, depth_steps_ * step_bytes, depth_steps_, key_blocks_, room_.start,
+                       room_.scores, keys);
+    uint32_t totals[rows];
+    for (int r = 0; r < rows; ++r)
+      totals[r] = weigh(room_.scores + r * keys, first + r, room_.weights + r * keys * wide);
+    const int64_t width = width_blocks_ * block;
+    all_products<rows>(room_.weights, keys * wide, room_.values, key_steps_ * step_bytes, key_steps_, width_blocks_,
+                       nullptr, room_.sums, width);
+    const uint32_t shift = static_cast<uint32_t>(middle - *a_.v.zero);
+    for (int r = 0; r < rows; ++r) {
+      const float ratio = totals[r] > 0 ? *a_.v.step / static_cast<float>(totals[r]) : 0.0f;
+      const int64_t at = ((batch_ * a_.queries + first + r) * a_.heads + head_) * a_.width;
+      for (int64_t b = 0; b < width_blocks_; ++b) {
+        const Words sums = load<Words>(room_.sums + r * width + b * block) + shift * totals[r];
+        const Floats y = __builtin_convertvector(reinterpret_cast<Ints>(sums), Floats) * ratio;
+        finish_.write(y, a_.out.data, at + b * block, least<int64_t>(block, a_.width - b * block));
+      }
+    }
+  }
+
+  // Scores of a query, whole blocks -> weights, 0 for keys that it does not see; their sum.
+  uint32_t weigh(int32_t* scores, int64_t query, uint8_t* weights) const {
+    const uint8_t* const mask = a_.mask ? mask_row(query) : nullptr;
+    if (mask)
+      for (int64_t j = 0; j < a_.keys; ++j) scores[j] = mask[j] ? scores[j] : unseen;
+    const int64_t n = key_blocks_ * block;
+    for (int64_t j = a_.keys; j < n; ++j) scores[j] = unseen;
+    LaneInts largest = load<LaneInts>(scores);
+    for (int64_t i = 0; i < n; i += lanes) {
+      const LaneInts s = load<LaneInts>(scores + i);
+      largest = s > largest ? s : largest;
+    }
+    const int32_t top = largest_of(largest);
+    if (top == unseen) {
+      std::memset(weights, 0, static_cast<size_t>(n * wide));
+      return 0;
+    }
+    return mask || n > a_.keys ? weigh<true>(scores, n, top, weights) : weigh<false>(scores, n, top, weights);
+  }
+
+  template <bool some_unseen>
+  QK_INLINE uint32_t weigh(const int32_t* scores, int64_t n, int32_t top, uint8_t* weights) const {
+    const Lane halvings = all_lanes(halvings_), limit = all_lanes(farthest), magic = all_lanes(0x1.8p23f);
+    const LaneInts nothing = reinterpret_cast<LaneInts>(magic);
+    LaneInts total{};
+    for (int64_t i = 0; i < n; i += lanes) {
+      const LaneInts s = load<LaneInts>(scores + i);
+      const LaneInts away = reinterpret_cast<LaneInts>(static_cast<uint32_t>(top) - reinterpret_cast<LaneWords>(s));
+      const Lane t = lower(__builtin_convertvector(away, Lane) * halvings, limit);
+      // What is added to 1.5 * 2^23 is rounded to an integer in the lowest bits.
+      const Lane shifted = t + magic, f = (shifted - magic) - t;
+      const Lane power = ((power_3 * f + power_2) * f + power_1) * f + power_0;
+      const Lane halved =
+          reinterpret_cast<Lane>(reinterpret_cast<LaneWords>(power) - (reinterpret_cast<LaneWords>(shifted) << 23));
+      LaneInts bits = reinterpret_cast<LaneInts>(halved + magic);
+      if constexpr (some_unseen) bits = s != unseen ? bits : nothing;
+      store_weights(bits, weights + i * wide);
+      total += bits - nothing;
+    }
+    return sum_of(total);
+  }
+
+  const AttentionArgs& a_;
+  const Room room_;
+  const int64_t depth_steps_, key_blocks_, key_steps_, width_blocks_;
+  const float halvings_;
+  const Finish<codes, Residual::none> finish_;
+  int64_t batch_ = 0, head_ = 0;
+};
+
+template <bool codes>
+void run(const AttentionArgs& a) {
+  const int64_t depth_steps = ceil_div(a.depth, 4), key_blocks = ceil_div(a.keys, block);
+  const int64_t key_steps = ceil_div(a.keys, 4), width_blocks = ceil_div(a.width, block);
+  int64_t bytes = 0;
+  const auto take = [&](int64_t size) {
+    const int64_t at = bytes;
+    bytes += round_up(size, 64);
+    return at;
+  };
+  const int64_t keys = take(key_blocks * depth_steps * step_bytes), start = take(key_blocks * block * 4);
+  const int64_t values = take(width_blocks * key_steps * step_bytes),
+                query = take(rows_at_once * depth_steps * 4 * wide);
+  const int64_t scores = take(rows_at_once * key_blocks * block * 4),
+                weights = take(rows_at_once * key_blocks * block * wide);
+  const int64_t sums = take(rows_at_once * width_blocks * block * 4);
+  // Where heads are few, several threads share one, each with its own copy of its keys.
+  const int64_t heads = a.batch * a.heads, threads = thread_count();
+  const int64_t shares =
+      least(ceil_div(a.queries, 4 * rows_at_once), heads < 4 * threads ? ceil_div(4 * threads, heads) : 1);
+  const int64_t work = a.queries * a.keys * (a.depth + a.width) / shares;
+  parallel_for(heads * shares, most<int64_t>(1, (1 << 18) / most<int64_t>(1, work)), [&](int64_t begin, int64_t end) {
+    uint8_t* const memory = static_cast<uint8_t*>(thread_scratch(bytes));
+    Worker<codes> worker(
+        a, {memory + keys, reinterpret_cast<int32_t*>(memory + start), memory + values, memory + query,
+            reinterpret_cast<int32_t*>(memory + scores), memory + weights, reinterpret_cast<int32_t*>(memory + sums)});
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t head = unit / shares, share = unit % shares;
+      if (unit == begin || share == 0) worker.load_head(head / a.heads, head % a.heads);
+      worker.queries(a.queries * share / shares, a.queries * (share + 1) / shares);
+    }
+  });
+}
+
+}  // namespace
+
+void attention(const AttentionArgs& a) { a.out.step ? run<true>(a) : run<false>(a); }
+
+}  // namespace qk::cpu::QK_ISA
