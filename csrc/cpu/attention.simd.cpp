@@ -6,6 +6,9 @@
 #include "core/scratch.h"
 #include "cpu/finish.h"
 #include "cpu/lanes.h"
+#if defined(QK_ISA_AMX)
+#include "cpu/amx.h"
+#endif
 
 namespace qk::cpu::QK_ISA {
 namespace {
@@ -15,7 +18,12 @@ typedef uint16_t Pairs8 __attribute__((vector_size(16)));
 typedef int32_t LaneInts __attribute__((vector_size(4 * lanes)));
 typedef uint32_t LaneWords __attribute__((vector_size(4 * lanes)));
 
-constexpr int rows_at_once = 4;
+#if defined(QK_ISA_AMX)
+constexpr bool tiles = true;
+#else
+constexpr bool tiles = false;
+#endif
+constexpr int rows_at_once = tiles ? 16 : 4;
 constexpr uint8_t middle = 128;        // codes - 128 are int8
 constexpr int32_t unseen = INT32_MIN;  // the score of a key that a query does not see
 
@@ -75,8 +83,8 @@ QK_INLINE void put_step(const uint8_t* bytes, uint8_t* to) {
 
 // rows x blocks * 16 sums of codes x (rows x_stride bytes apart) with packed int8 w (blocks w_pitch apart).
 template <int rows, int blocks>
-QK_INLINE void products(const uint8_t* x, int64_t x_stride, const uint8_t* w, int64_t w_pitch, int64_t steps,
-                        const int32_t* start, int32_t* out, int64_t out_stride) {
+QK_INLINE void small_product(const uint8_t* x, int64_t x_stride, const uint8_t* w, int64_t w_pitch, int64_t steps,
+                             const int32_t* start, int32_t* out, int64_t out_stride) {
   Lanes acc[rows][blocks];
 #pragma GCC unroll 4
   for (int c = 0; c < blocks; ++c) {
@@ -116,50 +124,101 @@ QK_INLINE void products(const uint8_t* x, int64_t x_stride, const uint8_t* w, in
     for (int c = 0; c < blocks; ++c) store(out + r * out_stride + c * block, acc[r][c]);
 }
 
-// The same for any number of blocks.
-template <int rows>
-void all_products(const uint8_t* x, int64_t x_stride, const uint8_t* w, int64_t w_pitch, int64_t steps, int64_t blocks,
-                  const int32_t* start, int32_t* out, int64_t out_stride) {
-  for (int64_t c = 0; c < blocks;) {
-    const int32_t* const from = start ? start + c * block : nullptr;
-    if constexpr (most_blocks >= 4) {
-      if (blocks - c >= 4) {
-        products<rows, 4>(x, x_stride, w + c * w_pitch, w_pitch, steps, from, out + c * block, out_stride);
-        c += 4;
-        continue;
+#if defined(QK_ISA_AMX)
+// The same for up to 16 rows; steps are whole tiles of 16, and x is 64 bytes for each of these.
+void all_products(TileState& state, int64_t rows, const uint8_t* x, int64_t x_stride, const uint8_t* w, int64_t w_pitch,
+                  int64_t steps, int64_t blocks, const int32_t* start, int32_t* out, int64_t out_stride) {
+  alignas(64) static constexpr int32_t nothing[side] = {};
+  state.set_rows(rows);
+  out_stride *= 4;
+  for (int64_t c = 0; c < blocks; c += 4, w += 4 * w_pitch, out += 4 * block) {
+    const int64_t there = least<int64_t>(4, blocks - c);
+    const auto first = [&](int64_t i) { return start && i < there ? start + (c + i) * block : nothing; };
+    load_tile<0>(first(0), 0);
+    load_tile<1>(first(1), 0);
+    load_tile<2>(first(2), 0);
+    load_tile<3>(first(3), 0);
+    for (int64_t s = 0; s < steps; s += side) {
+      const uint8_t* const weights = w + s * step_bytes;
+      load_tile<4>(x + 4 * s, x_stride);
+      load_tile<6>(weights, 64);
+      products<0, 4, 6>();
+      if (there > 1) {
+        load_tile<7>(weights + w_pitch, 64);
+        products<1, 4, 7>();
       }
-      if (blocks - c >= 2) {
-        products<rows, 2>(x, x_stride, w + c * w_pitch, w_pitch, steps, from, out + c * block, out_stride);
-        c += 2;
-        continue;
+      if (there > 2) {
+        load_tile<6>(weights + 2 * w_pitch, 64);
+        products<2, 4, 6>();
+      }
+      if (there > 3) {
+        load_tile<7>(weights + 3 * w_pitch, 64);
+        products<3, 4, 7>();
       }
     }
-    products<rows, 1>(x, x_stride, w + c * w_pitch, w_pitch, steps, from, out + c * block, out_stride);
-    ++c;
+    store_tile<0>(out, out_stride);
+    if (there > 1) store_tile<1>(out + block, out_stride);
+    if (there > 2) store_tile<2>(out + 2 * block, out_stride);
+    if (there > 3) store_tile<3>(out + 3 * block, out_stride);
   }
 }
+#else
+struct TileState {};
+
+// The same for any number of rows and blocks.
+void all_products(TileState&, int64_t rows, const uint8_t* x, int64_t x_stride, const uint8_t* w, int64_t w_pitch,
+                  int64_t steps, int64_t blocks, const int32_t* start, int32_t* out, int64_t out_stride) {
+  const auto some_rows = [&](auto count) __attribute__((always_inline)) {
+    const auto some_blocks = [&](int64_t c, auto wide_by) __attribute__((always_inline)) {
+      small_product<count, wide_by>(x, x_stride, w + c * w_pitch, w_pitch, steps, start ? start + c * block : nullptr,
+                                    out + c * block, out_stride);
+    };
+    int64_t c = 0;
+    if constexpr (most_blocks >= 4) {
+      for (; c + 4 <= blocks; c += 4) some_blocks(c, std::integral_constant<int, 4>{});
+      for (; c + 2 <= blocks; c += 2) some_blocks(c, std::integral_constant<int, 2>{});
+    }
+    for (; c < blocks; ++c) some_blocks(c, std::integral_constant<int, 1>{});
+    x += count * x_stride, out += count * out_stride, rows -= count;
+  };
+  while (rows >= 4) some_rows(std::integral_constant<int, 4>{});
+  while (rows > 0) some_rows(std::integral_constant<int, 1>{});
+}
+#endif
+
+// What is packed, in steps of 4 and blocks of 16; on tiles in whole ones of 16 steps.
+struct Counts {
+  static constexpr int64_t unit = tiles ? 16 : 1;
+  int64_t depth_steps, key_blocks, key_steps, width_blocks;
+  explicit Counts(const AttentionArgs& a)
+      : depth_steps(round_up(ceil_div(a.depth, 4), unit)),
+        key_blocks(ceil_div(a.keys, block)),
+        key_steps(round_up(4 * key_blocks, unit)),
+        width_blocks(ceil_div(a.width, block)) {}
+};
 
 // One worker's memory.
 struct Room {
   uint8_t* keys;     // [key_blocks][depth_steps][16 keys x 4 of depth], int8
   int32_t* start;    // [key_blocks * 16]: -q_zero * (sum of a key)
   uint8_t* values;   // [width_blocks][key_steps][16 of width x 4 keys], int8
-  uint8_t* query;    // [rows_at_once][4 * depth_steps], where rows are not whole steps
+  uint8_t* query;    // [rows_at_once][4 * depth_steps], where rows are not whole steps or tiles
   int32_t* scores;   // [rows_at_once][key_blocks * 16]
-  uint8_t* weights;  // [rows_at_once][key_blocks * 16]
+  uint8_t* weights;  // [rows_at_once][4 * key_steps]
   int32_t* sums;     // [rows_at_once][width_blocks * 16]
 };
 
 template <bool codes>
 class Worker {
  public:
-  Worker(const AttentionArgs& a, const Room& room)
+  Worker(const AttentionArgs& a, const Counts& counts, const Room& room, TileState& state)
       : a_(a),
         room_(room),
-        depth_steps_(ceil_div(a.depth, 4)),
-        key_blocks_(ceil_div(a.keys, block)),
-        key_steps_(ceil_div(a.keys, 4)),
-        width_blocks_(ceil_div(a.width, block)),
+        state_(state),
+        depth_steps_(counts.depth_steps),
+        key_blocks_(counts.key_blocks),
+        key_steps_(counts.key_steps),
+        width_blocks_(counts.width_blocks),
         halvings_(*a.q.step * *a.k.step * a.exponent),
         finish_(epilogue(a.out)) {}
 
@@ -170,8 +229,7 @@ class Worker {
   }
 
   void queries(int64_t begin, int64_t end) {
-    for (; begin + rows_at_once <= end; begin += rows_at_once) some_queries<rows_at_once>(begin);
-    for (; begin < end; ++begin) some_queries<1>(begin);
+    for (; begin < end; begin += rows_at_once) some_queries(begin, least<int64_t>(rows_at_once, end - begin));
   }
 
  private:
@@ -192,11 +250,15 @@ class Worker {
   }
 
   void pack_keys() {
+    for (int64_t i = 0; i < 4 * depth_steps_ * wide; ++i) room_.query[i] = i % wide == 0;  // a query of ones
     for (int64_t b = 0; b < key_blocks_; ++b) {
       const int64_t there = least<int64_t>(block, a_.keys - b * block);
       const uint8_t* const from = row(a_.k, a_.keys, b * block, a_.depth);
       const int64_t stride = a_.heads * a_.depth;
-      for (int64_t s = 0; s < depth_steps_; ++s) {
+      const int64_t filled = ceil_div(a_.depth, 4);
+      uint8_t* const to = room_.keys + b * depth_steps_ * step_bytes;
+      std::memset(to + filled * step_bytes, 0, static_cast<size_t>((depth_steps_ - filled) * step_bytes));
+      for (int64_t s = 0; s < filled; ++s) {
         const int64_t n = least<int64_t>(4, a_.depth - 4 * s);
         uint8_t bytes[64] = {};
         for (int64_t j = 0; j < there; ++j) {
@@ -208,12 +270,11 @@ class Worker {
             for (int64_t i = 0; i < n; ++i) bytes[4 * j + i] = at[i] ^ middle;
           }
         }
-        put_step(bytes, room_.keys + (b * depth_steps_ + s) * step_bytes);
+        put_step(bytes, to + s * step_bytes);
       }
-      for (int64_t j = 0; j < block; ++j) {
-        const int64_t sum = j < there ? sum_codes(from + j * stride, a_.depth) - middle * a_.depth : 0;
-        room_.start[b * block + j] = -*a_.q.zero * static_cast<int32_t>(sum);
-      }
+      int32_t* const sums = room_.start + b * block;
+      small_product<1, 1>(room_.query, 0, to, 0, depth_steps_, nullptr, sums, 0);
+      for (int64_t j = 0; j < block; ++j) sums[j] *= -*a_.q.zero;
     }
   }
 
@@ -252,35 +313,37 @@ class Worker {
     }
   }
 
-  // As products read them: where they lie if they consist of whole steps of bytes.
-  template <int rows>
-  const uint8_t* query_rows(const uint8_t* x, int64_t& stride) {
-    if (wide == 1 && a_.depth % 4 == 0) return x;
+  // As products read them: where they lie if they consist of whole steps of bytes, or tiles.
+  const uint8_t* query_rows(const uint8_t* x, int64_t rows, int64_t& stride) {
+    if (wide == 1 && a_.depth % (tiles ? 64 : 4) == 0) return x;
     const int64_t reach = 4 * depth_steps_ * wide;
-    for (int r = 0; r < rows; ++r)
-      for (int64_t i = 0; i < a_.depth; ++i) {
-        room_.query[r * reach + i * wide] = x[r * stride + i];
-        if constexpr (wide == 2) room_.query[r * reach + i * wide + 1] = 0;
-      }
+    for (int64_t r = 0; r < rows; ++r) {
+      uint8_t* const to = room_.query + r * reach;
+      if constexpr (wide == 1)
+        std::memcpy(to, x + r * stride, static_cast<size_t>(a_.depth));
+      else
+        for (int64_t i = 0; i < a_.depth; ++i) to[2 * i] = x[r * stride + i], to[2 * i + 1] = 0;
+    }
     stride = reach;
     return room_.query;
   }
 
-  template <int rows>
-  void some_queries(int64_t first) {
-    const int64_t keys = key_blocks_ * block;
+  void some_queries(int64_t first, int64_t rows) {
+    const int64_t keys = key_blocks_ * block, width = width_blocks_ * block, reach = 4 * key_steps_ * wide;
     int64_t stride = a_.heads * a_.depth;
-    const uint8_t* const x = query_rows<rows>(row(a_.q, a_.queries, first, a_.depth), stride);
-    all_products<rows>(x, stride, room_.keys, depth_steps_ * step_bytes, depth_steps_, key_blocks_, room_.start,
-                       room_.scores, keys);
-    uint32_t totals[rows];
-    for (int r = 0; r < rows; ++r)
-      totals[r] = weigh(room_.scores + r * keys, first + r, room_.weights + r * keys * wide);
-    const int64_t width = width_blocks_ * block;
-    all_products<rows>(room_.weights, keys * wide, room_.values, key_steps_ * step_bytes, key_steps_, width_blocks_,
-                       nullptr, room_.sums, width);
+    const uint8_t* const x = query_rows(row(a_.q, a_.queries, first, a_.depth), rows, stride);
+    all_products(state_, rows, x, stride, room_.keys, depth_steps_ * step_bytes, depth_steps_, key_blocks_, room_.start,
+                 room_.scores, keys);
+    uint32_t totals[rows_at_once];
+    for (int64_t r = 0; r < rows; ++r) {
+      uint8_t* const weights = room_.weights + r * reach;
+      totals[r] = weigh(room_.scores + r * keys, first + r, weights);
+      std::memset(weights + keys * wide, 0, static_cast<size_t>(reach - keys * wide));
+    }
+    all_products(state_, rows, room_.weights, reach, room_.values, key_steps_ * step_bytes, key_steps_, width_blocks_,
+                 nullptr, room_.sums, width);
     const uint32_t shift = static_cast<uint32_t>(middle - *a_.v.zero);
-    for (int r = 0; r < rows; ++r) {
+    for (int64_t r = 0; r < rows; ++r) {
       const float ratio = totals[r] > 0 ? *a_.v.step / static_cast<float>(totals[r]) : 0.0f;
       const int64_t at = ((batch_ * a_.queries + first + r) * a_.heads + head_) * a_.width;
       for (int64_t b = 0; b < width_blocks_; ++b) {
@@ -315,7 +378,8 @@ class Worker {
   QK_INLINE uint32_t weigh(const int32_t* scores, int64_t n, int32_t top, uint8_t* weights) const {
     const Lane halvings = all_lanes(halvings_), limit = all_lanes(farthest), magic = all_lanes(0x1.8p23f);
     const LaneInts nothing = reinterpret_cast<LaneInts>(magic);
-    LaneInts total{};
+    LaneWords total = reinterpret_cast<LaneWords>(nothing) * static_cast<uint32_t>(-(n / lanes));
+#pragma GCC unroll 2
     for (int64_t i = 0; i < n; i += lanes) {
       const LaneInts s = load<LaneInts>(scores + i);
       const LaneInts away = reinterpret_cast<LaneInts>(static_cast<uint32_t>(top) - reinterpret_cast<LaneWords>(s));
@@ -328,13 +392,14 @@ class Worker {
       LaneInts bits = reinterpret_cast<LaneInts>(halved + magic);
       if constexpr (some_unseen) bits = s != unseen ? bits : nothing;
       store_weights(bits, weights + i * wide);
-      total += bits - nothing;
+      total += reinterpret_cast<LaneWords>(bits);
     }
-    return sum_of(total);
+    return sum_of(reinterpret_cast<LaneInts>(total));
   }
 
   const AttentionArgs& a_;
   const Room room_;
+  TileState& state_;
   const int64_t depth_steps_, key_blocks_, key_steps_, width_blocks_;
   const float halvings_;
   const Finish<codes, Residual::none> finish_;
@@ -343,20 +408,19 @@ class Worker {
 
 template <bool codes>
 void run(const AttentionArgs& a) {
-  const int64_t depth_steps = ceil_div(a.depth, 4), key_blocks = ceil_div(a.keys, block);
-  const int64_t key_steps = ceil_div(a.keys, 4), width_blocks = ceil_div(a.width, block);
+  const Counts c(a);
   int64_t bytes = 0;
   const auto take = [&](int64_t size) {
     const int64_t at = bytes;
     bytes += round_up(size, 64);
     return at;
   };
-  const int64_t keys = take(key_blocks * depth_steps * step_bytes), start = take(key_blocks * block * 4);
-  const int64_t values = take(width_blocks * key_steps * step_bytes),
-                query = take(rows_at_once * depth_steps * 4 * wide);
-  const int64_t scores = take(rows_at_once * key_blocks * block * 4),
-                weights = take(rows_at_once * key_blocks * block * wide);
-  const int64_t sums = take(rows_at_once * width_blocks * block * 4);
+  const int64_t keys = take(c.key_blocks * c.depth_steps * step_bytes), start = take(c.key_blocks * block * 4);
+  const int64_t values = take(c.width_blocks * c.key_steps * step_bytes);
+  const int64_t query = take(rows_at_once * c.depth_steps * 4 * wide);
+  const int64_t scores = take(rows_at_once * c.key_blocks * block * 4);
+  const int64_t weights = take(rows_at_once * c.key_steps * 4 * wide);
+  const int64_t sums = take(rows_at_once * c.width_blocks * block * 4);
   // Where heads are few, several threads share one, each with its own copy of its keys.
   const int64_t heads = a.batch * a.heads, threads = thread_count();
   const int64_t shares =
@@ -364,14 +428,20 @@ void run(const AttentionArgs& a) {
   const int64_t work = a.queries * a.keys * (a.depth + a.width) / shares;
   parallel_for(heads * shares, most<int64_t>(1, (1 << 18) / most<int64_t>(1, work)), [&](int64_t begin, int64_t end) {
     uint8_t* const memory = static_cast<uint8_t*>(thread_scratch(bytes));
+    TileState state;
     Worker<codes> worker(
-        a, {memory + keys, reinterpret_cast<int32_t*>(memory + start), memory + values, memory + query,
-            reinterpret_cast<int32_t*>(memory + scores), memory + weights, reinterpret_cast<int32_t*>(memory + sums)});
+        a, c,
+        {memory + keys, reinterpret_cast<int32_t*>(memory + start), memory + values, memory + query,
+         reinterpret_cast<int32_t*>(memory + scores), memory + weights, reinterpret_cast<int32_t*>(memory + sums)},
+        state);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t head = unit / shares, share = unit % shares;
       if (unit == begin || share == 0) worker.load_head(head / a.heads, head % a.heads);
       worker.queries(a.queries * share / shares, a.queries * (share + 1) / shares);
     }
+#if defined(QK_ISA_AMX)
+    state.release();
+#endif
   });
 }
 
