@@ -29,7 +29,7 @@ struct Room {
   Piece* pieces;
   Run* runs;
   uint8_t* rows;       // of Source::fill
-  uint8_t* words;      // the codes as 16-bit words, where they are multiplied as such; or moved ones
+  uint8_t* copies;     // of the codes: as 16-bit words, where they are multiplied as such, or moved
   int32_t* row_terms;  // [rows of a tile][k_groups]: sums of codes, where zeros come behind the product (row_term)
   int32_t* row_zeros;  // [rows of a tile], of moved codes
   uint8_t* kept;       // a column of tiles as int8 or words
@@ -149,7 +149,7 @@ class Worker {
   }
 
  private:
-  // Of one tile a column: its weights are used once, the row's codes by all columns.
+  // Of one tile a column, but for the longest sums: its weights are used once, the row's codes by all columns.
   bool zeros_behind() const { return B < 8 && tiles_ == 1 && l_.k / l_.k_groups <= longest_behind; }
 
   // What zeros that come behind need of the rows.
@@ -173,8 +173,8 @@ class Worker {
     };
     if (p_.source.row_bytes == 0) {
       const int64_t pitch = row_pitch(row_reach_);
-      for (int64_t r = 0; r < run.rows; ++r) move_codes(run.x + r * run.stride, row_reach_, room_.words + r * pitch);
-      run = {room_.words, pitch, run.rows};
+      for (int64_t r = 0; r < run.rows; ++r) move_codes(run.x + r * run.stride, row_reach_, room_.copies + r * pitch);
+      run = {room_.copies, pitch, run.rows};
     } else {
       uint8_t* const x = room_.rows + (run.x - room_.rows);
       move_codes(x, (run.rows - 1) * run.stride + row_reach_, x);
@@ -187,7 +187,7 @@ class Worker {
   void widen_rows() {
     if (p_.source.row_bytes == 0) {
       const int64_t pitch = row_pitch(2 * row_reach_);
-      uint8_t* to = room_.words;
+      uint8_t* to = room_.copies;
       for (int64_t i = 0; i < runs_; ++i) {
         Run& run = room_.runs[i];
         const Run from = run;
@@ -200,9 +200,9 @@ class Worker {
         Run& run = room_.runs[i];
         const int64_t at = run.x - room_.rows;
         used = most(used, at + (run.rows - 1) * run.stride + row_reach_);
-        run = {room_.words + 2 * at, 2 * run.stride, run.rows};
+        run = {room_.copies + 2 * at, 2 * run.stride, run.rows};
       }
-      widen(room_.rows, used, room_.words);
+      widen(room_.rows, used, room_.copies);
     }
   }
 
@@ -323,10 +323,10 @@ void multiply_stored(const Product& p, const Finish& finish) {
   const int64_t rows = parts.take<uint8_t>(row_bytes);
   const int64_t few = B < 8 ? least(c.block_rows, c.tile_rows) : 0;
   const int64_t row_terms = parts.take<int32_t>(few * l.k_groups), row_zeros = parts.take<int32_t>(few);
-  const int64_t words = parts.take<uint8_t>(B == 8 && words_of_8_bits && p.source.row_bytes > 0 ? 2 * row_bytes
-                                            : B == 8 && words_of_8_bits ? c.block_rows * row_pitch(2 * l.k)
-                                            : p.source.row_bytes == 0   ? few * row_pitch(l.k)
-                                                                        : 0);
+  const int64_t copies = parts.take<uint8_t>(B == 8 && words_of_8_bits && p.source.row_bytes > 0 ? 2 * row_bytes
+                                             : B == 8 && words_of_8_bits             ? c.block_rows * row_pitch(2 * l.k)
+                                             : tile_moves && p.source.row_bytes == 0 ? few * row_pitch(l.k)
+                                                                                     : 0);
   const int64_t terms = l.k_groups * Terms::pitch, start = parts.take<uint32_t>(Terms::pitch);
   const int64_t steps = parts.take<float>(terms), sums = parts.take<uint32_t>(terms);
   const int64_t zeros = parts.take<uint32_t>(B < 8 ? terms : 0);
@@ -337,7 +337,7 @@ void multiply_stored(const Product& p, const Finish& finish) {
     const Room room{reinterpret_cast<Piece*>(memory + pieces),
                     reinterpret_cast<Run*>(memory + runs),
                     memory + rows,
-                    memory + words,
+                    memory + copies,
                     reinterpret_cast<int32_t*>(memory + row_terms),
                     reinterpret_cast<int32_t*>(memory + row_zeros),
                     memory + kept,

@@ -12,8 +12,9 @@
 //    AMX goes in steps of 64 with a shorter last tile; k is a multiple of 64 for such pieces, and 64 codes of int8
 //    weights (8 bits, or unpacked) are 1,024 bytes in a row: one tile B, blocks weight_pitch apart.
 //  - Weights below 8 bits: the first of several tiles of a column unpacks them and keeps code - zero as int8 for the
-//    others. A tile that is alone multiplies the codes from 0: zero * (sum of the row's codes) is too much in the sum,
-//    which Terms::value (finish.h) takes away. Where tile_moves, x and its zero are 128 less for it, so x is signed.
+//    others. A tile that is alone (Worker::zeros_behind) multiplies the codes from 0: zero * (sum of the row's codes)
+//    is too much in the sum, which Terms::value (finish.h) takes away. Where tile_moves, x and its zero are 128 less
+//    for it, so x is signed.
 //  - Where words_of_8_bits is set (dot.h), 8-bit weights are multiplied as 16-bit words: x and the distances between
 //    its rows and pieces are those of words then, and the first tile keeps words.
 //  - With one group of K the sums go to acc, [rows][blocks * 16] int32; Worker::write (igemm.simd.cpp) takes them from

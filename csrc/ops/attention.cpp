@@ -1,7 +1,5 @@
 #include "ops/attention.h"
 
-#include <cmath>
-
 #include "ops/attention_check.h"
 #include "ops/values_check.h"
 

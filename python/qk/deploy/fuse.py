@@ -10,13 +10,13 @@ from torch import fx, nn
 from qk import ops
 from qk.deploy.embedding import table_modules
 from qk.deploy.fusing.graph import Constants, finished, merge_equal
-from qk.deploy.fusing.heads import join_heads
+from qk.deploy.fusing.heads import has_attention, join_heads
 from qk.deploy.fusing.leftovers import left_in_float, note_reasons
 from qk.deploy.fusing.model import FusedModel, Inputs
 from qk.deploy.fusing.regions import build_regions
 from qk.deploy.fusing.rewrite import fuse_exactly, read_images_as_they_lie
 from qk.deploy.fusing.tensors import note_shapes, quantize_tensors
-from qk.deploy.fusing.trace import canonical, input_shapes, traced
+from qk.deploy.fusing.trace import canonical, input_shapes, traced, two
 from qk.deploy.modules import IntegerLayer, integer_layers
 from qk.deploy.tune import tuned
 from qk.errors import fail
@@ -71,9 +71,10 @@ def unfused(model: nn.Module, example: Any, *, tensors: int | None = 8, ranges: 
 def _quantized(model: nn.Module, batches: list[Any], tensors: int | None, ranges: str) -> Constants:
     constants = canonical(traced(model, batches[0]))
     merge_equal(constants.graph)
-    note_shapes(constants, batches[0])
-    if tensors is not None:
+    if tensors is not None and has_attention(constants.graph):
+        note_shapes(constants, map_tensors(two, batches[0]))
         join_heads(constants.graph)
+    note_shapes(constants, batches[0])
     note_reasons(constants.graph, model, tensors)
     if tensors is not None:
         quantize_tensors(constants, batches, ranges)

@@ -86,7 +86,7 @@ def faster(layer: QConv2d, size: torch.Size | None, winograd: Tensor) -> str:
         return ops.conv2d(codes, step, zero, weight, layer.weight_step, layer.bias, layer.bits, *places, *end)
 
     # As fused networks have it: an activation function, codes.
-    out_step = (3 * call(direct).std() / 255).nan_to_num(1.0).clamp(min=1e-6).reshape(1)
+    out_step = (call(direct).abs().amax() / 255).nan_to_num(1.0).clamp(min=1e-6).reshape(1)
     end = ("relu", out_step, torch.zeros(1, dtype=torch.int32), 8)
     one, two = alternate([lambda: call(direct, *end), lambda: call(winograd, *end)], seconds=0.05)
     return "winograd" if quantile(two, 0.5) < WORTH * quantile(one, 0.5) else "direct"

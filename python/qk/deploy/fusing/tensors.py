@@ -73,7 +73,7 @@ class Roles:
 
 def operands_of(node: fx.Node) -> list[fx.Node]:
     """The tensors whose values it computes with: a mask of attention is none."""
-    return list(node.args[:3]) if is_call(node, heads.attention) else inputs_of(node)
+    return list(node.args[:3]) if is_call(node, heads.scaled_dot_product_attention) else inputs_of(node)
 
 
 def is_known(node: fx.Node) -> bool:
@@ -90,7 +90,14 @@ def is_known(node: fx.Node) -> bool:
     if is_call(node, CAT):
         return node.args[1] in (-1, len(shape_of(node)) - 1)
     return activation_of(node) is not None or is_call(
-        node, *FUNCTIONS, *MOVES, nhwc.max_pool, nhwc.avg_pool, nhwc.mean, nhwc.batch_norm, heads.attention
+        node,
+        *FUNCTIONS,
+        *MOVES,
+        nhwc.max_pool,
+        nhwc.avg_pool,
+        nhwc.mean,
+        nhwc.batch_norm,
+        heads.scaled_dot_product_attention,
     )
 
 
@@ -315,7 +322,7 @@ def _maker(node: fx.Node) -> Callable[..., fx.Node] | None:
         return _table
     if is_call(node, *POOLS):
         return _average
-    if is_call(node, heads.attention):
+    if is_call(node, heads.scaled_dot_product_attention):
         return _attention
     return _scaled if is_call(node, nhwc.batch_norm) else None
 

@@ -37,7 +37,7 @@ def traced(model: nn.Module, example: Any) -> fx.GraphModule:
 
     Raises QkError for a model that torch.export refuses, naming the module in which it stopped.
     """
-    inputs = map_tensors(_two, copied_to(example, device_of(model)))
+    inputs = map_tensors(two, copied_to(example, device_of(model)))
     args, kwargs = _arguments(inputs)
     entered: list[str] = []
     with evaluating(model), _watched(model, entered), torch.no_grad():
@@ -58,7 +58,7 @@ def canonical(module: fx.GraphModule) -> Constants:
     return _Canonical(module).run()
 
 
-def _two(x: Tensor) -> Tensor:
+def two(x: Tensor) -> Tensor:
     """A batch of one would be taken for a constant."""
     return torch.cat([x, x]) if x.dim() and x.shape[0] == 1 else x
 
