@@ -78,10 +78,7 @@ class Worker {
       : a_(a),
         room_(room),
         state_(state),
-        depth_steps_(counts.depth_steps),
-        key_blocks_(counts.key_blocks),
-        key_steps_(counts.key_steps),
-        width_blocks_(counts.width_blocks),
+        counts_(counts),
         halvings_(*a.q.step * *a.k.step * a.exponent),
         finish_(epilogue(a.out)) {}
 
@@ -113,14 +110,14 @@ class Worker {
   }
 
   void pack_keys() {
-    for (int64_t i = 0; i < 4 * depth_steps_ * wide; ++i) room_.query[i] = i % wide == 0;  // a query of ones
-    for (int64_t b = 0; b < key_blocks_; ++b) {
+    for (int64_t i = 0; i < 4 * counts_.depth_steps * wide; ++i) room_.query[i] = i % wide == 0;  // a query of ones
+    for (int64_t b = 0; b < counts_.key_blocks; ++b) {
       const int64_t there = least<int64_t>(block, a_.keys - b * block);
       const uint8_t* const from = row(a_.k, a_.keys, b * block, a_.depth);
       const int64_t stride = a_.heads * a_.depth;
       const int64_t filled = ceil_div(a_.depth, 4);
-      uint8_t* const to = room_.keys + b * depth_steps_ * step_bytes;
-      std::memset(to + filled * step_bytes, 0, static_cast<size_t>((depth_steps_ - filled) * step_bytes));
+      uint8_t* const to = room_.keys + b * counts_.depth_steps * step_bytes;
+      std::memset(to + filled * step_bytes, 0, static_cast<size_t>((counts_.depth_steps - filled) * step_bytes));
       for (int64_t s = 0; s < filled; ++s) {
         const int64_t n = least<int64_t>(4, a_.depth - 4 * s);
         uint8_t bytes[64] = {};
@@ -136,15 +133,15 @@ class Worker {
         put_step(bytes, to + s * step_bytes);
       }
       int32_t* const sums = room_.start + b * block;
-      small_product<1, 1>(room_.query, 0, to, 0, depth_steps_, nullptr, sums, 0);
+      small_product<1, 1>(room_.query, 0, to, 0, counts_.depth_steps, nullptr, sums, 0);
       for (int64_t j = 0; j < block; ++j) sums[j] *= -*a_.q.zero;
     }
   }
 
   void pack_values() {
-    for (int64_t b = 0; b < width_blocks_; ++b) {
+    for (int64_t b = 0; b < counts_.width_blocks; ++b) {
       const int64_t valid = least<int64_t>(block, a_.width - b * block);
-      for (int64_t s = 0; s < key_steps_; ++s) {
+      for (int64_t s = 0; s < counts_.key_steps; ++s) {
         Codes four[4];
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i)
@@ -153,7 +150,7 @@ class Worker {
                         : Codes{};
         uint8_t bytes[64];
         interleave(four, bytes);
-        put_step(bytes, room_.values + (b * key_steps_ + s) * step_bytes);
+        put_step(bytes, room_.values + (b * counts_.key_steps + s) * step_bytes);
       }
     }
   }
@@ -179,7 +176,7 @@ class Worker {
   // As products read them: where they lie if they consist of whole steps of bytes, or tiles.
   const uint8_t* query_rows(const uint8_t* x, int64_t rows, int64_t& stride) {
     if (wide == 1 && a_.depth % (tiles ? 64 : 4) == 0) return x;
-    const int64_t reach = 4 * depth_steps_ * wide;
+    const int64_t reach = 4 * counts_.depth_steps * wide;
     for (int64_t r = 0; r < rows; ++r) {
       uint8_t* const to = room_.query + r * reach;
       if constexpr (wide == 1)
@@ -192,24 +189,25 @@ class Worker {
   }
 
   void some_queries(int64_t first, int64_t rows) {
-    const int64_t keys = key_blocks_ * block, width = width_blocks_ * block, reach = 4 * key_steps_ * wide;
+    const int64_t keys = counts_.key_blocks * block, width = counts_.width_blocks * block,
+                  reach = 4 * counts_.key_steps * wide;
     int64_t stride = a_.heads * a_.depth;
     const uint8_t* const x = query_rows(row(a_.q, a_.queries, first, a_.depth), rows, stride);
-    all_products(state_, rows, x, stride, room_.keys, depth_steps_ * step_bytes, depth_steps_, key_blocks_, room_.start,
-                 room_.scores, keys);
+    all_products(state_, rows, x, stride, room_.keys, counts_.depth_steps * step_bytes, counts_.depth_steps,
+                 counts_.key_blocks, room_.start, room_.scores, keys);
     uint32_t totals[rows_at_once];
     for (int64_t r = 0; r < rows; ++r) {
       uint8_t* const weights = room_.weights + r * reach;
       totals[r] = weigh(room_.scores + r * keys, first + r, weights);
       std::memset(weights + keys * wide, 0, static_cast<size_t>(reach - keys * wide));
     }
-    all_products(state_, rows, room_.weights, reach, room_.values, key_steps_ * step_bytes, key_steps_, width_blocks_,
-                 nullptr, room_.sums, width);
+    all_products(state_, rows, room_.weights, reach, room_.values, counts_.key_steps * step_bytes, counts_.key_steps,
+                 counts_.width_blocks, nullptr, room_.sums, width);
     const uint32_t shift = static_cast<uint32_t>(middle - *a_.v.zero);
     for (int64_t r = 0; r < rows; ++r) {
       const float ratio = totals[r] > 0 ? *a_.v.step / static_cast<float>(totals[r]) : 0.0f;
       const int64_t at = ((batch_ * a_.queries + first + r) * a_.heads + head_) * a_.width;
-      for (int64_t b = 0; b < width_blocks_; ++b) {
+      for (int64_t b = 0; b < counts_.width_blocks; ++b) {
         const Words sums = load<Words>(room_.sums + r * width + b * block) + shift * totals[r];
         const Floats y = __builtin_convertvector(reinterpret_cast<Ints>(sums), Floats) * ratio;
         finish_.write(y, a_.out.data, at + b * block, least<int64_t>(block, a_.width - b * block));
@@ -222,7 +220,7 @@ class Worker {
     const uint8_t* const mask = a_.mask ? mask_row(query) : nullptr;
     if (mask)
       for (int64_t j = 0; j < a_.keys; ++j) scores[j] = mask[j] ? scores[j] : unseen;
-    const int64_t n = key_blocks_ * block;
+    const int64_t n = counts_.key_blocks * block;
     for (int64_t j = a_.keys; j < n; ++j) scores[j] = unseen;
     LaneInts largest = load<LaneInts>(scores);
     for (int64_t i = 0; i < n; i += lanes) {
@@ -263,7 +261,7 @@ class Worker {
   const AttentionArgs& a_;
   const Room room_;
   TileState& state_;
-  const int64_t depth_steps_, key_blocks_, key_steps_, width_blocks_;
+  const Counts counts_;
   const float halvings_;
   const Finish<codes, Residual::none> finish_;
   int64_t batch_ = 0, head_ = 0;

@@ -24,17 +24,8 @@ constexpr int wide = words_of_8_bits ? 2 : 1, step_bytes = 64 * wide;
 // A vector in the order of dot.h, int8.
 QK_INLINE void put_step(const uint8_t* bytes, uint8_t* to) {
 #if defined(QK_ISA_AVX2)
-#pragma GCC unroll 2
-  for (int half = 0; half < 2; ++half) {
-    // Two bytes of each channel to the upper halves of words, and down again with their sign.
-    const char c = static_cast<char>(2 * half), d = static_cast<char>(c + 1), no = -128;
-    const __m256i order = _mm256_broadcastsi128_si256(
-        _mm_setr_epi8(no, c, no, d, no, c + 4, no, d + 4, no, c + 8, no, d + 8, no, c + 12, no, d + 12));
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i)
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 64 * half + 32 * i),
-                          _mm256_srai_epi16(_mm256_shuffle_epi8(load32(bytes + 32 * i), order), 8));
-  }
+  store64(to, words_of_half(bytes, 0));
+  store64(to + 64, words_of_half(bytes, 1));
 #else
   std::memcpy(to, bytes, 64);
 #endif

@@ -138,6 +138,15 @@ QK_INLINE __m256i dot4(__m256i acc, __m256i x, __m256i w) {
     return in_order(_mm256_add_epi32(acc, _mm256_add_epi32(even, odd)));
   }
 }
+// Of a vector of int8 weights, half 0 or 1 of the four codes of each channel as 16-bit words: the two bytes
+// go to the upper halves of words, and down again with their sign.
+QK_INLINE Bytes words_of_half(const uint8_t* w, int half) {
+  const char c = static_cast<char>(2 * half), d = static_cast<char>(c + 1), no = -128;
+  const __m256i order = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(no, c, no, d, no, c + 4, no, d + 4, no, c + 8, no, d + 8, no, c + 12, no, d + 12));
+  return {_mm256_srai_epi16(_mm256_shuffle_epi8(load32(w), order), 8),
+          _mm256_srai_epi16(_mm256_shuffle_epi8(load32(w + 32), order), 8)};
+}
 template <bool small>
 QK_INLINE Lanes dot4(Lanes acc, Four x, Bytes w) {
   return {dot4<small>(acc.a, x, w.a), dot4<small>(acc.b, x, w.b)};

@@ -125,12 +125,8 @@ QK_INLINE void word_pieces(const TileArgs& a, const Piece* pieces, int64_t count
       if constexpr (B == 16) {
         first = load32(w + 64 * half), second = load32(w + 64 * half + 32);
       } else {
-        // Two bytes of each channel to the upper halves of words, and down again with their sign.
-        const char c = static_cast<char>(2 * half), d = static_cast<char>(c + 1), no = -128;
-        const __m256i order = _mm256_broadcastsi128_si256(
-            _mm_setr_epi8(no, c, no, d, no, c + 4, no, d + 4, no, c + 8, no, d + 8, no, c + 12, no, d + 12));
-        first = _mm256_srai_epi16(_mm256_shuffle_epi8(load32(w), order), 8);
-        second = _mm256_srai_epi16(_mm256_shuffle_epi8(load32(w + 32), order), 8);
+        const Bytes words = words_of_half(w, half);
+        first = words.a, second = words.b;
       }
       if constexpr (keep) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(kept + 64 * half), first);

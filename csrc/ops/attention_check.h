@@ -23,8 +23,11 @@ inline AttentionArgs attention_args(const char* op, const std::vector<int64_t>& 
     fail(op, "v", "[B, keys, heads * E], for k " + text_of(k), text_of(v));
   AttentionArgs a{};
   a.batch = q[0], a.queries = q[1], a.keys = k[1], a.heads = heads, a.depth = q[2] / heads, a.width = v[2] / heads;
-  check(a.depth <= longest_depth, op, "D", "at most 16512, for scores in int32", a.depth);
-  check(a.keys <= most_keys, op, "keys", "at most 33025, for sums in int32", a.keys);
+  const auto within = [&](const char* name, int64_t got, int64_t most, const char* reason) {
+    if (got > most) fail(op, name, "at most " + std::to_string(most) + reason, std::to_string(got));
+  };
+  within("D", a.depth, longest_depth, ", for scores in int32");
+  within("keys", a.keys, most_keys, ", for sums in int32");
   if (mask) {
     const auto& m = *mask;
     if (m.size() != 3 || (m[0] != 1 && m[0] != a.batch) || (m[1] != 1 && m[1] != a.queries) || m[2] != a.keys)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 import qk
 from networks import GLOBAL, POOL, Net, chain, coded, equal, image, random_net
 from qk import _core
-from qk.deploy.fusing.heads import score_bits
 from qk.deploy.program import decode, interpret
+from qk.ops._program import score_bits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

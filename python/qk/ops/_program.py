@@ -28,6 +28,7 @@ tensor with any shape and strides, or codes [B, H, W, C] or [..., K]. What the s
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -152,6 +153,16 @@ SIGNATURES: dict[str, Signature] = {
     # codes -> float32.
     "dequantize": Signature((1, 1), scale="none"),
 }
+
+
+def score_bits(scale: float) -> int:
+    """attention's scale as programs have it: the bits of its float32."""
+    return struct.unpack("<i", struct.pack("<f", scale))[0]
+
+
+def score_scale(bits: int) -> float:
+    """The scale that has these bits."""
+    return struct.unpack("<f", struct.pack("<i", bits))[0]
 
 
 def keeps_scale(step: Step) -> bool:

@@ -14,6 +14,7 @@ from qk.ops._values import result
 # 255 * 2^f for f in [-1/2, 1/2], from the highest power down: the smallest relative error, 1.0e-4, with 255 at 0.
 POWER = (14.027276992797852, 61.7637939453125, 176.78713989257812, 255.0)
 FARTHEST = 16  # halvings: beyond, a weight is 0
+LONGEST_DEPTH, MOST_KEYS = 16512, 33025  # of kernels: scores and sums in int32 (csrc/ops/attention.h)
 
 
 def attention(

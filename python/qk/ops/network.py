@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from qk.ops._program import Program, Scale, Step, decode
+from qk.ops._program import Program, Scale, Step, decode, score_scale
 from qk.ops._rows import on_one_device
 from qk.ops._shapes import output_shape, shapes, step_shape
 from qk.ops.add import reference as add
@@ -108,8 +109,7 @@ def _define(step: Step, operands: list[Operand], constants: Sequence[Tensor], we
         return concat(*map(list, zip(*operands, strict=True)), *out)
     if step.op == "attention":
         mask = operands[3][0] if len(operands) > 3 else None
-        scale = torch.tensor(a["score_scale"], dtype=torch.int32).view(torch.float32).item()
-        return attention(*operands[0], *operands[1], *operands[2], a["heads"], mask, scale, *out)
+        return attention(*itertools.chain(*operands[:3]), a["heads"], mask, score_scale(a["score_scale"]), *out)
     if step.op == "reshape":
         return x.reshape(step_shape(step, [tuple(x.shape)]))
     return dequantize(x, x_step, x_zero)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -12,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from qk.deploy.fusing.graph import aten, is_call, shape_of, with_shape
+from qk.ops.attention import LONGEST_DEPTH, MOST_KEYS
 
 SDPA = aten.scaled_dot_product_attention.default
 SHAPES = (aten.view.default, aten.reshape.default)
 TURNS = (aten.transpose.int, aten.permute.default)
 SAME = (*SHAPES, aten.contiguous.default, aten.clone.default)
-MOST_KEYS, LONGEST_DEPTH = 33025, 16512  # of the operator
 
 
 def scaled_dot_product_attention(
@@ -32,11 +31,6 @@ def scaled_dot_product_attention(
 def seen(mask: Tensor) -> Tensor:
     """A mask that is the same for all heads, as the operator takes it: uint8 [B or 1, queries or 1, keys]."""
     return mask[(None,) * (4 - mask.dim())][:, 0].to(torch.uint8)
-
-
-def score_bits(scale: float) -> int:
-    """The scale as programs have it: the bits of its float32."""
-    return struct.unpack("<i", struct.pack("<f", scale))[0]
 
 
 def has_attention(graph: fx.Graph) -> bool:

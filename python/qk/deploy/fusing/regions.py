@@ -27,8 +27,8 @@ from qk.deploy.fusing.graph import (
     qk,
     shape_of,
 )
-from qk.deploy.fusing.heads import score_bits
 from qk.deploy.program import Builder, encode
+from qk.ops._program import score_bits
 from qk.ops.sparq import FAMILIES
 
 LOOKUP, POOL, CONCAT = qk.lookup.default, qk.pool.default, qk.concat.default
