@@ -13,12 +13,11 @@ constexpr bool only_avx2 = true;
 constexpr bool only_avx2 = false;
 #endif
 
-// Rows are fetched twice, so many lookups ahead: first into L2, which waits for more lines at once than L1 can, then
-// into L1.
-constexpr int64_t far = 48, near = 8;
-// AVX2: once, at least `ahead` lookups ahead and `together` rows together. AMD's Zen holds back what comes after a
-// fetch until it knows the page's address: so the pages of several rows are looked up at the same time. More rows than
-// these have more lines than L1 waits for.
+// A row is fetched `ahead` lookups before its turn, its lines between the sums of the row whose turn it is: lines that
+// are asked for all at once wait for each other's page.
+// AVX2: at least so many ahead and `together` rows together. AMD's Zen holds back what comes after a fetch until it
+// knows the page's address: so the pages of several rows are looked up at the same time. More rows than these have more
+// lines than L1 waits for.
 constexpr int64_t ahead = 16, together = 6;
 
 enum class Step { plain, weighted, largest };
@@ -39,14 +38,14 @@ Bag bag_of(const EmbeddingBagArgs& a, int64_t bag) {
   return {begin, bag + 1 < a.bags ? number_at(a.offsets, a.wide_offsets, bag + 1) : a.count};
 }
 
-// Any index: a prefetch never faults.
-template <int locality>
-QK_INLINE void fetch(const uint8_t* rows, int64_t row_stride, int64_t row_bytes, int64_t index) {
-  const uintptr_t row = reinterpret_cast<uintptr_t>(rows) + static_cast<uint64_t>(index) * row_stride;
-  __builtin_prefetch(reinterpret_cast<const void*>(row), 0, locality);
-  __builtin_prefetch(reinterpret_cast<const void*>(row + least<int64_t>(64, row_bytes - 1)), 0, locality);
-  for (int64_t line = 128; line < row_bytes; line += 64)
-    __builtin_prefetch(reinterpret_cast<const void*>(row + line), 0, locality);
+// Where a row of any index would be: numbers, as a prefetch never faults.
+QK_INLINE uintptr_t address(const uint8_t* rows, int64_t row_stride, int64_t index) {
+  return reinterpret_cast<uintptr_t>(rows) + static_cast<uint64_t>(index) * static_cast<uint64_t>(row_stride);
+}
+QK_INLINE void fetch(uintptr_t line) { __builtin_prefetch(reinterpret_cast<const void*>(line), 0, 3); }
+QK_INLINE void fetch_second(uintptr_t row, int64_t row_bytes) { fetch(row + least<int64_t>(64, row_bytes - 1)); }
+QK_INLINE void fetch_rest(uintptr_t row, int64_t row_bytes) {
+  for (int64_t line = 128; line < row_bytes; line += 64) fetch(row + line);
 }
 
 void report(int64_t* bad, int64_t position) {
@@ -72,11 +71,10 @@ QK_INLINE void run_bag(const EmbeddingBagArgs& args, const Bag& bag, int64_t las
   for (int64_t i = bag.begin; i < bag.end; ++i) {
     if constexpr (only_avx2) {
       if (__builtin_expect(i + ahead >= next, 0))
-        for (const int64_t end = least(next + together, last); next < end; ++next)
-          fetch<3>(rows, row_stride, row_bytes, number_at(indices, wide, next));
-    } else {
-      fetch<2>(rows, row_stride, row_bytes, number_at(indices, wide, least(i + far, last - 1)));
-      fetch<3>(rows, row_stride, row_bytes, number_at(indices, wide, least(i + near, last - 1)));
+        for (const int64_t end = least(next + together, last); next < end; ++next) {
+          const uintptr_t row = address(rows, row_stride, number_at(indices, wide, next));
+          fetch(row), fetch_second(row, row_bytes), fetch_rest(row, row_bytes);
+        }
     }
     const int64_t index = number_at(indices, wide, i);
     if (__builtin_expect(static_cast<uint64_t>(index) >= static_cast<uint64_t>(row_count), 0)) {
@@ -99,8 +97,14 @@ QK_INLINE void run_bag(const EmbeddingBagArgs& args, const Bag& bag, int64_t las
       codes = copy;
     }
     const Part part(codes);
+    const uintptr_t later = address(rows, row_stride, number_at(indices, wide, least(i + ahead, last - 1)));
 #pragma GCC unroll 16
     for (int j = 0; j < accs; ++j) {
+      if constexpr (!only_avx2) {
+        if (j == 0) fetch(later);
+        if (j == accs / 2 - 1) fetch_second(later, row_bytes);
+        if (j == accs - 1) fetch_rest(later, row_bytes);
+      }
       const Lane value = part.at(numbers, j);
       if constexpr (step == Step::largest)
         acc[j] = count == 0 ? value : higher(value, acc[j]);
@@ -147,10 +151,10 @@ void run(const EmbeddingBagArgs& a) {
 template <int bits, Step step>
 void run(const EmbeddingBagArgs& a) {
   if constexpr (bits == 8) {
-    run<bits, step, Scaled>(a);
+    run<bits, step, Scaled<step == Step::weighted>>(a);
   } else {
     if constexpr (only_avx2 && bits == 4)
-      if (a.kind == RowKind::affine) return run<bits, step, Scaled>(a);
+      if (a.kind == RowKind::affine) return run<bits, step, Scaled<step == Step::weighted>>(a);
     run<bits, step, Table<bits>>(a);
   }
 }

@@ -22,17 +22,16 @@ QK_INLINE Four from_half(FourWords half) {
                                 (half & 0x8000) << 16 | odd);
 }
 
-// `count` numbers, at most 4, of a dtype.
-template <int count>
-QK_INLINE Four read_numbers(RowDtype dtype, const uint8_t* p) {
-  Four values{};
+// Four numbers of a dtype.
+QK_INLINE Four read_four(RowDtype dtype, const uint8_t* p) {
   if (dtype == RowDtype::float32) {
-    std::memcpy(&values, p, 4 * count);
+    Four values;
+    std::memcpy(&values, p, sizeof values);
     return values;
   }
   typedef uint16_t Halves __attribute__((vector_size(8)));
-  Halves halves{};
-  std::memcpy(&halves, p, 2 * count);
+  Halves halves;
+  std::memcpy(&halves, p, sizeof halves);
 #if defined(__AVX512BW__)
   if (dtype == RowDtype::float16)
     return _mm512_castps512_ps128(
@@ -48,29 +47,41 @@ struct Affine {
   Lane scale, offset;
 };
 
+// Each is loaded into all lanes from where it lies: numbers that pass through memory as a vector wait for their stores.
 QK_INLINE Affine read_affine(RowDtype dtype, const uint8_t* p) {
-#if defined(__AVX512BW__) || defined(__F16C__)
-  if (dtype == RowDtype::float16) {  // both are loaded into all lanes
-    int32_t both;
-    std::memcpy(&both, p, 4);
+  if (dtype == RowDtype::float32) {
+    float scale, offset;
+    std::memcpy(&scale, p, 4);
+    std::memcpy(&offset, p + 4, 4);
+    return {all_lanes(scale), all_lanes(offset)};
+  }
+  uint32_t both;
+  std::memcpy(&both, p, 4);
 #if defined(__AVX512BW__)
-    const Lane pairs = _mm512_cvtph_ps(_mm256_set1_epi32(both));
+  if (dtype == RowDtype::float16) {
+    const Lane pairs = _mm512_cvtph_ps(_mm256_set1_epi32(static_cast<int32_t>(both)));
     return {_mm512_moveldup_ps(pairs), _mm512_movehdup_ps(pairs)};
-#else
-    const Lane pairs = _mm256_cvtph_ps(_mm_set1_epi32(both));
+  }
+#elif defined(__F16C__)
+  if (dtype == RowDtype::float16) {
+    const Lane pairs = _mm256_cvtph_ps(_mm_set1_epi32(static_cast<int32_t>(both)));
     return {_mm256_moveldup_ps(pairs), _mm256_movehdup_ps(pairs)};
-#endif
   }
 #endif
-  const Four numbers = read_numbers<2>(dtype, p);
+  const FourWords words = {both & 0xffff, both >> 16, 0, 0};
+  const Four numbers = dtype == RowDtype::float16 ? from_half(words) : reinterpret_cast<Four>(words << 16);
   return {all_lanes(numbers[0]), all_lanes(numbers[1])};
 }
 
 // What a code of a row stands for, computed for each: for 8 bits, and where a table of 16 entries takes longer.
+template <bool weighted>
 struct Scaled {
   Affine row;
-  float weight = 1.0f;
-  QK_INLINE Lane of(Lane codes) const { return (codes * row.scale + row.offset) * weight; }
+  float weight;
+  QK_INLINE Lane of(Lane codes) const {
+    const Lane value = codes * row.scale + row.offset;
+    return weighted ? value * weight : value;
+  }
   QK_INLINE Lane at(Words codes) const {
     return of(__builtin_convertvector(reinterpret_cast<Integers>(codes & 15), Lane));
   }
@@ -145,7 +156,7 @@ struct Table {
       float book[16];
       const int64_t size = a.dtype == RowDtype::float32 ? 4 : 2;
       for (int i = 0; i < entries; i += 4) {
-        const Four some = read_numbers<4>(a.dtype, p + i * size);
+        const Four some = read_four(a.dtype, p + i * size);
         std::memcpy(book + i, &some, sizeof some);
       }
       set_book(book);
@@ -289,7 +300,10 @@ class RowPart<8, accs> {
  public:
   static constexpr int64_t bytes = accs * lanes;
   QK_INLINE explicit RowPart(const uint8_t* codes) : codes_(codes) {}
-  QK_INLINE Lane at(const Scaled& numbers, int j) const { return numbers.of(floats_of(codes_ + j * lanes)); }
+  template <bool weighted>
+  QK_INLINE Lane at(const Scaled<weighted>& numbers, int j) const {
+    return numbers.of(floats_of(codes_ + j * lanes));
+  }
   QK_INLINE static void store(const Lane (&acc)[accs], float* out, int64_t n) { store_columns<accs>(acc, out, n); }
 
  private:

@@ -11,17 +11,18 @@ from qk import ops
 from qk.bench.harness import Case
 from qk.bench.problems import Bag
 from qk.bench.rows import Candidate, meets
+from qk.deploy.embedding import QEmbeddingBag
 from qk.ops.quantize import reference as quantize_reference
 
 
 def bag(p: Bag, threads: int) -> Iterable[Candidate]:
-    """Sums of rows of 8, 4 and 2 bits."""
+    """Sums of rows of 8, 4 and 2 bits, looked up by the module that a converted model has."""
     d = p.data
     for bits in (8, 4, 2):
-        table, dtype = d.table(bits), "float32" if bits == 8 else "float16"
-        run = partial(ops.embedding_bag, table, d.indices, d.offsets, bits, p.cols, "affine", dtype)
+        table = QEmbeddingBag(d.table(bits), bits, p.cols, dtype="float32" if bits == 8 else "float16")
+        run = partial(table, d.indices, d.offsets)
         expected = d.expected(bits)  # in another order of sums
-        lines = -(-table.shape[1] // 64) * 64  # a row comes in whole lines of the cache
+        lines = -(-table.rows.shape[1] // 64) * 64  # a row comes in whole lines of the cache
         moved = d.lookups * lines + p.bags * p.cols * 4
         name = f"qk {bits}-bit rows"
         yield Candidate(name, f"W{bits}", run, lambda r=run, e=expected: meets(r(), e, 1e-3), moved)
