@@ -268,6 +268,18 @@ class WrittenThroughAView(nn.Module):
         return self.second(y)
 
 
+class ReadsAParameter(nn.Module):
+    """A layer whose input is no tensor of the network's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = nn.Parameter(torch.linspace(-1, 1, 24).view(4, 6))
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.relu(x + self.first(self.places)))
+
+
 ROWS = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
 
 
@@ -284,6 +296,13 @@ def test_state_that_forward_changes_is_refused():
 def test_writes_through_a_view_are_followed():
     model = integer(WrittenThroughAView().eval(), ROWS)
     assert_same(fuse(model, ROWS), model, ROWS)
+
+
+def test_a_layer_that_reads_a_parameter_is_fused():
+    model = integer(ReadsAParameter().eval(), ROWS)
+    fused = fuse(model, ROWS)
+    assert fused.steps["gemm"] == 2
+    assert_same(unfused(model, ROWS), fused, ROWS)
 
 
 def test_wrong_input_to_fuse_is_refused(small):

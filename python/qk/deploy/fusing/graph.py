@@ -75,6 +75,8 @@ def inputs_of(node: fx.Node) -> list[fx.Node]:
         return [node.kwargs["x"]] + [n for n in [node.kwargs.get("residual")] if n is not None]
     if is_call(node, ATTENTION):
         return [node.kwargs[name] for name in "qkv"]
+    if is_call(node, QUANTIZE):  # also of a parameter
+        return [node.args[0]]
     return [n for n in node.all_input_nodes if n.op != "get_attr"]
 
 
