@@ -9,7 +9,7 @@ from torch import Tensor
 
 import qk
 from qk.deploy.program import Builder, Scale, encode, interpret
-from qk.ops._program import keeps_scale
+from qk.ops._program import keeps_scale, score_bits
 from qk.ops._shapes import step_shape
 
 WINDOW = {"kernel": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
@@ -112,7 +112,7 @@ def random_net(make_weight, device, seed, steps=12) -> Net:
     made = [step.out for step in net._steps if step.op != "reshape"]
     for v in rnd.sample(made, 2) + made[-1:]:
         if v not in [o.value for o in net._outputs]:
-            net.output(v, rnd.choice(("same", "nchw")))
+            net.output(v, rnd.choice(("same", "nchw")) if len(net.shape[v]) == 4 else "same")
     return net
 
 
@@ -126,7 +126,10 @@ def random_step(net: Net, rnd: random.Random, values: list[int]) -> int:
     activation = rnd.choice(("none", "relu", "relu6"))
     same = [v for v in values if net.shape[v] == net.shape[x]]
     op = rnd.choice(
-        ("conv2d", "conv2d", "depthwise", "gemm", "add", "multiply", "max", "average", "lookup", "sparq", "concat")
+        (
+            *("conv2d", "conv2d", "depthwise", "gemm", "add", "multiply", "max", "average", "lookup", "sparq"),
+            *("concat", "attention"),
+        )
     )
     if op == "conv2d":
         side = rnd.choice((1, 3))
@@ -156,6 +159,13 @@ def random_step(net: Net, rnd: random.Random, values: list[int]) -> int:
     if op == "sparq":
         family = rnd.choice(("5opt", "3opt", "2opt", "6opt", "7opt"))
         return net.step("sparq", x, family=family, round=rnd.choice((0, 1)), pairs=rnd.choice((0, 1)))
+    if op == "attention":  # the pixels of an image are its tokens
+        sides = rnd.choices([v for v in same if net.scales[v] is not None], k=3)
+        _, height, width, _ = net.shape[x]
+        tokens = [net.step("reshape", v, shape=(0, height * width, c)) for v in sides]
+        heads = rnd.choice([n for n in (1, 2, 4) if c % n == 0])
+        seen = net.step("attention", *tokens, heads=heads, score_scale=score_bits(rnd.choice((1e-3, 0.1))), **out)
+        return net.step("reshape", seen, shape=(0, height, width, c))
     alike = [v for v in values if net.scales[v] is not None and net.shape[v][:3] == net.shape[x][:3]]
     return net.step("concat", *rnd.choices(alike, k=rnd.choice((1, 2, 3))), scale=net.new_scale())
 
