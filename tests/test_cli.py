@@ -110,6 +110,18 @@ def test_search_writes_a_plan_that_quantize_takes(run, tmp_path):
     assert [x["width"] for x in held["layers"]] == ["W8A8", "W2A8", "W8A8"]
 
 
+def test_a_curve_writes_a_page_and_plans(run, tmp_path):
+    words = ["search", "--model", "MODEL", "--data", "DATA", "--widths", "2,8", "--out", "curve", "--pareto", "3"]
+    found = json.loads(run(*words, "--cost", "size_mb", "--set", "method=nearest", "--json").stdout)
+    assert found["judged"] == "accuracy"
+    assert {p["name"] for p in found["points"]} >= {"all W8A8", "all W2A8"}
+    assert (tmp_path / "curve" / "curve.html").exists()
+    shown = run(*words, "--cost", "size_mb", "--set", "method=nearest").stdout
+    for word in ("all W8A8", "accuracy, %", "float", "plans and the page: curve"):
+        assert word in shown
+    qk.Plan.load(tmp_path / "curve" / "plans" / "all_W2A8.json")
+
+
 def test_a_budget_below_the_least_names_the_least(run):
     words = ["search", "--model", "MODEL", "--data", "DATA", "--out", "p", "--budget", "size_mb=0.001"]
     assert "limits must be at least 0.00" in run(*words, code=1).stderr
@@ -194,6 +206,7 @@ def test_inspect_names_folds(run):
         (["demo", "--out", "cli_model.py"], "a folder that can be written"),
         (["tune", "--model", "MODEL", "--data", "DATA", "--out", "o"], "data with labels to train on"),
         (["search", "--model", "MODEL", "--data", "DATA", "--out", "p", "--budget", "size_mb"], "FIELD=NUMBER"),
+        (["search", "--model", "MODEL", "--data", "DATA", "--out", "p"], "--pareto in their place, got neither"),
         (["search", "--model", "MODEL", "--data", "DATA", "--out", "p", "--budget", "megabytes=3"], "megabytes"),
         (
             ["search", "--model", "MODEL", "--data", "DATA", "--out", "p", "--budget", "size_mb=1", "--widths", "two"],

@@ -22,6 +22,7 @@ ORDER = (
     ("qk.search",),
     ("qk.page", "qk.report"),
     ("qk.flow",),
+    ("qk.curve", "qk.curve_page"),
     ("qk.demo.digits",),
     ("qk.sources",),
     ("qk.inspection", "qk.doctor", "qk.demo"),

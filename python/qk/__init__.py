@@ -4,6 +4,7 @@ from qk import ops
 from qk._native import active_isa, build_facts, force_isa, usable_isas
 from qk.calibrate import calibrate, correct_bias, match_statistics
 from qk.calibrate.smooth import smooth
+from qk.curve import pareto
 from qk.deploy import convert, fuse, load, load_table, quantize_embedding, quantize_table_file, save
 from qk.errors import QkError
 from qk.flow import Result, quantize
@@ -55,6 +56,7 @@ __all__ = [
     "multipoint",
     "ops",
     "param_groups",
+    "pareto",
     "prepare",
     "quantize",
     "quantize_embedding",

@@ -177,14 +177,28 @@ def _quantize(
 def search(
     model: Model,
     data: DataName,
-    out: Annotated[Path, typer.Option(help="JSON file for the plan, which qk quantize --plan takes.")],
+    out: Annotated[
+        Path, typer.Option(help="JSON file for the plan, which qk quantize --plan takes; a folder with --pareto.")
+    ],
     budget: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             help="What the network may cost: size_mb=4.5, latency_ms=2, giga_bit_ops=30, size_share=0.6, "
             "latency_share=0.8 or bit_ops_share=0.5; several hold at once."
         ),
-    ],
+    ] = None,
+    pareto: Annotated[
+        int | None,
+        typer.Option(
+            "--pareto",
+            min=2,
+            help="Plans for so many budgets of size and of latency, each quantized as the recipe says and judged; "
+            "a page with the curve, and a run that was killed goes on.",
+        ),
+    ] = None,
+    cost: Annotated[
+        str, typer.Option(help="Of --pareto: of size_mb, latency_ms, giga_bit_ops.")
+    ] = "size_mb,latency_ms",
     weights: Weights = None,
     recipe: RecipeFile = None,
     change: Change = None,
@@ -212,22 +226,31 @@ def search(
     from qk import sources
     from qk.search.show import chosen_tables
 
-    limits = _budget(budget)
-    wanted, options = _recipe(recipe, change or []), (_bits("--widths", widths), _bits("--activations", activations))
-    known = qk.LatencyTable.load(table) if table is not None and table.exists() else qk.LatencyTable()
+    if bool(budget) == (pareto is not None):
+        raise fail("search", "--budget", "limits, or --pareto in their place", "both" if budget else "neither")
+    limits = None if pareto else _budget(budget)
+    wanted = _recipe(recipe, change or [])
+    options = {"weights": _bits("--widths", widths), "activations": _bits("--activations", activations)}
+    options |= {"tied": tied, "keep": keep or None}
+    known = qk.LatencyTable.load(table) if table is not None and table.exists() else None
     floating = sources.load_model(model, weights)
     loaded = sources.load_data(data, batch_size)
     _say(as_json)(f"searching widths of {model} on {data}")
     batches = list(loaded.calibration)
-    search = qk.Search(
-        qk.prepare(floating, batches[0], wanted),
-        batches,
-        weights=options[0],
-        activations=options[1],
-        tied=tied,
-        keep=keep or None,
-        table=known,
-    )
+    if pareto:
+        evaluate = None
+        if loaded.evaluation is not None:
+            evaluate = lambda m: sources.accuracy(m, loaded.evaluation)  # noqa: E731
+        how = {"costs": cost.split(","), "budgets": pareto, "sensitivity": sensitivity, "solver": solver, "seed": seed}
+        how |= {"table": known, "out": out, "progress": not as_json, "title": f"{model} on {data}"}
+        curve = qk.pareto(floating, batches, wanted, evaluate=evaluate, **how, **options)
+        if as_json:
+            _print_json(curve.to_dict())
+            return
+        _show(curve.table())
+        typer.echo(f"\nplans and the page: {out}")
+        return
+    search = qk.Search(qk.prepare(floating, batches[0], wanted), batches, table=known, **options)
     chosen = search.plan(limits, sensitivity, solver, seed)
     path = chosen.plan.save(out)
     if table is not None:

@@ -49,11 +49,7 @@ def page(title: str, body: str) -> str:
 
 
 def figures(report: Report) -> str:
-    """The pictures that the report has figures for; one line instead when matplotlib is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        return "<p>No pictures: matplotlib is not installed (pip install qk-torch[report]).</p>"
+    """The pictures that the report has figures for."""
     quantized = [x for x in report.layers if x.weights is not None]
     wanted: list[tuple[str, bool, Callable[[Any], None]]] = [
         ("Error per layer: SQNR in dB, more is better", any(x.sqnr_db is not None for x in quantized),
@@ -69,13 +65,25 @@ def figures(report: Report) -> str:
                             ("quantized", AFTER, lambda x: x.integer_ms))),
         ("Reconstruction loss of each unit", any(report.losses.values()), lambda axes: _curves(axes, report.losses)),
     ]  # fmt: skip
+    return drawing([(caption, draw) for caption, there, draw in wanted if there], len(report.layers))
+
+
+def drawing(pictures: list[tuple[str, Callable[[Any], None]]], rows: int) -> str:
+    """Captions and what draws on matplotlib's axes, as figures side by side; one line instead when it is not installed.
+
+    rows: bars in each, for its height.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        return "<p>No pictures: matplotlib is not installed (pip install qk-torch[report]).</p>"
     style = {
         "svg.fonttype": "none", "svg.hashsalt": "qk", "font.family": "sans-serif", "font.size": 9,
         "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
         "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.5,
     }  # fmt: skip
     with matplotlib.rc_context(style):
-        drawn = [_figure(caption, len(report.layers), draw) for caption, there, draw in wanted if there]
+        drawn = [_figure(caption, rows, draw) for caption, draw in pictures]
     return f'<div class="grid">{"".join(drawn)}</div>' if drawn else ""
 
 

@@ -125,7 +125,7 @@ class Search:
             raise fail(STAGE, "budget", "a qk.Budget", type(budget).__name__)
         limits = self._limits(budget)
         found = self.sensitivity(sensitivity, seed) if isinstance(sensitivity, str) else sensitivity
-        chosen = self._solved(limits, found, solver, seed)
+        chosen = self.solve(limits, found, solver, seed)
         if "latency_ms" not in limits or self.table.is_foreign:
             return chosen
         wanted, best = limits["latency_ms"], math.inf
@@ -136,7 +136,7 @@ class Search:
             best = min(best, measured)
             limits["latency_ms"] *= NEARER * wanted / measured
             try:
-                chosen = self._solved(limits, found, solver, seed)
+                chosen = self.solve(limits, found, solver, seed)
             except QkError:  # nothing is faster
                 break
         got = f"{wanted:.4g}, where {best:.4g} was the least that plans for it took when measured"
@@ -176,8 +176,10 @@ class Search:
             found[name] = min(x for x in (absolute, share and share * widest) if x is not None)
         return found
 
-    def _solved(self, limits: dict[str, float], sensitivity: Sensitivity, solver: str, seed: int) -> Chosen:
-        """The items, and behind them one of a single option that stands for everything else."""
+    def solve(self, limits: dict[str, float], sensitivity: Sensitivity, solver: str = "exact", seed: int = 0) -> Chosen:
+        """The options of least loss within predicted costs: of each cost the most, in its unit. As `plan`, without
+        measuring."""
+        # Behind the items one of a single option, which stands for everything else.
         costs = {name: [*self.costs(name).items, [self.costs(name).rest]] for name in limits}
         problem = Problem([*sensitivity.losses, [0.0]], costs, limits, sensitivity.pairs)
         choice = exact(problem) if solver == "exact" else genetic(problem, seed)
