@@ -116,7 +116,8 @@ def test_a_curve_writes_a_page_and_plans(run, tmp_path):
     assert found["judged"] == "accuracy"
     assert {p["name"] for p in found["points"]} >= {"all W8A8", "all W2A8"}
     assert (tmp_path / "curve" / "curve.html").exists()
-    shown = run(*words, "--cost", "size_mb", "--set", "method=nearest").stdout
+    shown = run(*words, "--cost", "size_mb", "--set", "method=nearest", "--table", "table.json").stdout
+    assert (tmp_path / "table.json").exists()
     for word in ("all W8A8", "accuracy, %", "float", "plans and the page: curve"):
         assert word in shown
     qk.Plan.load(tmp_path / "curve" / "plans" / "all_W2A8.json")

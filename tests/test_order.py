@@ -24,7 +24,7 @@ ORDER = (
     ("qk.flow",),
     ("qk.curve", "qk.curve_page"),
     ("qk.demo.digits",),
-    ("qk.sources",),
+    ("qk.sources", "qk.words"),
     ("qk.inspection", "qk.doctor", "qk.demo"),
     ("qk.bench.harness",),
     ("qk.bench",),

@@ -22,6 +22,11 @@ QK_INLINE Four from_half(FourWords half) {
                                 (half & 0x8000) << 16 | odd);
 }
 
+// Of two bytes each, which is not float32.
+QK_INLINE Four from_two_bytes(RowDtype dtype, FourWords words) {
+  return dtype == RowDtype::float16 ? from_half(words) : reinterpret_cast<Four>(words << 16);
+}
+
 // Four numbers of a dtype.
 QK_INLINE Four read_four(RowDtype dtype, const uint8_t* p) {
   if (dtype == RowDtype::float32) {
@@ -39,8 +44,7 @@ QK_INLINE Four read_four(RowDtype dtype, const uint8_t* p) {
 #elif defined(__F16C__)
   if (dtype == RowDtype::float16) return _mm_cvtph_ps(_mm_cvtsi64_si128(reinterpret_cast<int64_t>(halves)));
 #endif
-  const FourWords words = __builtin_convertvector(halves, FourWords);
-  return dtype == RowDtype::float16 ? from_half(words) : reinterpret_cast<Four>(words << 16);
+  return from_two_bytes(dtype, __builtin_convertvector(halves, FourWords));
 }
 
 struct Affine {
@@ -68,8 +72,7 @@ QK_INLINE Affine read_affine(RowDtype dtype, const uint8_t* p) {
     return {_mm256_moveldup_ps(pairs), _mm256_movehdup_ps(pairs)};
   }
 #endif
-  const FourWords words = {both & 0xffff, both >> 16, 0, 0};
-  const Four numbers = dtype == RowDtype::float16 ? from_half(words) : reinterpret_cast<Four>(words << 16);
+  const Four numbers = from_two_bytes(dtype, FourWords{both & 0xffff, both >> 16, 0, 0});
   return {all_lanes(numbers[0]), all_lanes(numbers[1])};
 }
 

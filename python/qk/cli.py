@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from qk.bench.command import bench
 from qk.errors import QkError, fail
+from qk.words import bits_of, budget_of, recipe_of
 
 
 class _Group(TyperGroup):
@@ -97,7 +98,7 @@ def quantize(
     as_json: Json = False,
 ) -> None:
     """Quantizes a model, saves it, and reports what that changed."""
-    _quantize(model, data, out, weights, _recipe(recipe, change or []), report, batch_size, as_json, labels, plan)
+    _quantize(model, data, out, weights, recipe_of(recipe, change or []), report, batch_size, as_json, labels, plan)
 
 
 @app.command()
@@ -113,7 +114,7 @@ def tune(
     as_json: Json = False,
 ) -> None:
     """Trains a model for its widths on labelled data (LSQ), saves it, and reports what that changed."""
-    wanted = _recipe(recipe, [*(change or []), "method=lsq"])
+    wanted = recipe_of(recipe, [*(change or []), "method=lsq"])
     _quantize(model, data, out, weights, wanted, report, batch_size, as_json)
 
 
@@ -140,9 +141,7 @@ def _quantize(
     say = _say(as_json)
     floating = sources.load_model(model, weights)
     loaded = sources.load_data(data, batch_size)
-    evaluate = None
-    if loaded.evaluation is not None:
-        evaluate = lambda m: sources.accuracy(m, loaded.evaluation)  # noqa: E731
+    evaluate = _evaluation(loaded)
     train = None
     if recipe.method == "lsq":
         train = loaded.train
@@ -228,22 +227,22 @@ def search(
 
     if bool(budget) == (pareto is not None):
         raise fail("search", "--budget", "limits, or --pareto in their place", "both" if budget else "neither")
-    limits = None if pareto else _budget(budget)
-    wanted = _recipe(recipe, change or [])
-    options = {"weights": _bits("--widths", widths), "activations": _bits("--activations", activations)}
+    limits = None if pareto else budget_of(budget)
+    wanted = recipe_of(recipe, change or [])
+    options = {"weights": bits_of("--widths", widths), "activations": bits_of("--activations", activations)}
     options |= {"tied": tied, "keep": keep or None}
-    known = qk.LatencyTable.load(table) if table is not None and table.exists() else None
+    known = None if table is None else qk.LatencyTable.load(table) if table.exists() else qk.LatencyTable()
     floating = sources.load_model(model, weights)
     loaded = sources.load_data(data, batch_size)
     _say(as_json)(f"searching widths of {model} on {data}")
     batches = list(loaded.calibration)
     if pareto:
-        evaluate = None
-        if loaded.evaluation is not None:
-            evaluate = lambda m: sources.accuracy(m, loaded.evaluation)  # noqa: E731
+        evaluate = _evaluation(loaded)
         how = {"costs": cost.split(","), "budgets": pareto, "sensitivity": sensitivity, "solver": solver, "seed": seed}
         how |= {"table": known, "out": out, "progress": not as_json, "title": f"{model} on {data}"}
         curve = qk.pareto(floating, batches, wanted, evaluate=evaluate, **how, **options)
+        if known is not None:
+            known.save(table)
         if as_json:
             _print_json(curve.to_dict())
             return
@@ -310,7 +309,7 @@ def inspect(
         expected = "a checkpoint's folder, or a model such as torchvision:resnet18"
         raise fail("inspect", "the target", expected, repr(target))
     else:
-        facts, shown = inspection.of_model(target, weights, data, shape, _recipe(recipe, change or []))
+        facts, shown = inspection.of_model(target, weights, data, shape, recipe_of(recipe, change or []))
     if as_json:
         _print_json(facts)
         return
@@ -336,56 +335,13 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-def _recipe(path: Path | None, changes: list[str]) -> Any:
-    """The recipe of a file with fields set on top. In overrides.PATTERN.FIELD the pattern may hold dots."""
-    import yaml
+def _evaluation(loaded: Any) -> Any:
+    """Model -> accuracy on the data, or None where they have no labels."""
+    from qk import sources
 
-    from qk.spec import Recipe
-
-    fields = (Recipe.from_yaml(path) if path else Recipe()).to_dict()
-    for change in changes:
-        name, equals, text = change.partition("=")
-        if not equals or not name:
-            raise fail("recipe", "--set", "FIELD=VALUE", repr(change), "For example --set weights=4.")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise fail("recipe", f"--set {name}", "a YAML value", repr(text)) from error
-        first, _, rest = name.partition(".")
-        if first == "overrides" and rest and "." not in rest:
-            raise fail(
-                "recipe", "--set", "overrides.PATTERN.FIELD=VALUE", repr(change), "Name a field, such as weights."
-            )
-        if first == "overrides" and rest:
-            pattern, _, field = rest.rpartition(".")
-            fields["overrides"].setdefault(pattern, {})[field] = value
-        elif rest and isinstance(fields.get(first), dict):
-            fields[first][rest] = value
-        else:
-            fields[name] = value
-    return Recipe.from_dict(fields)
-
-
-def _budget(limits: list[str]) -> Any:
-    """Of FIELD=VALUE."""
-    from qk.fields import parsed
-    from qk.spec import Budget
-
-    fields: dict[str, Any] = {}
-    for limit in limits:
-        name, _, text = limit.partition("=")
-        try:
-            fields[name] = float(text)
-        except ValueError:
-            raise fail("search", "--budget", "FIELD=NUMBER", repr(limit), "For example --budget size_mb=4.5.") from None
-    return parsed(Budget, fields, "budget")
-
-
-def _bits(option: str, text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise fail("search", option, "widths in bits, such as 2,4,8", repr(text)) from None
+    if loaded.evaluation is None:
+        return None
+    return lambda model: sources.accuracy(model, loaded.evaluation)
 
 
 def _say(quiet: bool) -> Any:

@@ -10,16 +10,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten
 
 from qk.calibrate.batches import hold
 from qk.calibrate.objective import first_tensor, task_loss
 from qk.errors import fail
 from qk.files import replace_file, writable_folder, write_json
-from qk.flow import quantize
+from qk.flow import quantize, share_met
 from qk.inputs import digest, evaluating, feed
 from qk.machine import qk_version
-from qk.methods.resume import ANEW, differences
+from qk.methods.resume import ANEW, batches_digest, differences
 from qk.prepare import prepare
 from qk.progress import Progress
 from qk.search.choose import Chosen, Kind, Search, Solver
@@ -50,7 +49,11 @@ class Point:
     expected_loss: float
     quality: float
     measured_ms: float | None = None
-    uniform: bool = False
+
+    @property
+    def uniform(self) -> bool:
+        """Whether it is the plan of all layers at one pair of widths."""
+        return self.name.startswith(ALL)
 
     def cost(self, name: str) -> float:
         """As measured where it was, else as predicted."""
@@ -75,6 +78,11 @@ class Curve:
     points: list[Point] = field(default_factory=list)
     floating: float | None = None
 
+    @property
+    def by_cost(self) -> list[Point]:
+        """The points in the order of their first cost."""
+        return sorted(self.points, key=lambda p: p.costs[self.costs[0]])
+
     def front(self, cost: str) -> list[Point]:
         """The points that no other beats in both, from the cheapest on."""
         best, found = None, []
@@ -90,7 +98,7 @@ class Curve:
         timed = any(point.measured_ms is not None for point in self.points)
         head = ["plan", *(UNITS[cost] for cost in self.costs), *["ms measured"] * timed, self.unit, "best for"]
         rows = []
-        for p in sorted(self.points, key=lambda p: p.costs[self.costs[0]]):
+        for p in self.by_cost:
             ms = [None if p.measured_ms is None else f"{p.measured_ms:.4g}"] * timed
             on = ", ".join(cost for cost in self.costs if p.name in fronts[cost])
             rows.append([p.name, *(f"{p.costs[cost]:.4g}" for cost in self.costs), *ms, self.shown(p.quality), on])
@@ -114,7 +122,7 @@ class Curve:
             "judged": self.judged,
             "costs": list(self.costs),
             "floating": self.floating,
-            "points": [asdict(p) | {"plan": p.plan.to_dict()} for p in self.points],
+            "points": [asdict(p) | {"plan": p.plan.to_dict(), "uniform": p.uniform} for p in self.points],
         }
 
     def save(self, path: str | Path) -> Path:
@@ -167,7 +175,7 @@ def pareto(
         "recipe": recipe.to_dict(),
         "options": repr((sorted(options.items()), tuple(costs), budgets, sensitivity, solver, seed, evaluate is None)),
         "model": digest(sorted(model.state_dict().items())),
-        "batches": digest([("", leaf) for batch in held for leaf in tree_flatten(batch)[0]]),
+        "batches": batches_digest(held),
     }
     folder = None if out is None else writable_folder(out, STAGE)
     judged = {} if folder is None else _judged(folder / FILE, run)
@@ -182,7 +190,7 @@ def pareto(
     if evaluate is not None:
         kind = "accuracy"
         with evaluating(model):
-            floating = float(evaluate(model))
+            floating = share_met(evaluate, model, STAGE)
     curve = Curve(title or type(model).__name__, kind, tuple(costs), [], floating)
     with Progress("auto" if progress else "off", STAGE, len(chosen), len(chosen)) as shown:
         for name, one in chosen.items():
@@ -194,7 +202,7 @@ def pareto(
             quality = judged[key]
             timed = "latency_ms" in costs and not search.table.is_foreign
             measured = search.measured_ms(one.choice) if timed else None
-            curve.points.append(Point(name, one.plan, one.costs, one.loss, quality, measured, name.startswith(ALL)))
+            curve.points.append(Point(name, one.plan, one.costs, one.loss, quality, measured))
             if folder is not None:
                 one.plan.save(folder / PLANS / curve.points[-1].file)
                 write_json(folder / FILE, {"run": run, "qualities": judged} | curve.to_dict(), STAGE)
@@ -219,7 +227,7 @@ def _quality(model: nn.Module, found: nn.Module, batches: list, evaluate: Callab
     if evaluate is None:
         return divergence(model, found, batches)
     with evaluating(found):
-        return float(evaluate(found))
+        return share_met(evaluate, found, STAGE)
 
 
 def _chosen(

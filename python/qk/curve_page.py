@@ -34,12 +34,11 @@ def curve_page(curve: Curve) -> str:
         (f"{curve.unit} against {UNITS[cost]}", lambda axes, cost=cost: _plot(axes, curve, cost))
         for cost in curve.costs
     ]
-    points = sorted(curve.points, key=lambda p: p.costs[curve.costs[0]])
     body = [
         STYLE,
         "<p>Blue: what is best for a budget; amber: all layers at one pair of widths. Point at one for its widths.</p>",
         drawing(plots, rows=10),
-        *(_plan(curve, point, number) for number, point in enumerate(points)),
+        *(_plan(curve, point, number) for number, point in enumerate(curve.by_cost)),
         curve.table().html(),
         SCRIPT,
     ]
@@ -47,15 +46,14 @@ def curve_page(curve: Curve) -> str:
 
 
 def _plot(axes: Any, curve: Curve, cost: str) -> None:
-    number = {p.name: n for n, p in enumerate(sorted(curve.points, key=lambda p: p.costs[curve.costs[0]]))}
     value = (lambda p: 100 * p.quality) if curve.judged == "accuracy" else (lambda p: p.quality)
     front = curve.front(cost)
     axes.plot(
         [p.cost(cost) for p in front], [value(p) for p in front], color=BEFORE, linewidth=1, drawstyle="steps-post"
     )
-    for p in curve.points:
+    for number, p in enumerate(curve.by_cost):
         dots = axes.scatter([p.cost(cost)], [value(p)], s=36, color=UNIFORM if p.uniform else AFTER, zorder=3)
-        dots.set_gid(f"point-{cost}-{number[p.name]}")
+        dots.set_gid(f"point-{cost}-{number}")
         if p.uniform:
             axes.annotate(p.name.split()[-1], (p.cost(cost), value(p)), (4, 4), textcoords="offset points", fontsize=7)
     if curve.floating is not None:

@@ -147,7 +147,7 @@ def quantize(
         scaled = _scale_channels(p, held, recipe)
     if evaluate is not None:  # now, so that an evaluation that fails costs no learning
         with _timed(seconds, "evaluate"), evaluating(model):
-            report.accuracy["float"] = _share(evaluate, model)
+            report.accuracy["float"] = share_met(evaluate, model)
     with _timed(seconds, "calibrate"):
         search = {"labels": labels, "seed": recipe.seed, "memory_mb": recipe.memory_mb}
         calibrate(p, held, recipe.ranges, **search, progress="auto" if progress else "off")
@@ -186,10 +186,10 @@ def quantize(
     if evaluate is not None:
         with _timed(seconds, "evaluate"):
             with p.quantized() as simulated:
-                report.accuracy["simulated"] = _share(evaluate, simulated)
-            report.accuracy["integer"] = _share(evaluate, integer)
+                report.accuracy["simulated"] = share_met(evaluate, simulated)
+            report.accuracy["integer"] = share_met(evaluate, integer)
             if fast is not None:
-                report.accuracy["fused"] = _share(evaluate, fast)
+                report.accuracy["fused"] = share_met(evaluate, fast)
     with _timed(seconds, "measure"):
         measured = measure_layers(p, integer, held[:MEASURED_BATCHES]) if measure else []
         report.latency = [latency(model, integer, example, n, fast) for n in latency_batches] if measure else []
@@ -333,14 +333,15 @@ def _takes_offsets(model: nn.Module, example: Any) -> str | None:
     return found[0] if found else None
 
 
-def _share(evaluate: Callable[[nn.Module], float], model: nn.Module) -> float:
+def share_met(evaluate: Callable[[nn.Module], float], model: nn.Module, stage: str = STAGE) -> float:
+    """What evaluate finds. Raises QkError for what is no share."""
     found = evaluate(model)
     try:
         share = float(found)
     except (TypeError, ValueError):
         share = -1.0
     if not 0 <= share <= 1:
-        raise fail(STAGE, "evaluate", "a function that returns the share of labels met, from 0 to 1", repr(found)[:80])
+        raise fail(stage, "evaluate", "a function that returns the share of labels met, from 0 to 1", repr(found)[:80])
     return share
 
 

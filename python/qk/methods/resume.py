@@ -140,7 +140,6 @@ def remove(folder: str | Path) -> None:
 def facts(p: Prepared, units: list[Unit], batches: list, recipe: Recipe) -> dict[str, Any]:
     """Everything but the steps that the bits of a reconstruction depend on, as JSON."""
     weights = [(name, tensor) for name, tensor in p.model.state_dict().items() if not _is_learned(name)]
-    leaves = [leaf for batch in batches for leaf in tree_flatten(batch)[0]]
     return {
         "qk": qk_version(),
         "torch": torch.__version__,
@@ -151,8 +150,14 @@ def facts(p: Prepared, units: list[Unit], batches: list, recipe: Recipe) -> dict
         "plan": digest([(name, repr(spec)) for name, spec in p.plan.layers.items()]),
         "units": digest([(unit.name, repr((unit.layers, unit.chain))) for unit in units]),
         "model": digest(weights),
-        "batches": digest([(repr(tree_flatten(b)[1]), "") for b in batches] + [("", leaf) for leaf in leaves]),
+        "batches": batches_digest(batches),
     }
+
+
+def batches_digest(batches: list) -> str:
+    """Of their tensors and how these are nested."""
+    leaves = [leaf for batch in batches for leaf in tree_flatten(batch)[0]]
+    return digest([(repr(tree_flatten(b)[1]), "") for b in batches] + [("", leaf) for leaf in leaves])
 
 
 def steps_digest(p: Prepared) -> str:
