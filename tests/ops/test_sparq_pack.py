@@ -8,7 +8,7 @@ from qk.methods.sparq import stored_bits
 from qk.ops.sparq import FAMILIES
 from qk.ops.sparq_pack import reference, row_bytes
 from qk.ops.sparq_unpack import reference as unpack_reference
-from qk.spec import Sparq
+from qk.options import Sparq
 
 pack = torch.ops.qk.sparq_pack
 family = pytest.mark.parametrize("family", FAMILIES)
@@ -92,3 +92,12 @@ def test_bad_input_is_named():
     ]:
         with pytest.raises(RuntimeError, match=message):
             qk.ops.sparq_pack(*args)
+
+
+@pytest.mark.parametrize(("bits", "stride"), [(4, 0), (4, 3), (3, 2), (5, 1), (0, 1)])
+def test_where_no_kernel_runs_other_families_are_refused_too(bits, stride):
+    codes = torch.zeros(4, 16, dtype=torch.uint8, device="meta")
+    ops = {"sparq": (codes, bits, stride), "sparq_pack": (codes, bits, stride)}
+    for name, args in (ops | {"sparq_unpack": (codes, 16, bits, stride)}).items():
+        with pytest.raises(RuntimeError, match=rf"qk::{name}: bits and stride must be .*, got {bits} and {stride}"):
+            getattr(torch.ops.qk, name)(*args)

@@ -60,6 +60,14 @@ def window(values: Tensor, bits: int, stride: int, round: bool) -> Tensor:
     return cut.clamp(max=2**bits - 1) * 2**shift
 
 
+def check_family(op: str, bits: int, stride: int) -> None:
+    """Raises RuntimeError, as the kernels do, for what is none of FAMILIES: no kernel runs where shapes are traced."""
+    if (bits, stride) not in FAMILIES.values():
+        expected = ", ".join(f"{b} and {s}" for b, s in FAMILIES.values())
+        raise RuntimeError(f"qk::{op}: bits and stride must be {expected}, got {bits} and {stride}.")
+
+
 @torch.library.register_fake("qk::sparq")
 def _(codes, bits, stride=1, round=True, pairs=True, zero=None):
+    check_family("sparq", bits, stride)
     return codes.new_empty(codes.shape)

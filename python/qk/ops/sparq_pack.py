@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qk.ops.sparq import check_family
+
 BLOCK = 16  # values
 
 
@@ -63,5 +65,6 @@ def _joined(fields: Tensor, width: int) -> Tensor:
 
 @torch.library.register_fake("qk::sparq_pack")
 def _(codes, bits, stride=1, pairs=True):
+    check_family("sparq_pack", bits, stride)
     rows, cols = codes.shape
     return codes.new_empty(rows, row_bytes(cols, bits, stride, pairs))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qk.ops.sparq import check_family
 from qk.ops.sparq_pack import BLOCK, shift_bits
 
 
@@ -40,5 +41,6 @@ def _fields(bytes: Tensor, width: int) -> Tensor:
 
 @torch.library.register_fake("qk::sparq_unpack")
 def _(packed, cols, bits, stride=1, pairs=True):
+    check_family("sparq_unpack", bits, stride)
     rows, _ = packed.shape
     return packed.new_empty(rows, cols)
