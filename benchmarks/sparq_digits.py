@@ -20,8 +20,9 @@ from torch import Tensor, nn
 import qk
 import small_digits
 from qk.deploy.measure import sqnr
+from qk.options import Sparq, Window
 from qk.prepare import Prepared
-from qk.spec import Recipe, Sparq, Window
+from qk.spec import Recipe
 
 WINDOWS: tuple[Window, ...] = ("5opt", "3opt", "2opt", "6opt", "7opt")
 

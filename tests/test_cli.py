@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -108,6 +111,27 @@ def test_search_writes_a_plan_that_quantize_takes(run, tmp_path):
     run(*quantize, "--plan", "plan.json", "--json")
     held = json.loads(run("inspect", "out", "--json").stdout)
     assert [x["width"] for x in held["layers"]] == ["W8A8", "W2A8", "W8A8"]
+
+
+def test_search_keeps_sensitivities_and_shares_their_work(run, tmp_path):
+    words = [
+        "search",
+        "--model",
+        "python:cli_model:make",
+        "--data",
+        "python:cli_model:data",
+        "--widths",
+        "2,8",
+        "--out",
+    ]
+    words += ["plan.json", "--budget", "size_share=0.97", "--folder", "kept", "--json"]
+    paths = os.pathsep.join([str(tmp_path), *sys.path])
+    command = [sys.executable, "-m", "qk.cli", *words, "--processes", "3"]  # in processes of their own
+    shared = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, cwd=tmp_path, capture_output=True)
+    assert shared.returncode == 0, shared.stderr
+    assert (tmp_path / "kept" / "fisher-0.json").exists()
+    assert json.loads(shared.stdout) == json.loads(run(*words).stdout)
+    assert "--folder beside it" in run(*words[:-3], "--processes", "2", code=1).stderr
 
 
 def test_a_curve_writes_a_page_and_plans(run, tmp_path):

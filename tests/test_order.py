@@ -13,7 +13,9 @@ ROOT = Path(__file__).parents[1] / "python"
 ORDER = (
     ("qk._core", "qk.errors"),
     ("qk.fields",),
-    ("qk._native", "qk.files", "qk.inputs", "qk.progress", "qk.tables", "qk.timing", "qk.spec"),
+    ("qk._native", "qk.files", "qk.inputs", "qk.progress", "qk.tables", "qk.timing"),
+    ("qk.options",),
+    ("qk.spec",),
     ("qk.ops", "qk.machine"),
     ("qk.prepare",),
     ("qk.calibrate",),

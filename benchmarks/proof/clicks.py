@@ -22,7 +22,8 @@ from pages import fill
 from proof import traffic
 from proof.ledger import Ledger, Row, said
 from qk.deploy import definition
-from qk.spec import Embeddings, Recipe
+from qk.options import Embeddings
+from qk.spec import Recipe
 from qk.tables import Table
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ from qk.files import replace_file
 from qk.spec import Recipe
 
 Row = dict[str, Any]
-SAID = ("iterations", "weight_lr", "act_lr", "seed")  # of a recipe in every row, as their defaults may change
+SAID = ("iterations", "weight_lr", "act_lr", "drop", "seed")  # of a recipe in every row, as their defaults may change
 
 
 def said(recipe: Recipe) -> Row:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from statistics import mean
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -22,12 +23,15 @@ from pages import fill
 from proof import networks
 from proof.ledger import Ledger, Row, said
 from qk.deploy import definition
-from qk.spec import Recipe, Tuning
+from qk.options import Tuning
+from qk.spec import Recipe
 from qk.tables import Table
 
 ROOT = Path(__file__).parents[2]
+PICTURES = 1024  # to calibrate with
 NEAREST = Recipe(method="nearest")
 LEARNED = Recipe(method="brecq")
+JOINT, DROPPED = replace(LEARNED, drop=1.0), replace(LEARNED, drop=0.5)
 SYMMETRIC = replace(NEAREST, symmetric=True)
 POINTS = replace(SYMMETRIC, points=3, points_budget=0.1)
 WINDOWS = ("5opt", "3opt", "2opt", "6opt")
@@ -44,50 +48,66 @@ GRANULARITIES = {
     "nearest": NEAREST,
     **{name: replace(LEARNED, granularity=name) for name in ("layer", "block", "stage", "net")},
 }
-STUDIES: dict[str, tuple[str, dict[str, Recipe]]] = {
-    "default": (
+
+
+class Study(NamedTuple):
+    """What is compared. pictures: to calibrate with."""
+
+    title: str
+    cases: dict[str, Recipe]
+    pictures: int = PICTURES
+
+
+STUDIES: dict[str, Study] = {
+    "default": Study(
         "The default recipe",
         {f"W{w}A{a}": replace(LEARNED, weights=w, activations=a) for w, a in ((4, 6), (4, 4), (2, 4))},
     ),
-    "granularity": (
+    "granularity": Study(
         "What is reconstructed together",
         widths(3, 8, **GRANULARITIES) | widths(2, 8, **GRANULARITIES),
     ),
-    "loss": (
+    "loss": Study(
         "Weights of the errors",
         widths(2, 4, **{name: replace(LEARNED, loss=name) for name in ("mse", "fisher", "fisher_full")}),
     ),
-    "order": (
+    "order": Study(
         "Order and dropping",
         widths(
             2,
             4,
-            weights_first=replace(LEARNED, order="weights_first", drop=1.0),
-            joint=replace(LEARNED, drop=1.0),
-            joint_drop=LEARNED,
-            joint_drop_inside=replace(LEARNED, drop_inside=True),
+            weights_first=replace(JOINT, order="weights_first"),
+            joint=JOINT,
+            joint_drop=DROPPED,
+            joint_drop_inside=replace(DROPPED, drop_inside=True),
         ),
     ),
-    "labels": (
+    "few": Study("Dropping with 64 pictures to calibrate", widths(2, 4, joint=JOINT, joint_drop=DROPPED), 64),
+    "some": Study("Dropping with 256 pictures to calibrate", widths(2, 4, joint=JOINT, joint_drop=DROPPED), 256),
+    "precision": Study(
+        "Precision of products while learning",
+        widths(2, 4, float32=LEARNED, bfloat16=replace(LEARNED, precision="bfloat16")),
+    ),
+    "labels": Study(
         "Training on labels, three epochs",
         widths(4, 4, brecq=LEARNED, lsq=TUNED) | widths(3, 3, brecq=LEARNED, lsq=TUNED) | widths(2, 2, lsq=TUNED),
     ),
-    "additions": (
+    "additions": Study(
         "What shortcuts take",
         widths(4, 4, float_sums=LEARNED, quantized_sums=replace(LEARNED, additions="quantized"))
         | widths(2, 4, float_sums=LEARNED, quantized_sums=replace(LEARNED, additions="quantized")),
     ),
-    "windows": (
+    "windows": Study(
         "SPARQ's windows of 8-bit activations, nearest rounding",
         widths(8, 8, whole=NEAREST, **{f"sparq_{name}": replace(NEAREST, sparq=name) for name in WINDOWS})
         | widths(8, 4, plain=NEAREST)
         | widths(8, 3, plain=NEAREST),
     ),
-    "points": (
+    "points": Study(
         "Channels of several points, at most a tenth more multiply-adds",
         widths(4, 8, plain=SYMMETRIC, points=POINTS) | widths(3, 8, plain=SYMMETRIC, points=POINTS),
     ),
-    "ranges": (
+    "ranges": Study(
         "Steps without learned rounding",
         widths(4, 4, **{name: replace(NEAREST, ranges=name) for name in ("minmax", "percentile", "mse", "lapq")}),
     ),
@@ -99,9 +119,9 @@ def network(name: str) -> nn.Module:
     return networks.trained(networks.training(name), ROOT / ".cache" / "proof")
 
 
-def measure(name: str, recipe: Recipe) -> Row:
+def measure(name: str, recipe: Recipe, pictures: int) -> Row:
     train = networks.Drawn() if recipe.method == "lsq" else None
-    result = qk.quantize(network(name), networks.calibration(), recipe, train=train, measure=False, fused=False)
+    result = qk.quantize(network(name), networks.calibration(pictures), recipe, train=train, measure=False, fused=False)
     seconds = result.report.seconds
     batch = networks.test_set().images[:64]
     with torch.no_grad():
@@ -115,16 +135,17 @@ def measure(name: str, recipe: Recipe) -> Row:
     }
 
 
-def study(ledger: Ledger, name: str, cases: dict[str, Recipe], seeds: int) -> Table:
+def table(ledger: Ledger, name: str, study: Study, seeds: int) -> Table:
     """A table of the cases for one network; what does not learn has one seed."""
     facts = {"network": name, "weights": networks.fingerprint(network(name))}
     base = ledger.row(facts | {"case": "float"}, lambda: {"accuracy": networks.accuracy(network(name))})
     rows = [["float", f"{100 * base['accuracy']:.2f}", "", "", "", ""]]
-    for case, recipe in cases.items():
+    for case, recipe in study.cases.items():
+        case += "" if study.pictures == PICTURES else f", {study.pictures} pictures"
         found = [
             ledger.row(
                 facts | {"case": case, "seed": seed, "recipe": said(replace(recipe, seed=seed))},
-                lambda seed=seed, recipe=recipe: measure(name, replace(recipe, seed=seed)),
+                lambda seed=seed, recipe=recipe: measure(name, replace(recipe, seed=seed), study.pictures),
             )
             for seed in range(seeds if recipe.method != "nearest" or recipe.ranges == "lapq" else 1)
         ]
@@ -140,10 +161,10 @@ def study(ledger: Ledger, name: str, cases: dict[str, Recipe], seeds: int) -> Ta
 def section(ledger: Ledger, chosen: list[str], change: Callable[[Recipe], Recipe], name: str, seeds: int) -> str:
     parts = []
     for key in chosen:
-        title, cases = STUDIES[key]
-        changed = cases if key == "default" else {case: change(recipe) for case, recipe in cases.items()}
-        table = study(ledger, name, changed, seeds)
-        parts.append(f"#### {title}\n\n{table.markdown()}")
+        study = STUDIES[key]
+        if key != "default":
+            study = study._replace(cases={case: change(recipe) for case, recipe in study.cases.items()})
+        parts.append(f"#### {study.title}\n\n{table(ledger, name, study, seeds).markdown()}")
     return "\n\n".join(parts)
 
 
@@ -162,7 +183,7 @@ def main() -> None:
     text = section(ledger, options.studies.split(","), change, options.network, options.seeds)
     facts = ledger.rows[-1]["machine"]
     note = f"Iterations {options.iterations}, of the default recipe {Recipe().iterations}; {networks.TESTED_ON} test "
-    note += f"pictures, 1024 others to calibrate; seeds 0 to {options.seeds - 1}. "
+    note += f"pictures, {PICTURES} others to calibrate where not said; seeds 0 to {options.seeds - 1}. "
     note += f"Machine: {facts['cpu']}, threads {facts['threads']}.\n\n"
     fill(ROOT / "docs" / "results.md", f"pictures {options.network}", note + text)
     print(text)

@@ -19,11 +19,12 @@ from qk.methods import (
     tune,
 )
 from qk.methods.gptq import gptq
+from qk.options import Embeddings, Sparq, Tuning
 from qk.prepare import apply_plan, prepare
 from qk.prepare.equalize import equalize
 from qk.prepare.unclip import unclip
 from qk.search import LatencyTable, Search, search
-from qk.spec import Budget, Embeddings, Plan, QuantSpec, Recipe, Sparq, Tuning
+from qk.spec import Budget, Plan, QuantSpec, Recipe
 
 # qk.prepare and qk.calibrate are the functions; `from qk.prepare.links import ...` still finds the folders.
 __all__ = [

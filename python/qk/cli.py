@@ -217,20 +217,31 @@ def search(
     table: Annotated[
         Path | None, typer.Option(help="Latencies: read where it is there, and written with what was measured.")
     ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="Sensitivities are kept there: a run that was killed goes on, another budget finds them."),
+    ] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="With --folder: how many share the estimate, and the threads.")
+    ] = 1,
+    assists: Annotated[bool, typer.Option("--assists", hidden=True)] = False,
     batch_size: BatchSize = 32,
     as_json: Json = False,
 ) -> None:
     """Chooses the width of every layer for a size, a latency on this machine, or bit operations."""
     import qk
     from qk import sources
+    from qk.search.sharing import sharing
     from qk.search.show import chosen_tables
 
     if bool(budget) == (pareto is not None):
         raise fail("search", "--budget", "limits, or --pareto in their place", "both" if budget else "neither")
+    if processes > 1 and (folder is None or pareto):
+        raise fail("search", "--processes", "--folder beside it, and no --pareto", processes)
     limits = None if pareto else budget_of(budget)
     wanted = recipe_of(recipe, change or [])
     options = {"weights": bits_of("--widths", widths), "activations": bits_of("--activations", activations)}
-    options |= {"tied": tied, "keep": keep or None}
+    options |= {"tied": tied, "keep": keep or None, "folder": folder}
     known = None if table is None else qk.LatencyTable.load(table) if table.exists() else qk.LatencyTable()
     floating = sources.load_model(model, weights)
     loaded = sources.load_data(data, batch_size)
@@ -249,7 +260,11 @@ def search(
         _show(curve.table())
         typer.echo(f"\nplans and the page: {out}")
         return
-    search = qk.Search(qk.prepare(floating, batches[0], wanted), batches, table=known, **options)
+    with sharing(1 if assists else processes):
+        search = qk.Search(qk.prepare(floating, batches[0], wanted), batches, table=known, **options)
+        search.sensitivity(sensitivity, seed)
+    if assists:
+        return
     chosen = search.plan(limits, sensitivity, solver, seed)
     path = chosen.plan.save(out)
     if table is not None:

@@ -15,8 +15,9 @@ from qk.deploy import definition, fuse, unfused
 from qk.deploy.modules import integer_layers
 from qk.errors import QkError
 from qk.ops.sparq import FAMILIES
+from qk.options import Sparq
 from qk.prepare import prepare
-from qk.spec import Recipe, Sparq
+from qk.spec import Recipe
 
 settings = pytest.mark.parametrize("sparq", SETTINGS, ids=lambda s: f"{s.window} {s.pairs}")
 

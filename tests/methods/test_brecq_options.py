@@ -11,8 +11,18 @@ from qk.calibrate import calibrate
 from qk.calibrate.objective import task_loss
 from qk.methods import brecq, reconstruct
 from qk.methods.cache import Room, Sample
-from qk.methods.engine import fill_cache, fisher, frozen, full_fisher, loss_scale, outputs_of, power_of, weighted_square
-from qk.prepare import prepare
+from qk.methods.engine import (
+    fill_cache,
+    fisher,
+    frozen,
+    full_fisher,
+    loss_on_all,
+    loss_scale,
+    outputs_of,
+    power_of,
+    weighted_square,
+)
+from qk.prepare import prepare, product
 from qk.spec import Recipe
 from small_nets import Residual
 
@@ -215,3 +225,47 @@ def test_a_mixed_value_is_the_quantized_or_the_float_one(digits, batches):
     assert torch.equal(mixed, torch.where(taken, quantized, x))
     share = taken[quantized != x].float().mean().item()
     assert abs(share - 0.25) < 0.03  # 8,192 draws: a deviation is 0.005
+
+
+# --- precision --------------------------------------------------------------------------------------------------------
+
+
+def test_products_of_bfloat16_learn_as_well_and_judge_in_float32(digits, batches, monkeypatch):
+    monkeypatch.setattr(product, "MACS", 0)  # the layers of this network are too small otherwise
+    recipe = Recipe(weights=3, activations=4, iterations=100)
+    expected = digits.model(digits.test_images).detach()
+    errors, codes = {}, {}
+    for precision in ("float32", "bfloat16"):
+        given = replace(recipe, precision=precision)
+        p = quantized_digits(digits, batches, given)
+        with p.quantized(), torch.no_grad():
+            errors["nearest"] = (p.model(digits.test_images) - expected).square().mean().item()
+        reconstruct(p, batches, given, progress="off")
+        assert all(layer.narrow is None for layer in p.quant_layers().values())
+        with p.quantized(), torch.no_grad():
+            errors[precision] = (p.model(digits.test_images) - expected).square().mean().item()
+        codes[precision] = state(p)
+        cache = fill_cache(p, p.units[-1], set(p.quant_layers()) - set(p.units[-1].layers), batches, Room(64))
+        with p.quantized(set(p.quant_layers())):
+            judged = loss_on_all(
+                p.units[-1].module(p.model), cache, 32, [p.quant_layers()[n] for n in p.units[-1].layers]
+            )
+        assert judged == p.history[p.units[-1].name][-1]["after"]
+    assert not same(codes["float32"], codes["bfloat16"])
+    assert errors["bfloat16"] < 0.8 * errors["nearest"]
+
+
+@pytest.mark.parametrize(
+    ("precision", "isa", "expected"),
+    [
+        ("auto", "amx", torch.bfloat16),
+        ("auto", "avx512vnni", None),
+        ("float32", "amx", None),
+        ("bfloat16", "generic", torch.bfloat16),
+    ],
+)
+def test_auto_asks_for_bfloat16_where_there_are_tiles(monkeypatch, precision, isa, expected):
+    monkeypatch.setattr("qk._native.active_isa", lambda: isa)
+    assert brecq.narrow_of(Recipe(precision=precision), torch.device("cpu")) is expected
+    if precision == "auto":
+        assert brecq.narrow_of(Recipe(precision=precision), torch.device("meta")) is None

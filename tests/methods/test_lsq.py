@@ -29,9 +29,10 @@ from qk.methods.lsq import (
     trainable,
 )
 from qk.ops.lsq import grad_scale_for, reference, reference_backward
+from qk.options import Tuning
 from qk.prepare import prepare
 from qk.prepare.insert import from_kernel_order, to_kernel_order
-from qk.spec import Recipe, Tuning
+from qk.spec import Recipe
 
 PAPER = Tuning(start="paper")
 

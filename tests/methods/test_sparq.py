@@ -19,8 +19,9 @@ from qk.methods.sparq import (
     stored_bits,
     within_budget,
 )
+from qk.options import Sparq
 from qk.prepare import prepare
-from qk.spec import Recipe, Sparq
+from qk.spec import Recipe
 
 
 class Net(nn.Module):

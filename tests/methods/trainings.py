@@ -8,8 +8,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import qk
 from qk.methods import tune
+from qk.options import Tuning
 from qk.prepare import prepare
-from qk.spec import Recipe, Tuning
+from qk.spec import Recipe
 
 
 class Unit(nn.Module):

@@ -7,9 +7,10 @@ from torch import nn
 from qk.errors import QkError
 from qk.ops.dequantize import reference as dequantize
 from qk.ops.quantize_rows import reference as quantize_rows
+from qk.options import Sparq
 from qk.prepare import apply_plan, prepare
 from qk.prepare.rows import RowQuantizer
-from qk.spec import Plan, QuantSpec, Recipe, Sparq
+from qk.spec import Plan, QuantSpec, Recipe
 from small_nets import Net, encoder, inputs, residual_net
 
 LARGEST = torch.finfo(torch.float32).max

@@ -11,8 +11,9 @@ from qk.calibrate.rows import METHODS, RANGES
 from qk.deploy import convert
 from qk.errors import QkError
 from qk.ops.embedding_bag import DTYPES
+from qk.options import Embeddings
 from qk.prepare import QuantTable, prepare
-from qk.spec import Embeddings, Recipe
+from qk.spec import Recipe
 from rankers import ROWS, Doubled, Ranker, Ties, inputs, made
 
 

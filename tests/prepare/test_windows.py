@@ -7,10 +7,11 @@ from torch import nn
 from qk.calibrate import calibrate, weight_range
 from qk.errors import QkError
 from qk.ops.sparq import FAMILIES, reference
+from qk.options import Sparq
 from qk.prepare import apply_plan, prepare
 from qk.prepare.insert import ActQuantizer, QuantLayer, from_kernel_order, to_kernel_order
 from qk.prepare.windows import cut_codes, partners, repeated, spread
-from qk.spec import Plan, QuantSpec, Recipe, Sparq
+from qk.spec import Plan, QuantSpec, Recipe
 
 SETTINGS = [
     Sparq("5opt"),

@@ -20,7 +20,7 @@ def test_the_size_is_that_of_the_checkpoint(group_size, choice):
     recipe = Recipe(overrides={name: {"group_size": group_size} for name in ("one.*", "two.*")})
     p = prepare(net(), data()[0], recipe)
     bank = Bank(p, find_items(p, (2, 3, 8), (4, 8), False, None), data(1), "minmax")
-    costs = size_costs(bank)
+    costs = size_costs(p, bank.items, data(1)[0])
     bank.put(choice)
     stored = file_bytes(qk.convert(bank.p)) / 1e6
     assert stored <= costs.of(choice) <= stored + HEADER

@@ -239,9 +239,9 @@ def test_the_hessian_of_a_softmax_layer():
 
 
 def test_controls():
-    bank = bank_of(activations=(4, 8))
-    assert cost_only(bank).losses[0] == [-16.0, -12.0, -12.0, -8.0, -10.0, -6.0]
-    assert chance(bank, 1) == chance(bank, 1) != chance(bank, 2)
+    items = bank_of(activations=(4, 8)).items
+    assert cost_only(items).losses[0] == [-16.0, -12.0, -12.0, -8.0, -10.0, -6.0]
+    assert chance(items, 1) == chance(items, 1) != chance(items, 2)
 
 
 def test_what_a_choice_loses_is_its_items_and_pairs():

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qk.spec import TableMethod
+from qk.options import TableMethod
 
 BINS = 200  # of the whole range: steps of the greedy walk, bins of a histogram
 RATIO = {2: 0.5, 4: 0.16, 8: 0.16}  # part of the range that the walk takes off; 0.16 is torch's, too little for 2 bits

@@ -18,8 +18,8 @@ from qk.calibrate import codebooks
 from qk.calibrate import rows as methods
 from qk.errors import fail
 from qk.ops.embedding_bag import DTYPES, row_bytes, values
+from qk.options import row_kind
 from qk.prepare.lookup import QuantTable
-from qk.spec import row_kind
 
 AT_ONCE = 1 << 22  # values of a piece of a table, so that a search needs no second table
 SAMPLE = 1 << 16  # rows to which the books of two-tier are fitted

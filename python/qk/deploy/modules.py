@@ -25,9 +25,10 @@ from qk.ops.quantize import reference as quantize_definition
 from qk.ops.quantize_rows import reference as quantize_rows_definition
 from qk.ops.sparq import reference as sparq_definition
 from qk.ops.unpack import reference as unpack_definition
+from qk.options import Sparq
 from qk.prepare.points import parts_of
 from qk.prepare.windows import cut_codes, spread, why_whole
-from qk.spec import QuantSpec, Sparq
+from qk.spec import QuantSpec
 
 
 class _Mode(threading.local):

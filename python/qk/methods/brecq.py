@@ -15,9 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from qk import _native
 from qk.calibrate import calibrate_activations
 from qk.calibrate.batches import hold
 from qk.errors import fail
+from qk.inputs import device_of
 from qk.methods.adaround import Rounding, beta
 from qk.methods.cache import Cache, Room, Sample, drop_mask
 from qk.methods.engine import (
@@ -72,6 +74,13 @@ def phases_of(recipe: Recipe) -> list[Phase]:
         return [rounding]
     count = math.ceil(recipe.iterations / STEPS_SHARE)
     return [rounding, Phase(False, True, count, 0.0, power_of(STEPS_POWER), suffix=" (steps)", kept="calibrated")]
+
+
+def narrow_of(recipe: Recipe, device: torch.device) -> torch.dtype | None:
+    """What factors of products are rounded to while a unit is learned; None: they stay float32. "auto" asks for
+    bfloat16 where this machine multiplies it in tiles (AMX)."""
+    has_tiles = device.type == "cpu" and _native.active_isa() == "amx"
+    return torch.bfloat16 if recipe.precision == "bfloat16" or (recipe.precision == "auto" and has_tiles) else None
 
 
 def reconstruct(
@@ -190,6 +199,7 @@ class Learner:
     ) -> None:
         self.module, self.layers, self.recipe, self.generator = module, layers, recipe, generator
         self.phase = phase or phases_of(recipe)[0]
+        self.narrow = narrow_of(recipe, device_of(module))
         self.roundings = [Rounding(layer) for layer in layers if self.phase.rounding]
         self.steps = [q.step for q in quantizers] if self.phase.steps and recipe.act_lr > 0 else []
         self.floors = [step.detach() * SMALLEST for step in self.steps]
@@ -200,6 +210,8 @@ class Learner:
         self.optimizer = torch.optim.Adam([*groups, rounding] if self.roundings else groups, fused=True)
 
     def __enter__(self) -> Learner:
+        for layer in self.layers:
+            layer.narrow = self.narrow
         for rounding in self.roundings:
             rounding.layer.rounding = lambda rounding=rounding: rounding.value
         for step in self.steps:
@@ -211,7 +223,7 @@ class Learner:
 
     def __exit__(self, *error: object) -> None:
         for layer in self.layers:
-            layer.rounding = layer.input.mix = None
+            layer.rounding = layer.input.mix = layer.narrow = None
         for step in self.steps:
             step.requires_grad_(False)
             step.grad = None

@@ -20,11 +20,12 @@ from qk.calibrate.ranges import SMALLEST_STEP
 from qk.errors import fail
 from qk.inputs import evaluating
 from qk.ops.lsq import grad_scale_for
+from qk.options import Tuning
 from qk.prepare.apply import put
 from qk.prepare.insert import ActQuantizer, QuantLayer, from_kernel_order, to_kernel_order
 from qk.prepare.prepared import Prepared, check_learnable
 from qk.prepare.rows import RowQuantizer
-from qk.spec import Plan, QuantSpec, Tuning
+from qk.spec import Plan, QuantSpec
 
 STAGE = "qk.trainable"
 DECAY = {2: 0.25e-4, 3: 0.5e-4, 4: 1e-4, 8: 1e-4}  # weight decay by the weight's width (table 1 and section 3)

@@ -137,16 +137,17 @@ def remove(folder: str | Path) -> None:
         folder.rmdir()
 
 
-def facts(p: Prepared, units: list[Unit], batches: list, recipe: Recipe) -> dict[str, Any]:
-    """Everything but the steps that the bits of a reconstruction depend on, as JSON."""
+def facts(p: Prepared, units: list[Unit], batches: list, recipe: Recipe | None = None) -> dict[str, Any]:
+    """What the bits of a reconstruction depend on, but the steps, as JSON. recipe: None where none is used."""
     weights = [(name, tensor) for name, tensor in p.model.state_dict().items() if not _is_learned(name)]
-    return {
+    said = {} if recipe is None else recipe.to_dict()
+    named = {} if recipe is None else {"recipe": {k: v for k, v in said.items() if k not in NO_MATTER}}
+    return named | {
         "qk": qk_version(),
         "torch": torch.__version__,
         "instruction set": _native.active_isa(),
         "device": str(device_of(p.model).type),
         "threads": torch.get_num_threads(),
-        "recipe": {k: v for k, v in recipe.to_dict().items() if k not in NO_MATTER},
         "plan": digest([(name, repr(spec)) for name, spec in p.plan.layers.items()]),
         "units": digest([(unit.name, repr((unit.layers, unit.chain))) for unit in units]),
         "model": digest(weights),

@@ -24,10 +24,11 @@ from qk.errors import fail
 from qk.inputs import evaluating
 from qk.ops.sparq import FAMILIES
 from qk.ops.sparq_pack import shift_bits
+from qk.options import Sparq, Window
 from qk.prepare.insert import QuantLayer, to_kernel_order
 from qk.prepare.prepared import Prepared, check_calibrated
 from qk.prepare.windows import check_sparse, cut_codes, why_whole
-from qk.spec import Plan, Sparq, Window
+from qk.spec import Plan
 
 STAGE = "qk.choose_windows"
 WHOLE = 8.0  # bits of a code that is not cut

@@ -10,16 +10,17 @@ from collections.abc import Callable
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qk import ops
 from qk.ops.lsq import grad_scale_for
+from qk.options import Sparq
 from qk.prepare import mid_rise
 from qk.prepare.points import Tail, add_to_owners, last_of, with_last
+from qk.prepare.product import product
 from qk.prepare.rows import RowQuantizer
 from qk.prepare.windows import fake_cut, repeated, spread, why_whole
-from qk.spec import QuantSpec, Sparq
+from qk.spec import QuantSpec
 
 # What is deployed of a layer beside its float bias and the input's step.
 DEPLOYED = ("codes", "weight_step", "weight_zero", "tail_codes", "tail_step", "tail_owners", "corrected_bias")
@@ -82,11 +83,12 @@ class QuantLayer(nn.Module):
     `tail_owners` are rows that are added to channels' first ones (qk.prepare.points); None: there are none.
     `input_scale` float32 [K]: what a Linear multiplies its input with before anything else, quantized or not, where
     smoothing gave it a share of the weights. `arrived`: an input that was quantized where the module of id `arrived_in`
-    took it (qk.prepare.joins).
+    took it (qk.prepare.joins). `narrow`: what product rounds its factors to, while a unit is learned.
     """
 
     arrived: Tensor | None = None
     arrived_in: int = 0
+    narrow: torch.dtype | None = None
 
     codes: Tensor | None
     weight_step: Tensor | None
@@ -247,10 +249,11 @@ class QuantLayer(nn.Module):
             weight, bias = self.quantized_weight(), self.quantized_bias
             if sparq is not None and sparq.pairs == "weights":
                 weight = self._at_partners(weight)
-        if self.conv_args is None:
-            return F.linear(x, weight, bias)
-        weight, padding = without_idle_taps(weight, tuple(x.shape[-2:]), **self.conv_args)
-        return F.conv2d(x, weight, bias, **(self.conv_args | {"padding": padding}))
+        conv_args = self.conv_args
+        if conv_args is not None:
+            weight, padding = without_idle_taps(weight, tuple(x.shape[-2:]), **conv_args)
+            conv_args = conv_args | {"padding": padding}
+        return product(x, weight, bias, conv_args, self.narrow)
 
 
 def without_idle_taps(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from qk import ops
 from qk.ops.embedding_bag import embedding
-from qk.spec import Embeddings
+from qk.options import Embeddings
 
 KINDS = (nn.Embedding, nn.EmbeddingBag)
 

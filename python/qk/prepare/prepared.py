@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from qk.errors import fail
+from qk.options import Embeddings
 from qk.prepare.insert import QuantLayer
 from qk.prepare.lookup import QuantTable
-from qk.spec import Embeddings, Plan
+from qk.spec import Plan
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,14 @@ from torch import nn
 
 from qk.errors import fail
 from qk.ops.embedding_bag import row_bytes
+from qk.options import Embeddings
 from qk.prepare.lookup import kind_of
 from qk.prepare.observe import Observation
 from qk.prepare.plan import check_patterns
 from qk.prepare.source import STAGE
 from qk.prepare.support import COMPUTED, HOOKED, IDLE, SHARED, Uses, check_finite, is_computed
 from qk.prepare.tree import has_hooks
-from qk.spec import SKIPPED, Embeddings, Recipe
+from qk.spec import SKIPPED, Recipe
 
 
 def find_tables(model: nn.Module, seen: Observation, recipe: Recipe) -> tuple[dict[str, Embeddings], dict[str, str]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from qk import ops
 from qk.errors import fail
 from qk.ops.sparq import FAMILIES
-from qk.spec import Sparq
+from qk.options import Sparq
 
 Cut = Callable[..., Tensor]
 FOUR = 4  # neighbours along the channels of which at most two weights are not 0

@@ -12,11 +12,12 @@ from qk.methods.cache import Room
 from qk.methods.engine import outputs_of
 from qk.search.bank import Bank
 from qk.search.items import STAGE
+from qk.search.parts import Parts
 from qk.search.sensitivity import Sensitivity
 
 
 @torch.no_grad()
-def alps(bank: Bank, batches: list, memory_mb: float = 1024) -> Sensitivity:
+def alps(bank: Bank, batches: list, memory_mb: float = 1024, parts: Parts | None = None) -> Sensitivity:
     """How much further from the float model's output the network is with one item at an option, than with all at their
     widest; in nats for logits (qk.calibrate.objective.task_loss), 0 where it comes nearer.
 
@@ -33,7 +34,11 @@ def alps(bank: Bank, batches: list, memory_mb: float = 1024) -> Sensitivity:
 
     with evaluating(p.model), p.quantized(), PrefixCache(p, uses, room.left / 2**20, STAGE) as cache:
 
-        def loss(choice: list[int]) -> float:
+        def loss(*narrowed: tuple[int, int]) -> float:
+            """With these items at these options."""
+            choice = list(widest)
+            for item, option in narrowed:
+                choice[item] = option
             bank.put(choice)
             cache.move(np.array(choice, dtype=np.float64))
             total = 0.0
@@ -42,10 +47,14 @@ def alps(bank: Bank, batches: list, memory_mb: float = 1024) -> Sensitivity:
                 total += float(task_loss(found, expected[i].to(found.device), batch))
             return total / samples
 
-        untouched, losses = loss(widest), []
-        for i in reversed(range(len(widest))):  # the last first: what comes before stays as it is
-            narrowed = range(1, len(bank.items[i].options))
-            own = [loss([*widest[:i], option, *widest[i + 1 :]]) - untouched for option in narrowed]
-            losses.append([0.0, *(max(0.0, change) for change in own)])
+        def of_item(number: int) -> list[float]:
+            """Of the first: all at their widest. Then the last item first: what comes before it stays as it is."""
+            if number == 0:
+                return [loss()]
+            item = len(widest) - number
+            return [loss((item, option)) for option in range(1, len(bank.items[item].options))]
+
+        (untouched,), *found = (parts or Parts()).all(1 + len(widest), of_item)
     bank.put(widest)
-    return Sensitivity("alps", losses[::-1], unit="nats")
+    losses = [[0.0, *(max(0.0, narrowed - untouched) for narrowed in own)] for own in reversed(found)]
+    return Sensitivity("alps", losses, unit="nats")

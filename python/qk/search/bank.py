@@ -35,6 +35,17 @@ class Input:
     zero: Tensor
 
 
+def check_ranges(p: Prepared, ranges: Ranges) -> None:
+    """Raises QkError for what is no p, for one with smoothed inputs, and for ranges that depend on the whole plan."""
+    check_prepared(p, STAGE)
+    if ranges == "lapq":
+        raise fail(STAGE, "ranges", "those of each tensor alone", "lapq, which depends on the whole plan")
+    scaled = [name for name, layer in p.quant_layers().items() if layer.input_scale is not None]
+    if scaled:
+        got = f"smoothed inputs of {', '.join(scaled[:5])}"
+        raise fail(STAGE, "p", "as prepared", got, "Search first, then apply the plan, smooth and calibrate.")
+
+
 class Bank:
     """A copy of p, calibrated for every option of every item: `put` gives it the codes and steps of any choice.
 
@@ -43,13 +54,7 @@ class Bank:
     """
 
     def __init__(self, p: Prepared, items: list[Item], batches: list, ranges: Ranges = "mse") -> None:
-        check_prepared(p, STAGE)
-        if ranges == "lapq":
-            raise fail(STAGE, "ranges", "those of each tensor alone", "lapq, which depends on the whole plan")
-        scaled = [name for name, layer in p.quant_layers().items() if layer.input_scale is not None]
-        if scaled:
-            got = f"smoothed inputs of {', '.join(scaled[:5])}"
-            raise fail(STAGE, "p", "as prepared", got, "Search first, then apply the plan, smooth and calibrate.")
+        check_ranges(p, ranges)
         self.p, self.items = copy.deepcopy(p), items
         self._weights: dict[tuple[str, int], Weight] = {}
         self._inputs: dict[tuple[str, int], Input] = {}

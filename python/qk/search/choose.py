@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -12,9 +13,10 @@ from qk.calibrate.batches import hold
 from qk.deploy import FusedModel, convert, fuse
 from qk.errors import QkError, fail
 from qk.inputs import resized
+from qk.methods.resume import facts
 from qk.prepare.prepared import Prepared, check_prepared
 from qk.search.alps import alps
-from qk.search.bank import Bank
+from qk.search.bank import Bank, check_ranges
 from qk.search.cost import Costs, bit_operation_costs, size_costs
 from qk.search.exact import exact
 from qk.search.fisher import fisher
@@ -22,6 +24,7 @@ from qk.search.genetic import genetic
 from qk.search.hessian import hessian
 from qk.search.items import STAGE, find_items, plan_of
 from qk.search.latency import LatencyTable, latency_costs, network_times
+from qk.search.parts import Folder, Parts
 from qk.search.problem import Problem
 from qk.search.sensitivity import Sensitivity, chance, cost_only, eagl
 from qk.spec import Budget, Plan, Ranges
@@ -52,6 +55,8 @@ class Search:
     the first and so on. keep: name patterns of layers that stay as p.plan has them; None: the first and the last ones.
     ranges: as for calibrate, without lapq. table: of latencies; what it lacks is measured here and added to it.
     latency_batch: how many samples a call has whose latency is limited.
+    folder: sensitivities are written there, and taken from there where it has them already. One that is not whole goes
+    on; other processes that were given the same folder, model and data share its work.
     Raises QkError for widths that no kernel has, and for a model with nothing to choose.
     """
 
@@ -69,6 +74,7 @@ class Search:
         latency_batch: int = 1,
         max_batches: int | None = None,
         memory_mb: int = 1024,
+        folder: str | Path | None = None,
     ) -> None:
         check_prepared(p, STAGE)
         if not isinstance(latency_batch, int) or latency_batch < 1:
@@ -79,31 +85,40 @@ class Search:
             self.table = LatencyTable.load(self.table)
         self.items = find_items(p, weights, activations, tied, keep)
         self.batches = hold(batches, STAGE, max_batches, memory_mb)
-        self.bank = Bank(p, self.items, self.batches, ranges)
+        self.ranges: Ranges = ranges
+        check_ranges(p, ranges)
+        self.folder = None if folder is None else Folder(folder, self._facts())
         self._costs: dict[str, Costs] = {}
         self._sensitivities: dict[tuple[str, int], Sensitivity] = {}
         self._widest: FusedModel | None = None
 
+    @cached_property
+    def bank(self) -> Bank:
+        """The model at all widths, calibrated when it is first asked for."""
+        return Bank(self.p, self.items, self.batches, self.ranges)
+
     def sensitivity(self, kind: Kind = "fisher", seed: int = 0) -> Sensitivity:
         """What each option of each item loses. seed: of draws."""
-        kinds: dict[str, Callable[[], Sensitivity]] = {
-            "fisher": lambda: fisher(self.bank, self.batches, seed=seed),
-            "alps": lambda: alps(self.bank, self.batches, self.memory_mb),
-            "hessian": lambda: hessian(self.bank, self.batches, seed=seed),
-            "eagl": lambda: eagl(self.bank),
-            "random": lambda: chance(self.bank, seed),
-            "cost_only": lambda: cost_only(self.bank),
+        kinds: dict[str, Callable[[Parts], Sensitivity]] = {
+            "fisher": lambda parts: fisher(self.bank, self.batches, seed=seed, parts=parts),
+            "alps": lambda parts: alps(self.bank, self.batches, self.memory_mb, parts),
+            "hessian": lambda parts: hessian(self.bank, self.batches, seed=seed, parts=parts),
+            "eagl": lambda _: eagl(self.bank),
+            "random": lambda _: chance(self.items, seed),
+            "cost_only": lambda _: cost_only(self.items),
         }
         if kind not in kinds:
             raise fail(STAGE, "sensitivity", f"one of {', '.join(kinds)}", repr(kind))
         if (kind, seed) not in self._sensitivities:
-            self._sensitivities[kind, seed] = kinds[kind]()
+            find = kinds[kind]
+            found = self.folder.sensitivity(kind, seed, find) if self.folder else find(Parts())
+            self._sensitivities[kind, seed] = found
         return self._sensitivities[kind, seed]
 
     def costs(self, name: str) -> Costs:
         """size_mb, latency_ms or giga_bit_ops."""
         kinds: dict[str, Callable[[], Costs]] = {
-            "size_mb": lambda: size_costs(self.bank),
+            "size_mb": lambda: size_costs(self.p, self.items, self.batches[0]),
             "latency_ms": lambda: latency_costs(self.bank, self._inputs(), self.table),
             "giga_bit_ops": lambda: bit_operation_costs(self.p, self.items),
         }
@@ -164,6 +179,11 @@ class Search:
     def _fused(self, choice: tuple[int, ...]) -> FusedModel:
         self.bank.put(choice)
         return fuse(convert(self.bank.p), self._inputs())
+
+    def _facts(self) -> dict[str, Any]:
+        """What the bits of sensitivities depend on."""
+        items = {item.name: [list(option) for option in item.options] for item in self.items}
+        return facts(self.p, self.p.units, self.batches) | {"items": items, "ranges": self.ranges}
 
     def _inputs(self) -> Any:
         return resized(self.batches[0], self.latency_batch)

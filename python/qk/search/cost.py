@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
+from qk.calibrate import calibrate
 from qk.deploy import convert
 from qk.deploy.checkpoint import file_bytes
 from qk.ops.pack import row_bytes
+from qk.prepare.apply import apply_plan
 from qk.prepare.prepared import Layer, Prepared
-from qk.search.bank import Bank
-from qk.search.items import Item, with_widths
+from qk.search.items import Item, plan_of, with_widths
 from qk.spec import QuantSpec
 
 NUMBER = 4  # bytes of a step, a zero or a bias
@@ -47,12 +50,13 @@ def bit_operations(layer: Layer, spec: QuantSpec) -> float:
     return layer.macs / layer.input_shape[0] * widths
 
 
-def size_costs(bank: Bank) -> Costs:
-    """10^6 bytes of a checkpoint's tensors."""
-    p, items = bank.p, bank.items
-    bank.put([0] * len(items))
+def size_costs(p: Prepared, items: Sequence[Item], batch: Any) -> Costs:
+    """10^6 bytes of a checkpoint's tensors. batch: for steps, whose values change no size."""
     costs = _by_option(p, items, lambda name, spec: stored_bytes(p.layers[name], spec, _has_bias(p, name)) / MB)
-    return Costs(costs, file_bytes(convert(p)) / MB - sum(row[0] for row in costs))
+    widest = copy.deepcopy(p)
+    apply_plan(widest, plan_of(p, items, [0] * len(items)))
+    calibrate(widest, [batch], "minmax")
+    return Costs(costs, file_bytes(convert(widest)) / MB - sum(row[0] for row in costs))
 
 
 def bit_operation_costs(p: Prepared, items: Sequence[Item]) -> Costs:

@@ -18,12 +18,15 @@ from qk.methods.engine import frozen, replaced
 from qk.prepare.prepared import Unit
 from qk.search.bank import Bank
 from qk.search.items import STAGE
+from qk.search.parts import Parts
 from qk.search.sensitivity import Pairs, Sensitivity
 
 DRAWS = 4  # of labels for each sample
 
 
-def fisher(bank: Bank, batches: list, draws: int = DRAWS, full: bool = True, seed: int = 0) -> Sensitivity:
+def fisher(
+    bank: Bank, batches: list, draws: int = DRAWS, full: bool = True, seed: int = 0, parts: Parts | None = None
+) -> Sensitivity:
     """BRECQ's: half the expected squared change of log p(y), for labels y drawn from the model's own output.
 
     That is the divergence from the float model's output in second order (in nats), for the errors dz of a block's
@@ -32,21 +35,26 @@ def fisher(bank: Bank, batches: list, draws: int = DRAWS, full: bool = True, see
     add, since a block's errors meet inside it. Of an output that is no [batch, classes] it is half the squared error.
     Source: Li et al., BRECQ (2021), on mixed precision; docs/decisions/0007-search.md on the whole form.
     """
-    plan = _Measure(bank)
-    generator = torch.Generator().manual_seed(seed)
-    samples = 0
-    with frozen(bank.p.model), bank.p.quantized(set()):
-        for index, batch in enumerate(batches):
-            samples += plan.add(batch, index, draws, full, generator)
-    losses = [[total / samples for total in row] for row in plan.alone]
+
+    def of_batch(index: int) -> list[float]:
+        sums = _Sums(bank)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + index)  # of its own: batches come in any order
+        with frozen(bank.p.model), bank.p.quantized(set()):
+            samples = sums.add(batches[index], index, draws, full, generator)
+        return [samples, *sums.values()]
+
+    found = map(sum, zip(*(parts or Parts()).all(len(batches), of_batch), strict=True))
+    samples, sums = next(found), _Sums(bank)
+    losses = [[next(found) / samples for _ in row] for row in sums.alone]
+    both = {inside: [[next(found) for _ in row] for row in table] for inside, table in sums.both.items()}
     pairs: Pairs = {}
-    for (i, j), table in plan.both.items():
+    for (i, j), table in both.items():
         alone = [[one + other for other in losses[j]] for one in losses[i]]
         pairs[i, j] = [[x / samples - y for x, y in zip(*rows, strict=True)] for rows in zip(table, alone, strict=True)]
     return Sensitivity("fisher", losses, pairs, "nats")
 
 
-class _Measure:
+class _Sums:
     """Sums over samples: of each item at each option alone, and of two items in one block."""
 
     def __init__(self, bank: Bank) -> None:
@@ -58,6 +66,12 @@ class _Measure:
         for inside in self.units.values():
             for i, j in combinations(inside, 2):
                 self.both[i, j] = [[0.0] * len(bank.items[j].options) for _ in bank.items[i].options]
+
+    def values(self) -> Iterator[float]:
+        """All of them in a row."""
+        for table in (self.alone, *self.both.values()):
+            for row in table:
+                yield from row
 
     def add(self, batch: Any, index: int, draws: int, full: bool, generator: torch.Generator) -> int:
         """Takes a batch in; returns how many samples it has."""

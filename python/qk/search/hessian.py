@@ -11,12 +11,13 @@ from qk.methods.engine import frozen
 from qk.prepare.insert import to_kernel_order
 from qk.search.bank import Bank
 from qk.search.items import STAGE
+from qk.search.parts import Parts
 from qk.search.sensitivity import Sensitivity, check_weights_alone
 
 DRAWS = 16  # of the vectors of Hutchinson's estimate
 
 
-def hessian(bank: Bank, batches: list, draws: int = DRAWS, seed: int = 0) -> Sensitivity:
+def hessian(bank: Bank, batches: list, draws: int = DRAWS, seed: int = 0, parts: Parts | None = None) -> Sensitivity:
     """Half the mean curvature of the loss along a layer's weights, times their squared error at each width, summed over
     the layers of an item; 0 at the widest.
 
@@ -28,24 +29,28 @@ def hessian(bank: Bank, batches: list, draws: int = DRAWS, seed: int = 0) -> Sen
     check_weights_alone(bank.items, "hessian")
     p = bank.p
     layers = {name: p.quant_layers()[name] for item in bank.items for name in item.layers}
-    generator = torch.Generator().manual_seed(seed)
-    traces = dict.fromkeys(layers, 0.0)
-    samples = 0
-    with frozen(p.model), p.quantized(set()):
-        weights = [layer.weight.requires_grad_() for layer in layers.values()]
-        for index, batch in enumerate(batches):
+
+    def of_batch(index: int) -> list[float]:
+        """How many samples, and the trace of each layer's block summed over them."""
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+        traces = [0.0] * len(layers)
+        with frozen(p.model), p.quantized(set()):
+            weights = [layer.weight.requires_grad_() for layer in layers.values()]
             with torch.enable_grad():
-                output = first_tensor(call(p, batch, index, STAGE), STAGE)
-                loss = task_loss(output, output.detach(), batch)
+                output = first_tensor(call(p, batches[index], index, STAGE), STAGE)
+                loss = task_loss(output, output.detach(), batches[index])
                 slopes = torch.autograd.grad(loss, weights, create_graph=True)
-            samples += len(output)
             for _ in range(draws):
                 signs = [_signs(w, generator) for w in weights]
                 products = torch.autograd.grad(slopes, weights, signs, retain_graph=True)
-                for name, sign, product in zip(layers, signs, products, strict=True):
-                    traces[name] += float((sign * product).sum()) / draws
-        for weight in weights:
-            weight.requires_grad_(False)
+                for i, (sign, product) in enumerate(zip(signs, products, strict=True)):
+                    traces[i] += float((sign * product).sum()) / draws
+            for weight in weights:
+                weight.requires_grad_(False)
+        return [len(output), *traces]
+
+    samples, *found = map(sum, zip(*(parts or Parts()).all(len(batches), of_batch), strict=True))
+    traces = dict(zip(layers, found, strict=True))
 
     def loss_at(name: str, weights: int) -> float:
         layer = layers[name]

@@ -63,16 +63,16 @@ def eagl(bank: Bank) -> Sensitivity:
     return Sensitivity("eagl", losses, unit="bits")
 
 
-def cost_only(bank: Bank) -> Sensitivity:
+def cost_only(items: Sequence[Item]) -> Sensitivity:
     """A control: every item gains as much from a bit as any other, so that those stay wide that are cheap."""
-    losses = [[-float(w + a) for w, a in item.options] for item in bank.items]
+    losses = [[-float(w + a) for w, a in item.options] for item in items]
     return Sensitivity("cost_only", losses, unit="bits")
 
 
-def chance(bank: Bank, seed: int = 0) -> Sensitivity:
+def chance(items: Sequence[Item], seed: int = 0) -> Sensitivity:
     """A control: what an item gains from a bit is drawn between 0 and 1."""
-    worth = np.random.default_rng(seed).random(len(bank.items))
-    losses = [[-float(v) * (w + a) for w, a in item.options] for item, v in zip(bank.items, worth, strict=True)]
+    worth = np.random.default_rng(seed).random(len(items))
+    losses = [[-float(v) * (w + a) for w, a in item.options] for item, v in zip(items, worth, strict=True)]
     return Sensitivity("random", losses)
 
 
