@@ -131,7 +131,7 @@ def test_search_keeps_sensitivities_and_shares_their_work(run, tmp_path):
     assert shared.returncode == 0, shared.stderr
     assert (tmp_path / "kept" / "fisher-0.json").exists()
     assert json.loads(shared.stdout) == json.loads(run(*words).stdout)
-    assert "--folder beside it" in run(*words[:-3], "--processes", "2", code=1).stderr
+    assert "beside --folder and --budget" in run(*words[:-3], "--processes", "2", code=1).stderr
 
 
 def test_a_curve_writes_a_page_and_plans(run, tmp_path):
@@ -145,6 +145,20 @@ def test_a_curve_writes_a_page_and_plans(run, tmp_path):
     for word in ("all W8A8", "accuracy, %", "float", "plans and the page: curve"):
         assert word in shown
     qk.Plan.load(tmp_path / "curve" / "plans" / "all_W2A8.json")
+
+
+def test_lose_finds_the_cheapest_plan_that_keeps_the_accuracy(run, tmp_path):
+    words = ["search", "--model", "MODEL", "--data", "DATA", "--widths", "2,8", "--out", "first", "--lose", "0.5"]
+    words += ["--cost", "size_mb", "--set", "method=nearest"]
+    found = json.loads(run(*words, "--json").stdout)
+    assert found["chosen"] in {point["name"] for point in found["points"]}
+    assert found["why"].keys() == {"0", "3", "7"}
+    assert qk.Plan.load(tmp_path / "first" / "plan.json")["0"].weights == 8
+    shown = run(*words).stdout
+    for word in ("why", "accuracy, %", "plans and the page: first"):
+        assert word in shown
+    unlabelled = [*words[:4], "python:cli_model:unlabelled", *words[5:]]
+    assert "--data must be labelled with --lose" in run(*unlabelled, code=1).stderr
 
 
 def test_a_budget_below_the_least_names_the_least(run):
@@ -231,7 +245,10 @@ def test_inspect_names_folds(run):
         (["demo", "--out", "cli_model.py"], "a folder that can be written"),
         (["tune", "--model", "MODEL", "--data", "DATA", "--out", "o"], "data with labels to train on"),
         (["search", "--model", "MODEL", "--data", "DATA", "--out", "p", "--budget", "size_mb"], "FIELD=NUMBER"),
-        (["search", "--model", "MODEL", "--data", "DATA", "--out", "p"], "--pareto in their place, got neither"),
+        (
+            ["search", "--model", "MODEL", "--data", "DATA", "--out", "p"],
+            "--pareto and --lose, got none",
+        ),
         (["search", "--model", "MODEL", "--data", "DATA", "--out", "p", "--budget", "megabytes=3"], "megabytes"),
         (
             ["search", "--model", "MODEL", "--data", "DATA", "--out", "p", "--budget", "size_mb=1", "--widths", "two"],

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import qk
-from qk import curve
+from qk import judge
 from qk.curve import Curve, Point
 from search.small import data, net
 
@@ -56,7 +56,7 @@ def test_the_quality_is_that_of_the_quantized_network(found):
     model = net()
     chosen = found.points[-1]
     result = qk.quantize(model, data(), RECIPE, plan=chosen.plan, measure=False, progress=False)
-    assert chosen.quality == curve.divergence(model, result.fused, data())
+    assert chosen.quality == judge.divergence(model, result.fused, data())
     judged = qk.pareto(model, data(), RECIPE, evaluate=lambda m: float(m(data()[0])[0, 0] > 0), **SIZE)
     assert judged.judged == "accuracy"
     assert judged.floating == float(model(data()[0])[0, 0] > 0)
@@ -87,7 +87,7 @@ def test_what_was_judged_is_not_judged_again(tmp_path):
 
 def test_another_call_is_refused_there(tmp_path, found):
     qk.pareto(net(), data(), RECIPE, out=tmp_path, **SIZE)
-    with pytest.raises(qk.QkError, match=r"of another: options .* Delete the folder"):
+    with pytest.raises(qk.QkError, match=r"of another: budgets 5 instead of 4. Delete the folder"):
         qk.pareto(net(), data(), RECIPE, out=tmp_path, **SIZE | {"budgets": 4})
     changed = net()
     with torch.no_grad():

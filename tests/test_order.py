@@ -25,11 +25,15 @@ ORDER = (
     ("qk.page", "qk.report"),
     ("qk.flow",),
     ("qk.curve", "qk.curve_page"),
+    ("qk.judge",),
+    ("qk.pareto",),
+    ("qk.cheapest",),
     ("qk.demo.digits",),
     ("qk.sources", "qk.words"),
     ("qk.inspection", "qk.doctor", "qk.demo"),
     ("qk.bench.harness",),
     ("qk.bench",),
+    ("qk.search_command",),
     ("qk.cli",),
 )
 

@@ -4,7 +4,7 @@ from qk import ops
 from qk._native import active_isa, build_facts, force_isa, usable_isas
 from qk.calibrate import calibrate, correct_bias, match_statistics
 from qk.calibrate.smooth import smooth
-from qk.curve import pareto
+from qk.cheapest import cheapest
 from qk.deploy import convert, fuse, load, load_table, quantize_embedding, quantize_table_file, save
 from qk.errors import QkError
 from qk.flow import Result, quantize
@@ -20,6 +20,7 @@ from qk.methods import (
 )
 from qk.methods.gptq import gptq
 from qk.options import Embeddings, Sparq, Tuning
+from qk.pareto import pareto
 from qk.prepare import apply_plan, prepare
 from qk.prepare.equalize import equalize
 from qk.prepare.unclip import unclip
@@ -43,6 +44,7 @@ __all__ = [
     "apply_plan",
     "build_facts",
     "calibrate",
+    "cheapest",
     "choose_windows",
     "convert",
     "correct_bias",

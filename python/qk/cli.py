@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
 
 from qk.bench.command import bench
 from qk.errors import QkError, fail
-from qk.words import bits_of, budget_of, recipe_of
+from qk.search_command import search
+from qk.words import (
+    BatchSize,
+    Change,
+    DataName,
+    Json,
+    Model,
+    RecipeFile,
+    ReportFile,
+    Weights,
+    evaluation,
+    print_json,
+    recipe_of,
+    show_table,
+    speaker,
+)
 
 
 class _Group(TyperGroup):
@@ -32,18 +44,6 @@ class _Group(TyperGroup):
 
 app = typer.Typer(cls=_Group, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__, rich_markup_mode=None)
 app.add_typer(bench, name="bench")
-
-Model = Annotated[str, typer.Option(help="torchvision:NAME, timm:NAME, hf:PATH or python:MODULE:FUNCTION.")]
-Weights = Annotated[Path | None, typer.Option(help="safetensors, or a torch file that holds tensors alone.")]
-DataName = Annotated[str, typer.Option(help="digits, imagefolder:DIR or python:MODULE:FUNCTION.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images in a batch.")]
-RecipeFile = Annotated[Path | None, typer.Option(help="YAML with the fields of qk.Recipe.")]
-Change = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="A field of the recipe: weights=4, tuning.epochs=20, overrides.fc.weights=8."),
-]
-ReportFile = Annotated[Path | None, typer.Option(help="HTML (or .json) file; OUT/report.html if not given.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -73,11 +73,11 @@ def demo(
     """Trains a small residual network on handwritten digits, quantizes it in ten ways and measures each."""
     from qk.demo.study import run
 
-    study = run(out, cache=cache, seed=seed, iterations=iterations, say=_say(as_json))
+    study = run(out, cache=cache, seed=seed, iterations=iterations, say=speaker(as_json))
     if as_json:
-        _print_json(study.to_dict())
+        print_json(study.to_dict())
         return
-    _show(study.table())
+    show_table(study.table())
     typer.echo(f"\n{study.verdict()}\nreport: {study.report_path}")
 
 
@@ -99,6 +99,9 @@ def quantize(
 ) -> None:
     """Quantizes a model, saves it, and reports what that changed."""
     _quantize(model, data, out, weights, recipe_of(recipe, change or []), report, batch_size, as_json, labels, plan)
+
+
+app.command()(search)
 
 
 @app.command()
@@ -138,10 +141,10 @@ def _quantize(
     widths = None if plan is None else qk.Plan.load(plan)
     report = report or out / "report.html"
     writable_folder(report.parent, "quantize")
-    say = _say(as_json)
+    say = speaker(as_json)
     floating = sources.load_model(model, weights)
     loaded = sources.load_data(data, batch_size)
-    evaluate = _evaluation(loaded)
+    evaluate = evaluation(loaded)
     train = None
     if recipe.method == "lsq":
         train = loaded.train
@@ -164,119 +167,12 @@ def _quantize(
     )
     path = result.report.save(report)
     if as_json:
-        _print_json({"checkpoint": str(out), "report": str(path), **result.report.to_dict()})
+        print_json({"checkpoint": str(out), "report": str(path), **result.report.to_dict()})
         return
     for table in result.report.tables():
-        _show(table)
+        show_table(table)
         typer.echo()
     typer.echo(f"checkpoint: {out}\nreport: {path}")
-
-
-@app.command()
-def search(
-    model: Model,
-    data: DataName,
-    out: Annotated[
-        Path, typer.Option(help="JSON file for the plan, which qk quantize --plan takes; a folder with --pareto.")
-    ],
-    budget: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="What the network may cost: size_mb=4.5, latency_ms=2, giga_bit_ops=30, size_share=0.6, "
-            "latency_share=0.8 or bit_ops_share=0.5; several hold at once."
-        ),
-    ] = None,
-    pareto: Annotated[
-        int | None,
-        typer.Option(
-            "--pareto",
-            min=2,
-            help="Plans for so many budgets of size and of latency, each quantized as the recipe says and judged; "
-            "a page with the curve, and a run that was killed goes on.",
-        ),
-    ] = None,
-    cost: Annotated[
-        str, typer.Option(help="Of --pareto: of size_mb, latency_ms, giga_bit_ops.")
-    ] = "size_mb,latency_ms",
-    weights: Weights = None,
-    recipe: RecipeFile = None,
-    change: Change = None,
-    widths: Annotated[str, typer.Option(help="Of weights to choose from.")] = "2,4,8",
-    activations: Annotated[str, typer.Option(help="Widths of activations to choose from.")] = "8",
-    tied: Annotated[
-        bool, typer.Option("--tied", help="The first of one with the first of the other, and so on.")
-    ] = False,
-    keep: Annotated[
-        list[str] | None, typer.Option(help="Layers that stay as the recipe has them; else the first and the last.")
-    ] = None,
-    sensitivity: Annotated[
-        str, typer.Option(help="fisher, alps, hessian, eagl; random or cost_only as controls.")
-    ] = "fisher",
-    solver: Annotated[str, typer.Option(help="exact or genetic.")] = "exact",
-    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
-    table: Annotated[
-        Path | None, typer.Option(help="Latencies: read where it is there, and written with what was measured.")
-    ] = None,
-    folder: Annotated[
-        Path | None,
-        typer.Option(help="Sensitivities are kept there: a run that was killed goes on, another budget finds them."),
-    ] = None,
-    processes: Annotated[
-        int, typer.Option(min=1, help="With --folder: how many share the estimate, and the threads.")
-    ] = 1,
-    assists: Annotated[bool, typer.Option("--assists", hidden=True)] = False,
-    batch_size: BatchSize = 32,
-    as_json: Json = False,
-) -> None:
-    """Chooses the width of every layer for a size, a latency on this machine, or bit operations."""
-    import qk
-    from qk import sources
-    from qk.search.sharing import sharing
-    from qk.search.show import chosen_tables
-
-    if bool(budget) == (pareto is not None):
-        raise fail("search", "--budget", "limits, or --pareto in their place", "both" if budget else "neither")
-    if processes > 1 and (folder is None or pareto):
-        raise fail("search", "--processes", "--folder beside it, and no --pareto", processes)
-    limits = None if pareto else budget_of(budget)
-    wanted = recipe_of(recipe, change or [])
-    options = {"weights": bits_of("--widths", widths), "activations": bits_of("--activations", activations)}
-    options |= {"tied": tied, "keep": keep or None, "folder": folder}
-    known = None if table is None else qk.LatencyTable.load(table) if table.exists() else qk.LatencyTable()
-    floating = sources.load_model(model, weights)
-    loaded = sources.load_data(data, batch_size)
-    _say(as_json)(f"searching widths of {model} on {data}")
-    batches = list(loaded.calibration)
-    if pareto:
-        evaluate = _evaluation(loaded)
-        how = {"costs": cost.split(","), "budgets": pareto, "sensitivity": sensitivity, "solver": solver, "seed": seed}
-        how |= {"table": known, "out": out, "progress": not as_json, "title": f"{model} on {data}"}
-        curve = qk.pareto(floating, batches, wanted, evaluate=evaluate, **how, **options)
-        if known is not None:
-            known.save(table)
-        if as_json:
-            _print_json(curve.to_dict())
-            return
-        _show(curve.table())
-        typer.echo(f"\nplans and the page: {out}")
-        return
-    with sharing(1 if assists else processes):
-        search = qk.Search(qk.prepare(floating, batches[0], wanted), batches, table=known, **options)
-        search.sensitivity(sensitivity, seed)
-    if assists:
-        return
-    chosen = search.plan(limits, sensitivity, solver, seed)
-    path = chosen.plan.save(out)
-    if table is not None:
-        search.table.save(table)
-    if as_json:
-        facts = {"plan": str(path), "costs": chosen.costs, "loss": chosen.loss, "measured_ms": chosen.measured_ms}
-        _print_json(facts | {"layers": {name: spec.describe() for name, spec in chosen.plan.layers.items()}})
-        return
-    for shown in chosen_tables(search, chosen):
-        _show(shown)
-        typer.echo()
-    typer.echo(f"plan: {path}")
 
 
 @app.command("eval")
@@ -300,7 +196,7 @@ def evaluate(
         measured = qk.load(checkpoint, model=measured)
     share = sources.accuracy(measured, loaded.evaluation)
     if as_json:
-        _print_json({"model": model, "checkpoint": checkpoint and str(checkpoint), "data": data, "accuracy": share})
+        print_json({"model": model, "checkpoint": checkpoint and str(checkpoint), "data": data, "accuracy": share})
     else:
         typer.echo(f"accuracy: {100 * share:.2f} %")
 
@@ -326,10 +222,10 @@ def inspect(
     else:
         facts, shown = inspection.of_model(target, weights, data, shape, recipe_of(recipe, change or []))
     if as_json:
-        _print_json(facts)
+        print_json(facts)
         return
     for table in shown:
-        _show(table)
+        show_table(table)
         typer.echo()
 
 
@@ -340,38 +236,14 @@ def doctor(as_json: Json = False) -> None:
 
     facts, shown, healthy = checks.examine()
     if as_json:
-        _print_json(facts)
+        print_json(facts)
     else:
         for table in shown:
-            _show(table)
+            show_table(table)
             typer.echo()
         typer.echo("all checks passed" if healthy else "a check failed")
     if not healthy:
         raise typer.Exit(1)
-
-
-def _evaluation(loaded: Any) -> Any:
-    """Model -> accuracy on the data, or None where they have no labels."""
-    from qk import sources
-
-    if loaded.evaluation is None:
-        return None
-    return lambda model: sources.accuracy(model, loaded.evaluation)
-
-
-def _say(quiet: bool) -> Any:
-    """Progress goes to stderr, so that stdout holds results alone."""
-    return (lambda text: None) if quiet else (lambda text: typer.echo(text, err=True))
-
-
-def _show(table: Any) -> None:
-    from qk.tables import show
-
-    show(table, Console(file=sys.stdout))
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=1, default=str))
 
 
 def main() -> None:

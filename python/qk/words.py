@@ -1,15 +1,31 @@
-"""What words of the command line stand for: recipes, budgets, widths."""
+"""What commands have in common: options, what their words stand for, and how results are shown."""
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 import yaml
+from rich.console import Console
 
 from qk.errors import fail
 from qk.fields import parsed
 from qk.spec import Budget, Recipe
+
+Model = Annotated[str, typer.Option(help="torchvision:NAME, timm:NAME, hf:PATH or python:MODULE:FUNCTION.")]
+Weights = Annotated[Path | None, typer.Option(help="safetensors, or a torch file that holds tensors alone.")]
+DataName = Annotated[str, typer.Option(help="digits, imagefolder:DIR or python:MODULE:FUNCTION.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images in a batch.")]
+RecipeFile = Annotated[Path | None, typer.Option(help="YAML with the fields of qk.Recipe.")]
+Change = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="A field of the recipe: weights=4, tuning.epochs=20, overrides.fc.weights=8."),
+]
+ReportFile = Annotated[Path | None, typer.Option(help="HTML (or .json) file; OUT/report.html if not given.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
 
 
 def recipe_of(path: Path | None, changes: list[str]) -> Recipe:
@@ -56,3 +72,27 @@ def bits_of(option: str, text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise fail("search", option, "widths in bits, such as 2,4,8", repr(text)) from None
+
+
+def evaluation(loaded: Any) -> Any:
+    """Model -> accuracy on the data, or None where they have no labels."""
+    from qk import sources
+
+    if loaded.evaluation is None:
+        return None
+    return lambda model: sources.accuracy(model, loaded.evaluation)
+
+
+def speaker(quiet: bool) -> Any:
+    """Progress goes to stderr, so that stdout holds results alone."""
+    return (lambda text: None) if quiet else (lambda text: typer.echo(text, err=True))
+
+
+def show_table(table: Any) -> None:
+    from qk.tables import show
+
+    show(table, Console(file=sys.stdout))
+
+
+def print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=1, default=str))
