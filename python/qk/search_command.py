@@ -76,7 +76,11 @@ def search(
         list[str] | None, typer.Option(help="Layers that stay as the recipe has them; else the first and the last.")
     ] = None,
     sensitivity: Annotated[
-        str, typer.Option(help="fisher, alps, hessian, eagl; random or cost_only as controls.")
+        str,
+        typer.Option(
+            help="fisher, alps, alps_learned, alps_trained (data with labels to train on), hessian, eagl; random or "
+            "cost_only as controls."
+        ),
     ] = "fisher",
     solver: Annotated[str, typer.Option(help="exact or genetic.")] = "exact",
     seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
@@ -115,6 +119,8 @@ def search(
     loaded = sources.load_data(data, batch_size)
     speaker(as_json)(f"searching widths of {model} on {data}")
     batches = list(loaded.calibration)
+    if sensitivity == "alps_trained":
+        options["train"] = loaded.train
     if not budget:
         how = {"evaluate": evaluation(loaded), "sensitivity": sensitivity, "solver": solver, "seed": seed}
         how |= {"table": known, "out": out, "progress": not as_json, "title": f"{model} on {data}"} | options

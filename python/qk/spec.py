@@ -209,9 +209,10 @@ class Recipe:
     then, in a quarter of the iterations, all steps.
     iterations, batch_size, weight_lr, act_lr: of learning, for each unit. penalty, warmup, beta: weight of the rounding
     penalty, the share of iterations without it, its exponent's start and end. drop: probability with which a value of
-    the unit's input comes from the quantized prefix instead of the float one (QDrop); 1.0 is BRECQ's. drop_inside: the
-    same at every quantizer inside the unit. precision: of the factors of large products while a unit is learned; "auto"
-    is "bfloat16" where the processor multiplies that in tiles (AMX), else "float32". What is kept is judged in float32.
+    the unit's input comes from the quantized prefix instead of the float one; 1.0 is BRECQ's, 0.5 QDrop's. drop_inside:
+    the same at every quantizer inside the unit. precision: of the factors of large products while a unit is learned;
+    "auto" is "bfloat16" where the processor multiplies that in tiles (AMX), else "float32". What is kept is judged in
+    float32.
     equalize: qk.quantize scales channels so that weights on both sides of them have one range. smooth: alpha; it scales
     channels so that activations lose range to weights, the more the nearer alpha is to 1; "search" finds one for each
     place, or none. relu6: "relu" puts ReLU where a ReLU6 keeps either from scaling.
@@ -256,7 +257,7 @@ class Recipe:
     penalty: float = Field(default=0.01, ge=0)
     warmup: float = Field(default=0.2, ge=0, lt=1)
     beta: tuple[Exponent, Exponent] = (20.0, 2.0)
-    drop: float = Field(default=0.5, ge=0, le=1)
+    drop: float = Field(default=1.0, ge=0, le=1)
     drop_inside: bool = False
     precision: Literal["auto", "float32", "bfloat16"] = "float32"
     points: Points = 1
@@ -279,6 +280,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.sparq is not None and self.activations != 8:
             raise ValueError(f"activations must be 8 with sparq, which cuts codes of 8 bits, got {self.activations}")
+        if self.drop_inside and not 0 < self.drop < 1:
+            raise ValueError(f"drop must be between 0 and 1 with drop_inside, which mixes by it, got {self.drop}")
         if self.sparq_bits is not None and self.sparq is None:
             raise ValueError("sparq must be there with sparq_bits, which chooses its windows")
         if self.grid == "mid-rise" and self.method != "nearest":

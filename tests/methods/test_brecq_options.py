@@ -201,7 +201,7 @@ def test_weights_first_interrupted_in_either_phase_resumes_with_the_same_bits(di
 
 
 def test_dropping_inside_mixes_at_every_quantizer_while_learning(digits, batches):
-    recipe = Recipe(weights=3, activations=2, iterations=20, weight_lr=1e-2, drop_inside=True)
+    recipe = Recipe(weights=3, activations=2, iterations=20, weight_lr=1e-2, drop=0.5, drop_inside=True)
     found = []
     for given in (recipe, recipe, replace(recipe, drop_inside=False)):
         p = quantized_digits(digits, batches, given)

@@ -1,5 +1,6 @@
 """What widths lose, by each of the estimates."""
 
+import copy
 import math
 
 import pytest
@@ -8,8 +9,11 @@ from torch import nn
 
 import qk
 from qk.calibrate.objective import task_loss
+from qk.methods.brecq import learn_unit
+from qk.methods.tune import tune
+from qk.options import Tuning
 from qk.prepare import prepare
-from qk.search.alps import alps
+from qk.search.alps import alps, alps_learned, alps_trained
 from qk.search.bank import Bank
 from qk.search.fisher import fisher
 from qk.search.hessian import hessian
@@ -249,3 +253,56 @@ def test_what_a_choice_loses_is_its_items_and_pairs():
     choice = (2, 1, 0, 2)
     pairs = sum(table[choice[i]][choice[j]] for (i, j), table in found.pairs.items())
     assert found.of(choice) == sum(row[o] for row, o in zip(found.losses, choice, strict=True)) + pairs
+
+
+# --- after learning ---------------------------------------------------------------------------------------------------
+
+
+def test_learned_alps_is_the_divergence_after_the_item_has_learned():
+    bank, recipe = bank_of((2, 4)), Recipe(iterations=30)
+    found, plain = alps_learned(bank, data(4), recipe=recipe), alps(bank, data(4)[1::2])
+    assert found == alps_learned(bank, data(4), recipe=recipe)
+    assert sum(row[1] for row in found.losses) < 0.9 * sum(row[1] for row in plain.losses)
+    item = 1
+    bank.put([0, 1, 0, 0])
+    for name in bank.items[item].layers:
+        learn_unit(bank.p, bank.p.alone[name], set(bank.p.quant_layers()) - {name}, data(4)[::2], recipe)
+    learned = divergence(bank, None, data(4)[1::2])
+    bank.forget()
+    bank.put([0] * 4)
+    expected = max(0.0, learned - divergence(bank, None, data(4)[1::2]))
+    assert found.losses[item] == [0.0, pytest.approx(expected, rel=1e-12, abs=1e-15)]
+
+
+@pytest.mark.parametrize("estimate", [alps_learned, lambda bank, batches: alps_trained(bank, labelled())])
+def test_what_was_learned_is_forgotten(estimate):
+    bank = bank_of((2, 8))
+    bank.put([0] * 4)
+    before = {name: t.clone() for name, t in bank.p.model.state_dict().items()}
+    estimate(bank, data(2))
+    assert bank.choice == (0, 0, 0, 0)
+    after = bank.p.model.state_dict()
+    assert all(torch.equal(t, after[name]) for name, t in before.items())
+
+
+def labelled():
+    model = net()
+    return [(x, model(x).argmax(1)) for x in data(2)]
+
+
+def test_trained_alps_is_the_loss_of_an_epoch():
+    bank = bank_of((2, 8))
+    found = alps_trained(bank, labelled())
+    assert found == alps_trained(bank, labelled())
+    losses = []
+    for choice in ([0, 0, 0, 0], [0, 0, 1, 0]):
+        bank.put(choice)
+        p = copy.deepcopy(bank.p)
+        tune(p, labelled(), Recipe(method="lsq", tuning=Tuning(epochs=1, lr=1e-3)), progress="off")
+        losses.append(p.history[""][-1]["loss"])
+    assert found.losses[2] == [0.0, max(0.0, losses[1] - losses[0])]
+    assert any(row[1] > 0 for row in found.losses)
+    with pytest.raises(qk.QkError, match="train must be labelled data to train on with alps_trained, got none"):
+        qk.Search(prepare(net(), data()[0]), data()).sensitivity("alps_trained")
+    search = qk.Search(prepare(net(), data()[0]), data(), weights=(2, 8), train=labelled())
+    assert search.sensitivity("alps_trained") == found

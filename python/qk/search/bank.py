@@ -84,6 +84,10 @@ class Bank:
         self.choice = tuple(choice)
         self.p.plan = Plan(self.p.plan.layers | specs)
 
+    def forget(self) -> None:
+        """Codes and steps that were learned in place: the next `put` writes all of them anew."""
+        self.choice = (-1,) * len(self.items)
+
     def codes(self, name: str, weights: int) -> Tensor:
         """uint8 codes of a layer's weight at that width, in kernel order."""
         return self._weights[name, weights].codes

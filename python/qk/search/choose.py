@@ -15,7 +15,7 @@ from qk.errors import QkError, fail
 from qk.inputs import resized
 from qk.methods.resume import facts
 from qk.prepare.prepared import Prepared, check_prepared
-from qk.search.alps import alps
+from qk.search.alps import alps, alps_learned, alps_trained
 from qk.search.bank import Bank, check_ranges
 from qk.search.cost import Costs, bit_operation_costs, size_costs
 from qk.search.exact import exact
@@ -29,7 +29,7 @@ from qk.search.problem import Problem
 from qk.search.sensitivity import Sensitivity, chance, cost_only, eagl
 from qk.spec import Budget, Plan, Ranges
 
-Kind = Literal["fisher", "alps", "hessian", "eagl", "random", "cost_only"]
+Kind = Literal["fisher", "alps", "alps_learned", "alps_trained", "hessian", "eagl", "random", "cost_only"]
 Solver = Literal["exact", "genetic"]
 TRIES = 6  # of plans that are measured for one limit on latency
 NEARER = 0.995  # by which a limit that was missed is set lower than it was missed by
@@ -55,6 +55,7 @@ class Search:
     the first and so on. keep: name patterns of layers that stay as p.plan has them; None: the first and the last ones.
     ranges: as for calibrate, without lapq. table: of latencies; what it lacks is measured here and added to it.
     latency_batch: how many samples a call has whose latency is limited.
+    train: labelled data as for qk.tune, for the sensitivity alps_trained.
     folder: sensitivities are written there, and taken from there where it has them already. One that is not whole goes
     on; other processes that were given the same folder, model and data share its work.
     Raises QkError for widths that no kernel has, and for a model with nothing to choose.
@@ -75,6 +76,7 @@ class Search:
         max_batches: int | None = None,
         memory_mb: int = 1024,
         folder: str | Path | None = None,
+        train: Iterable | None = None,
     ) -> None:
         check_prepared(p, STAGE)
         if not isinstance(latency_batch, int) or latency_batch < 1:
@@ -85,7 +87,7 @@ class Search:
             self.table = LatencyTable.load(self.table)
         self.items = find_items(p, weights, activations, tied, keep)
         self.batches = hold(batches, STAGE, max_batches, memory_mb)
-        self.ranges: Ranges = ranges
+        self.ranges, self.train = ranges, train
         check_ranges(p, ranges)
         self.folder = None if folder is None else Folder(folder, self._facts())
         self._costs: dict[str, Costs] = {}
@@ -102,6 +104,8 @@ class Search:
         kinds: dict[str, Callable[[Parts], Sensitivity]] = {
             "fisher": lambda parts: fisher(self.bank, self.batches, seed=seed, parts=parts),
             "alps": lambda parts: alps(self.bank, self.batches, self.memory_mb, parts),
+            "alps_learned": lambda parts: alps_learned(self.bank, self.batches, self.memory_mb, parts),
+            "alps_trained": lambda parts: alps_trained(self.bank, self.train, parts),
             "hessian": lambda parts: hessian(self.bank, self.batches, seed=seed, parts=parts),
             "eagl": lambda _: eagl(self.bank),
             "random": lambda _: chance(self.items, seed),
