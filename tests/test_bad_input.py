@@ -210,7 +210,7 @@ def test_a_model_that_takes_one_batch_size_is_not_timed_at_another():
             return super().forward(x.view(2, 4, 6, 6))
 
     with pytest.raises(qk.QkError, match="latency_batches must be sizes that the model accepts, got 1, on which"):
-        qk.quantize(Fixed(*net()), [inputs()])
+        qk.quantize(Fixed(*net()), [inputs()], latency_batches=(1,))
 
 
 @pytest.mark.usefixtures("nothing_is_learned")

@@ -81,7 +81,9 @@ def test_a_network_is_measured(alone, tmp_path):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (("kernels", "--threads", "0"), r"--threads must be numbers from 1 to 1024"),
+        (("kernels", "--threads", "999"), r"--threads must be numbers from 1 to"),
+        (("kernels", "--json", "/proc/none/x.json"), r"/proc/none must be a folder that can be written"),
+        (("kernels", "--threads", "0"), r"--threads must be numbers from 1 to"),
         (("kernels", "--threads", "two"), r"--threads must be numbers"),
         (("kernels", "--confine", "avx"), r"--confine must be none, vnni"),
         (("model", "resnet18"), r"NAME must be torchvision:NAME"),

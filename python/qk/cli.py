@@ -136,11 +136,11 @@ def _quantize(
     """The model quantized as the recipe says, its checkpoint and report; what both commands above do."""
     import qk
     from qk import sources
-    from qk.files import writable_folder
+    from qk.files import check_writable
 
     widths = None if plan is None else qk.Plan.load(plan)
     report = report or out / "report.html"
-    writable_folder(report.parent, "quantize")
+    check_writable(report, "quantize")
     say = speaker(as_json)
     floating = sources.load_model(model, weights)
     loaded = sources.load_data(data, batch_size)

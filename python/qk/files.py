@@ -33,6 +33,16 @@ def write_json(path: str | Path, data: Any, stage: str) -> Path:
         raise fail(stage, str(path), "a place that can be written", error.strerror or error) from error
 
 
+def check_writable(path: str | Path, stage: str) -> Path:
+    """The path of a file that will be written, whose folder is made. Raises QkError now for a place that cannot be
+    written, so that no work is lost later."""
+    path = Path(path)
+    writable_folder(path.parent, stage)
+    if path.is_dir():
+        raise fail(stage, str(path), "a file", "a folder")
+    return path
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """A file to write, which is put at `path` when the block ends and removed when it raises. Folders are made.

@@ -52,6 +52,7 @@ from qk.prepare.unclip import unclip
 from qk.report import Latency, LayerReport, Report, TableReport
 from qk.spec import Plan, Recipe, checked_recipe
 
+DEFAULT_BATCHES = (1,)  # at which the whole model is timed
 STAGE = "qk.quantize"
 MEASURED_BATCHES = 2  # for the error of each layer, and of each window in it
 UNFINISHED = "unfinished"  # folder inside `out` for what a run has learned so far
@@ -83,7 +84,7 @@ def quantize(
     validate: Score | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     out: str | Path | None = None,
-    latency_batches: tuple[int, ...] = (1,),
+    latency_batches: tuple[int, ...] | None = None,
     measure: bool = True,
     fused: bool = True,
     progress: bool = True,
@@ -100,8 +101,9 @@ def quantize(
     evaluate: model -> share of labels met, in [0, 1]; called on the float, the simulated and the integer model.
     out: folder to save the checkpoint in. Until all is done, what was learned lies in out/unfinished: the same call
     goes on there after it was killed, to the same bits, and another one is refused. latency_batches: sizes at which the
-    whole model is timed, with the example repeated or cut along its first axis; () for none. measure: False leaves out
-    errors and times of layers, and latency. fused: False leaves out qk.fuse, whose model holds weights of its own.
+    whole model is timed, with the example repeated or cut along its first axis; () for none; None for 1, where the
+    model takes it. measure: False leaves out errors and times of layers, and latency. fused: False leaves
+    out qk.fuse, whose model holds weights of its own.
     Raises QkError for input that a stage cannot work with, before that stage changes anything; whatever can be checked
     without learning is checked before it.
     """
@@ -132,8 +134,15 @@ def quantize(
         raise fail(STAGE, "points", "1 with the method lsq, which trains one row for each channel", got)
     if out is not None:
         check_state(model, STAGE)
+    untimed = []
     if measure:
-        _check_batches(p.model, example, latency_batches)
+        try:
+            _check_batches(p.model, example, DEFAULT_BATCHES if latency_batches is None else latency_batches)
+        except QkError as error:
+            if latency_batches is not None:
+                raise
+            latency_batches, untimed = (), [f"The whole model is not timed: {error}"]
+    latency_batches = DEFAULT_BATCHES if latency_batches is None else latency_batches
     report = Report(
         title=f"{title or type(model).__name__}: {_widths(p, recipe.method)}",
         seconds=seconds,
@@ -198,7 +207,9 @@ def quantize(
         unit: [{"iteration": s["iteration"], "loss": s["loss"]} for s in h[:-1]] for unit, h in p.history.items()
     }
     report.layers, report.embeddings = _layers(p, measured), _tables(integer)
-    report.notes = scaled + _static(p, recipe) + _joined(p, recipe) + _notes(p, measured) + (left if fused else [])
+    report.notes = (
+        untimed + scaled + _static(p, recipe) + _joined(p, recipe) + _notes(p, measured) + (left if fused else [])
+    )
     if recipe.method in ("brecq", "gptq") and out is not None:  # else it may hold another run's
         resume.remove(folder)
     if recipe.method == "lsq" and out is not None:
@@ -232,6 +243,11 @@ def _fused(integer: nn.Module, example: Any, held: list[Any]) -> tuple[FusedMode
         fast = fuse(integer, held if example is held[0] else [example, *held])
     except QkError as error:
         return None, [f"Not fused: {error}"]
+    except Exception as error:  # a fault of ours must not lose what was quantized
+        return None, [f"Not fused, please report it: qk.fuse raised {type(error).__name__}: {error}"]
+    if fast.batch is not None:
+        why = f"its graph is for batches of {fast.batch} alone, as the model takes their number for a constant"
+        return None, [f"Not fused: {why}, with len(x) for example; x.shape[0] and x.flatten(1) take any."]
     by_reason: dict[str, list[str]] = {}
     for name, reason in fast.report:
         by_reason.setdefault(reason, []).append(name)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from qk.errors import fail
+from qk.files import check_writable
 from qk.words import (
     BatchSize,
     Change,
@@ -115,6 +116,9 @@ def search(
     options = {"weights": bits_of("--widths", widths), "activations": bits_of("--activations", activations)}
     options |= {"tied": tied, "keep": keep or None, "folder": folder}
     known = None if table is None else LatencyTable.load(table) if table.exists() else LatencyTable()
+    for path in (out if budget else None, table):
+        if path is not None:
+            check_writable(path, "search")
     floating = sources.load_model(model, weights)
     loaded = sources.load_data(data, batch_size)
     speaker(as_json)(f"searching widths of {model} on {data}")

@@ -170,8 +170,12 @@ def image_folder(
     is to train on. The short side is scaled to `resize`, the middle `size` x `size` taken (to train on a random part,
     half of the time mirrored), the values normalized as for ImageNet.
     """
+    numbers = {"size": size, "resize": resize, "calibration": calibration, "batch_size": batch_size}
+    for name, value in numbers.items():
+        if not isinstance(value, int) or value < 1:
+            raise fail("data", f"{name} of imagefolder", "a whole number of at least 1", repr(value))
     root = Path(folder)
-    if not root.is_dir():
+    if not folder or not root.is_dir():
         raise fail("data", folder, "a folder of class folders", "none there")
     train = root / "train" if (root / "train").is_dir() else root
     images = _images(train)
@@ -250,7 +254,10 @@ def _arguments(text: str) -> tuple[str, dict[str, Any]]:
     """ "name?a=1&b=x" -> name and {"a": 1, "b": "x"}."""
     name, _, options = text.partition("?")
     pairs = [option.partition("=") for option in options.split("&") if option]
-    return name, {key: yaml.safe_load(value) for key, _, value in pairs}
+    try:
+        return name, {key: yaml.safe_load(value) for key, _, value in pairs}
+    except yaml.YAMLError as error:
+        raise fail("arguments", repr(options), "name=value, joined by &", str(error).partition("\n")[0]) from error
 
 
 def _made(source: str, function: Any, *args: Any, **kwargs: Any) -> Any:

@@ -17,7 +17,10 @@ from qk.spec import Budget, Recipe
 
 Model = Annotated[str, typer.Option(help="torchvision:NAME, timm:NAME, hf:PATH or python:MODULE:FUNCTION.")]
 Weights = Annotated[Path | None, typer.Option(help="safetensors, or a torch file that holds tensors alone.")]
-DataName = Annotated[str, typer.Option(help="digits, imagefolder:DIR or python:MODULE:FUNCTION.")]
+DataName = Annotated[
+    str,
+    typer.Option(help="digits, imagefolder:DIR (DIR?size=224&resize=256&calibration=128) or python:MODULE:FUNCTION."),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images in a batch.")]
 RecipeFile = Annotated[Path | None, typer.Option(help="YAML with the fields of qk.Recipe.")]
 Change = Annotated[

@@ -61,6 +61,7 @@ def test_the_files_are_what_the_format_says(model, folder):
         "dilation": [2, 2],
         "groups": 3,
         "extra_rows": 0,
+        "contiguous": False,
     }
     assert fields["tied"]["out.weight"] == "embedding.weight"
     assert {name for name in fields["tied"] if name.startswith("alias.")} == {

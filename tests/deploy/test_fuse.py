@@ -305,6 +305,68 @@ def test_a_layer_that_reads_a_parameter_is_fused():
     assert_same(unfused(model, ROWS), fused, ROWS)
 
 
+class Lengths(nn.Module):
+    """Takes the number of rows for a constant: where rows are only copied any is right, else the traced one alone."""
+
+    def __init__(self, mixes: bool) -> None:
+        super().__init__()
+        self.mixes, self.first, self.second = mixes, nn.Conv2d(3, 4, 3), nn.Linear(36, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(torch.relu(self.first(x)).reshape(len(x), -1))
+        return x * torch.arange(len(x)).view(len(x), 1) if self.mixes else x
+
+
+def test_a_number_of_rows_that_was_taken_for_a_constant(small):
+    images = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(2))
+    model = integer(Lengths(mixes=False).eval(), images)
+    fused = fuse(model, images)
+    assert fused.batch is None
+    for rows in (2, 4, 9):  # of a batch of one two are traced
+        more = images[:1].repeat(rows, 1, 1, 1)
+        assert_same(fused, unfused(model, more), more)
+
+    assert torch.equal(fused(images[:1]), fused(images)[:1])
+    with pytest.raises(qk.QkError, match=r"graph runs on the example, .* x\.shape\[0\] leaves it free"):
+        fuse(model, images[:1])
+
+    model = integer(Lengths(mixes=True).eval(), images)
+    fused = fuse(model, images)
+    assert fused.batch == 4
+    assert_same(fused, unfused(model, images), images)
+    with pytest.raises(qk.QkError, match=r"x must be \[4, 3, 5, 5\], got \[3, 3, 5, 5\]"):
+        fused(images[:3])
+    result = qk.quantize(Lengths(mixes=True).eval(), [images], qk.Recipe(method="nearest"), progress=False)
+    assert result.fused is None
+    assert any("batches of 4 alone" in note for note in result.report.notes)
+    assert fuse(*small).batch is None
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("tensors", [8, None])
+def test_torchs_own_attention_between_integer_layers(batch_first, tensors):
+    # It asks views of tensors that were made contiguous for it.
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=batch_first)
+    x = torch.randn(4, 6, 16)
+    model = integer(nn.Sequential(nn.Linear(16, 16), layer, nn.Linear(16, 4)).eval(), x)
+    fused = fuse(model, x, tensors=tensors)
+    assert fused.steps["gemm"] >= 3
+    assert_same(fused, unfused(model, x, tensors=tensors), torch.randn(3, 6, 16) if batch_first else x)
+
+
+def test_what_was_quantized_outlives_a_fault_of_fuse(monkeypatch, small):
+    def broken(*_, **__):
+        raise KeyError("lost")
+
+    monkeypatch.setattr("qk.flow.fuse", broken)
+    result = qk.quantize(
+        Lengths(mixes=False).eval(), [torch.randn(4, 3, 5, 5)], qk.Recipe(method="nearest"), progress=False
+    )
+    assert result.fused is None
+    assert any("please report it: qk.fuse raised KeyError" in note for note in result.report.notes)
+
+
 def test_wrong_input_to_fuse_is_refused(small):
     model, x = small
     cases = [
@@ -317,6 +379,10 @@ def test_wrong_input_to_fuse_is_refused(small):
         ((model, x), {"tensors": 4}, "tensors must be 8 or None, got 4"),
         ((model, x), {"ranges": "mse"}, "ranges must be one of minmax, percentile"),
         ((model, [x, torch.full_like(x, torch.nan)]), {}, "batch 1 of example must be finite"),
+        ((model, [x, x.double()]), {}, r"batch 1 of example must be like the first, float32 .*, got float64"),
+        ((model, [x, (x, x)]), {}, r"batch 1 of example must be like the first, .*, got \(float32"),
+        ((model, [x, x[:, :, 1:]]), {}, r"batch 1 of example must be like the first, .*, got float32 .*12, 11"),
+        ((model, x), {"algorithm": "fast"}, "algorithm must be one of direct, winograd, or None, got 'fast'"),
     ]
     for arguments, options, message in cases:
         with pytest.raises(qk.QkError, match=message):

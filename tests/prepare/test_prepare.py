@@ -95,7 +95,7 @@ def test_the_model_keeps_its_weights_mode_and_hooks():
     assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
     assert not any(m.training for m in p.model.modules())
     assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in p.model.modules()) == 1
-    assert len(calls) == 2  # the model's own hook is a part of it
+    assert len(calls) == 3  # the model's own hook is a part of it
 
 
 LAYERS = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -116,7 +117,7 @@ def _run(
     from qk.bench.confine import CONFINEMENTS
     from qk.bench.run import benchmark
     from qk.bench.suite import Wanted
-    from qk.files import replace_file
+    from qk.files import check_writable, replace_file, writable_folder
 
     counts = _numbers("--threads", threads)
     confinements = tuple(part.strip() for part in confine.split(","))
@@ -125,7 +126,10 @@ def _run(
     if page and not PAGE.parent.is_dir():
         raise fail("bench", "--page", "used in the repository, where docs/ is", str(Path.cwd()))
     wanted["cache"] = str((cache or Path.home() / ".cache" / "qk" / "bench").absolute())
+    writable_folder(wanted["cache"], "bench")
     files = sorted({path for path in (json_file, RESULT if page else None) if path is not None})
+    for path in files:
+        check_writable(path, "bench")
 
     def keep(result: dict[str, Any]) -> None:
         for path in files:
@@ -147,8 +151,9 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
         values = tuple(int(part) for part in text.split(","))
     except ValueError:
         values = ()
-    if not values or min(values) < 1 or max(values) > 1024:
-        raise fail("bench", option, "numbers from 1 to 1024, such as 1,2", repr(text))
+    most = max(2, os.cpu_count() or 1)  # more wait for each other
+    if not values or min(values) < 1 or max(values) > most:
+        raise fail("bench", option, f"numbers from 1 to {most}, such as 1,2", repr(text))
     return values
 
 

@@ -180,7 +180,7 @@ def _config(layer: IntegerLayer) -> LayerConfig:
     common = {"weight_shape": list(layer.shape), "bias": layer.bias is not None, "extra_rows": extra}
     if isinstance(layer, QLinear):
         return LayerConfig(kind="linear", **common)
-    conv = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
+    conv = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups", "contiguous")}
     return LayerConfig(kind="conv2d", **common, **conv)
 
 
@@ -266,6 +266,7 @@ def _check_layer(folder: Path, name: str, config: LayerConfig, module: nn.Module
             "padding": padding_of(module),
             "dilation": module.dilation,
             "groups": module.groups,
+            "contiguous": config.contiguous,  # no matter of the float layer
         }
     for field, value in expected.items():
         if got[field] != value:

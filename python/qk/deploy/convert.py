@@ -57,6 +57,8 @@ def convert(p: Prepared) -> nn.Module:
     if not p.calibrated:
         raise fail("qk.convert", "p", "calibrated", "no ranges", "Call qk.calibrate(p, batches) first.")
     integer: dict[int, nn.Module] = {id(layer): to_integer(name, layer) for name, layer in layers.items()}
+    for name in p.contiguous & layers.keys():
+        integer[id(layers[name])].contiguous = True
     integer |= {id(table): to_integer_table(table) for table in p.quant_tables().values()}
     scales: dict[int, Tensor] = {}  # layers that read one tensor still share the factors on it
     for layer in layers.values():

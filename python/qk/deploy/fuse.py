@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_flatten
 
 from qk import ops
 from qk.deploy.embedding import table_modules
@@ -18,9 +19,9 @@ from qk.deploy.fusing.rewrite import fuse_exactly, read_images_as_they_lie
 from qk.deploy.fusing.tensors import note_shapes, quantize_tensors
 from qk.deploy.fusing.trace import canonical, input_shapes, traced, two
 from qk.deploy.modules import IntegerLayer, integer_layers
-from qk.deploy.tune import tuned
+from qk.deploy.tune import ALGORITHMS, tuned
 from qk.errors import fail
-from qk.inputs import KINDS, describe, device_of, feed, map_tensors, tensors_in
+from qk.inputs import KINDS, describe, device_of, feed, map_tensors, resized, tensors_in
 
 __all__ = ["FusedModel", "fuse", "unfused"]
 
@@ -52,6 +53,8 @@ def fuse(
     does not take.
     """
     batches = _checked(model, example, tensors, ranges)
+    if algorithm not in (None, *ALGORITHMS):
+        raise fail(STAGE, "algorithm", f"one of {', '.join(ALGORITHMS)}, or None", repr(algorithm))
     model = tuned(model, batches[0], algorithm)
     constants = _quantized(model, batches, tensors, ranges)
     graph = constants.graph
@@ -60,7 +63,9 @@ def fuse(
     regions = build_regions(constants)
     report = left_in_float(graph)
     _check_inputs(constants)
-    return FusedModel(finished(constants), regions, report)
+    fused = FusedModel(finished(constants), regions, report)
+    _free_batch(fused, batches[0])
+    return fused
 
 
 def unfused(model: nn.Module, example: Any, *, tensors: int | None = 8, ranges: str = "minmax") -> fx.GraphModule:
@@ -105,8 +110,15 @@ def _checked(model: nn.Module, example: Any, tensors: int | None, ranges: str) -
         if any(t.is_floating_point() and not torch.isfinite(t).all() for t in tensors_in(batch)):
             raise fail(STAGE, f"batch {i} of example", "finite", "NaN or infinity in it")
         batches[i] = map_tensors(lambda x: x.detach().to(device), batch)
+        if _kinds(batches[i]) != _kinds(batches[0]):
+            raise fail(STAGE, f"batch {i} of example", f"like the first, {describe(batches[0])}", describe(batch))
     _run(model, batches[0])
     return batches
+
+
+def _kinds(batch: Any) -> tuple[Any, list[tuple[torch.dtype, int, torch.Size]]]:
+    """How tensors are nested, their types, ranks and sizes, but for the batch and the length of sequences."""
+    return tree_flatten(batch)[1], [(x.dtype, x.dim(), x.shape[1 if x.dim() > 3 else 2 :]) for x in tensors_in(batch)]
 
 
 def _run(model: nn.Module, batch: Any) -> None:
@@ -139,6 +151,24 @@ def _layer(model: nn.Module, node: fx.Node) -> IntegerLayer | None:
     except AttributeError:
         return None
     return layer if isinstance(layer, IntegerLayer) else None
+
+
+def _free_batch(fused: FusedModel, example: Any) -> None:
+    """A model that asks for len(x) is traced for one batch. Where another one gives the same rows, any is taken."""
+    inputs = fused.body.inputs
+    made_for = inputs.expected
+    if not any(sizes and sizes[0] is not None for _, _, sizes in filter(None, made_for)):
+        return
+    rows = [x.shape[0] for x in tensors_in(example) if x.dim()]
+    inputs.expected = [given and (*given[:2], (None, *given[2][1:])) for given in made_for]
+    try:
+        with torch.no_grad():
+            few, more = (list(tensors_in(feed(fused, x))) for x in (example, resized(example, rows[0] + 1)))
+        same = all(len(m) == len(f) + 1 and torch.equal(m[: len(f)], f) for f, m in zip(few, more, strict=True))
+    except (RuntimeError, TypeError):  # of another number of rows, or none
+        same = False
+    if not same or len(set(rows)) != 1:
+        inputs.expected = made_for
 
 
 def _check_inputs(constants: Constants) -> None:

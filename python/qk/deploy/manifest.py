@@ -30,7 +30,7 @@ ASK_AGAIN = "The file was cut short or changed: copy it anew, or save the model 
 @dataclass(frozen=True, config=_strict)
 class LayerConfig:
     """weight_shape: in kernel order, [N, K] or [N, kh, kw, C / groups]. stride to groups are a convolution's.
-    extra_rows: of the tail, that are added to channels of the weight."""
+    extra_rows: of the tail, that are added to channels of the weight. contiguous: how a convolution's output lies."""
 
     kind: Literal["linear", "conv2d"]
     weight_shape: list[int]
@@ -40,6 +40,7 @@ class LayerConfig:
     dilation: Pair | None = None
     groups: int | None = None
     extra_rows: int = 0
+    contiguous: bool = False
 
     def __post_init__(self) -> None:
         conv = self.kind == "conv2d"
@@ -55,7 +56,7 @@ class LayerConfig:
 
     def conv_args(self) -> dict[str, Any]:
         """The arguments of QConv2d beyond the weight's shape; none for a linear layer."""
-        names = ("stride", "padding", "dilation", "groups")
+        names = ("stride", "padding", "dilation", "groups", "contiguous")
         return {} if self.kind == "linear" else {name: getattr(self, name) for name in names}
 
 

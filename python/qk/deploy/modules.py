@@ -266,7 +266,8 @@ class QLinear(IntegerLayer):
 
 
 class QConv2d(IntegerLayer):
-    """Conv2d on packed integer weights. x [B, C, H, W] or [C, H, W] in any memory format -> channels_last."""
+    """Conv2d on packed integer weights. x [B, C, H, W] or [C, H, W] in any memory format -> channels_last, or
+    `contiguous`, where the model asks a view of it that channels_last has not."""
 
     def __init__(
         self,
@@ -277,12 +278,14 @@ class QConv2d(IntegerLayer):
         padding: tuple[int, int] = (0, 0),
         dilation: tuple[int, int] = (1, 1),
         groups: int = 1,
+        contiguous: bool = False,
     ) -> None:
         if spec.dynamic:
             raise fail("QConv2d", "spec.dynamic", "false, as a convolution reads many rows at once", "true")
         super().__init__(tensors, spec, shape, groups)
         self.stride, self.padding, self.dilation = tuple(stride), tuple(padding), tuple(dilation)
         self.kernel_size, self.in_channels = self.shape[1:3], self.shape[3] * groups
+        self.contiguous = contiguous
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype != torch.float32:
@@ -303,7 +306,7 @@ class QConv2d(IntegerLayer):
             codes = codes if reads is None else codes.index_select(-1, reads)
             rows = self._convolved(codes, b["tail_prepacked"], b["tail_steps"], None, self.tail_groups)
             y = self._add_tail(y, rows if places is None else rows.index_select(-1, places))
-        return y.permute(0, 3, 1, 2)
+        return self._laid(y)
 
     def values_read(self, x: Tensor) -> Tensor | None:
         """As of IntegerLayer; contiguous, or in channels_last, as x is."""
@@ -341,7 +344,11 @@ class QConv2d(IntegerLayer):
         y = conv2d_definition(codes, step, zero, *weight, self.bias, *places)
         for owners, *weight in self._by_parts():
             y[..., owners] += conv2d_definition(codes, step, zero, *weight, None, *places)[..., owners]
-        return y.permute(0, 3, 1, 2)
+        return self._laid(y)
+
+    def _laid(self, y: Tensor) -> Tensor:
+        y = y.permute(0, 3, 1, 2)
+        return y.contiguous() if self.contiguous else y
 
     def extra_repr(self) -> str:
         config = {"kernel_size": self.kernel_size, "stride": self.stride}

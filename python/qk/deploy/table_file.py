@@ -53,6 +53,8 @@ def quantize_table_file(
     """
     if chunk_rows is not None and (not isinstance(chunk_rows, int) or chunk_rows < 1):
         raise fail(WRITE, "chunk_rows", "a whole number of at least 1", chunk_rows)
+    if isinstance(source, str | Path) and Path(source).resolve() == Path(out).resolve():
+        raise fail(WRITE, "out", "another file than source", str(out))
     table = _opened(source, tensor)
     shape = tuple(getattr(table, "shape", ()))
     if len(shape) != 2 or shape[1] == 0:

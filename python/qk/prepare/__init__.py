@@ -16,6 +16,7 @@ from qk.prepare.blocks import find_alone, find_stages, find_units
 from qk.prepare.fold import fold_batchnorms
 from qk.prepare.insert import ActQuantizer, QuantLayer
 from qk.prepare.joins import find_joins, place
+from qk.prepare.layouts import find_contiguous
 from qk.prepare.links import find_links
 from qk.prepare.lookup import QuantTable
 from qk.prepare.observe import Observation, observe
@@ -50,9 +51,9 @@ def prepare(
     embedding tables where the recipe asks for them.
 
     model: float32, on cpu or cuda, in either mode; it is not changed. example: one small batch: a tensor, a tuple or
-    list of positional arguments or a dict of keyword arguments. The model runs on it twice, without gradients, and
-    nothing is traced. blocks: names of the modules to reconstruct together, instead of those found. The result computes
-    in float until it is calibrated and its layers are switched on.
+    list of positional arguments or a dict of keyword arguments. The model runs on it three times, without gradients,
+    and nothing is traced. blocks: names of the modules to reconstruct together, instead of those found. The result
+    computes in float until it is calibrated and its layers are switched on.
     Raises QkError for an example that is empty, not finite or not accepted by the model, a model that is wrapped, lazy
     or on another device, a recipe that fits no layer, and when there is nothing to quantize.
     """
@@ -100,6 +101,8 @@ def prepare(
         put(p, name, QuantTable(module, tables[name]))
     apply_plan(p, p.plan)
     _keep_what_is_passed_by(p, example, seen, floats)
+    convolutions = {name: copied.get_submodule(name) for name, layer in layers.items() if layer.kind == "conv2d"}
+    p.contiguous = find_contiguous(copied, convolutions, example)
     return p
 
 

@@ -88,6 +88,7 @@ class Prepared:
     along which channels can be scaled; blocked: every other layer or norm -> why not there. unclipped: ReLU6 modules
     that became ReLU. tables: name of an embedding table to quantize -> how. joins: module at whose entry a tensor is
     quantized for all that read it -> the layers inside that do, by their names from it on (qk.prepare.joins).
+    contiguous: convolutions of whose outputs the model asks views that channels_last has not (qk.prepare.layouts).
     """
 
     model: nn.Module
@@ -110,6 +111,7 @@ class Prepared:
     unclipped: list[str] = field(default_factory=list)
     tables: dict[str, Embeddings] = field(default_factory=dict)
     joins: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    contiguous: set[str] = field(default_factory=set)
     search: object = None  # qk.calibrate.lapq.Found: what lapq saw
 
     @property

@@ -17,7 +17,10 @@ def product(
 ) -> Tensor:
     """A Linear's, or with arguments for F.conv2d a convolution's. narrow: what x and weight are rounded to first, where
     that pays; the result has their type, the bias is added to it as it is."""
-    multiply = F.linear if conv_args is None else partial(F.conv2d, **conv_args)
+    if conv_args is None:
+        multiply = F.linear
+    else:  # a weight in channels_last would have the result lie so too, and a model may ask a view of it
+        multiply, weight = partial(F.conv2d, **conv_args), weight.contiguous()
     if narrow is None or not pays(x, weight, conv_args):
         return multiply(x, weight, bias)
     found = multiply(x.to(narrow), weight.to(narrow))

@@ -36,6 +36,7 @@ FUNCTIONS = (
     aten.clamp.default,
     aten.clamp_min.default,
 )
+AS_IT_IS = "The unfused model works as it is."  # advice of errors
 # Values in another place: they commute with everything that works on single values.
 MOVES = (
     aten.permute.default,

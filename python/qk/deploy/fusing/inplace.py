@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from qk.deploy.fusing.graph import aten
+from qk.deploy.fusing.graph import AS_IT_IS, aten
 from qk.errors import fail
 
 NOTHING = (  # what changes no value in eval mode
@@ -37,7 +37,7 @@ def functional(program: torch.export.ExportedProgram) -> fx.GraphModule:
     signature = program.graph_signature
     changed = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
     if changed:
-        advice = "The unfused model works as it is."
+        advice = AS_IT_IS
         raise fail("qk.fuse", "model", "free of state that its forward changes", ", ".join(changed), advice)
     return program.module(check_guards=False)
 

@@ -58,6 +58,11 @@ class FusedModel(nn.Module):
         self.forward = self.body.forward
 
     @property
+    def batch(self) -> int | None:
+        """The number of rows that it was traced for, where the model took it for a constant; None: any."""
+        return next((sizes[0] for _, _, sizes in filter(None, self.body.inputs.expected) if sizes and sizes[0]), None)
+
+    @property
     def steps(self) -> dict[str, int]:
         """How many fused steps of each kind there are."""
         return dict(sorted(Counter(op for region in self.regions for op, _ in region.steps).items()))

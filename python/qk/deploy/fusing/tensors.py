@@ -24,6 +24,7 @@ from qk.calibrate.ranges import percentile, step_and_zero
 from qk.deploy.fusing import heads, nhwc
 from qk.deploy.fusing.graph import (
     ADD,
+    AS_IT_IS,
     ATTENTION,
     CAT,
     CONV2D,
@@ -45,6 +46,7 @@ from qk.deploy.fusing.graph import (
     with_shape,
 )
 from qk.errors import fail
+from qk.inputs import describe
 
 STAGE = "qk.fuse"
 BITS = 8
@@ -244,8 +246,14 @@ def _calibrate(
         if node in watched:
             watched[node].see(value)
 
-    for batch in batches:
-        run(constants, batch, watch)
+    for i, batch in enumerate(batches):
+        try:
+            run(constants, batch, watch)
+        except RuntimeError as error:
+            got = f"{describe(batch)}, on which it raised {type(error).__name__}: {error}".splitlines()[0]
+            raise fail(
+                STAGE, f"batch {i} of example", "input of the first one's sizes but for the batch", got
+            ) from error
     grids: dict[fx.Node, Grid] = {}
     for tensor, observer in watched.items():
         key = classes.key(tensor)
@@ -266,7 +274,14 @@ def note_shapes(constants: Constants, example: Any) -> None:
         if isinstance(value, Tensor):
             node.meta["shape"], node.meta["dtype"] = tuple(value.shape), value.dtype
 
-    run(constants, example, note)
+    try:
+        run(constants, example, note)
+    except RuntimeError as error:
+        got = f"{type(error).__name__}: {error}".splitlines()[0]
+        advice = (
+            "Where it takes the number of rows for a constant, with len(x) for example, x.shape[0] leaves it free. "
+        )
+        raise fail(STAGE, "model", "one whose graph runs on the example", got, advice + AS_IT_IS) from error
 
 
 def run(constants: Constants, batch: Any, watch: Callable[[fx.Node, Any], None]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from qk.deploy.fusing import nhwc
 from qk.deploy.fusing.graph import (
     ADD,
+    AS_IT_IS,
     CAT,
     DEQUANTIZE,
     FUNCTIONS,
@@ -47,7 +48,7 @@ def traced(model: nn.Module, example: Any) -> fx.GraphModule:
         except Exception as error:
             where = f"{entered[-1]!r} ({type(model.get_submodule(entered[-1])).__name__})" if entered else "the model"
             got = f"{where}, in which it raised {type(error).__name__}: {_first_line(error)}"
-            advice = "What the graph depends on must not hang on values. The unfused model works as it is."
+            advice = f"What the graph depends on must not hang on values. {AS_IT_IS}"
             raise fail(STAGE, "model", "one that torch.export can follow", got, advice) from error
         module = functional(program)
     return module
@@ -250,10 +251,8 @@ class _Canonical:
         return True
 
     def _contiguous(self, node: fx.Node) -> bool:
-        """The same values, which only a view asks to lie so."""
-        if len(node.args) > 1 or node.kwargs or any(user.target is aten.view.default for user in node.users):
-            return False
-        return self._same(node)
+        """The same values, whatever asks them to lie so."""
+        return False if len(node.args) > 1 or node.kwargs else self._same(node)
 
     def _max_pool(self, node: fx.Node) -> bool:
         x, kernel, stride, padding, dilation, ceil = _with_defaults(node, (None, None, [], [0, 0], [1, 1], False))
@@ -306,8 +305,11 @@ class _Canonical:
         return True
 
     def _as_it_is(self, node: fx.Node) -> None:
+        """A view becomes a reshape: tensors lie otherwise here than where the model was traced, and nothing writes."""
         self.plain[node] = self.graph.node_copy(node, self._plain)
         self.plain[node].meta = {}
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            self.plain[node].target = aten.reshape.default
 
     def _plain(self, node: fx.Node) -> fx.Node:
         if node not in self.plain:
@@ -341,6 +343,11 @@ def _module_of(node: fx.Node) -> str:
     return list(stack.values())[-1][0] if stack else ""
 
 
+def _known(size: int | torch.SymInt) -> int | None:
+    """A size that the trace depends on: what was free may be a number by then, as by len(x)."""
+    return size if isinstance(size, int) else size.node.maybe_as_int()
+
+
 def input_shapes(graph: fx.Graph) -> list[tuple[str, torch.dtype, tuple[int | None, ...]] | None]:
     """Name, dtype and shape of each input, None for sizes that are free; None for what is no tensor."""
     found = []
@@ -348,8 +355,7 @@ def input_shapes(graph: fx.Graph) -> list[tuple[str, torch.dtype, tuple[int | No
         if node.op == "placeholder":
             val = node.meta.get("val")
             if isinstance(val, Tensor):
-                sizes = tuple(int(n) if isinstance(n, int) else None for n in val.shape)
-                found.append((node.target, val.dtype, sizes))
+                found.append((node.target, val.dtype, tuple(map(_known, val.shape))))
             else:
                 found.append(None)
     return found
