@@ -109,7 +109,8 @@ class Tuning:
     or the "paper"'s 2 mean|v| / sqrt(Q_P). count: N of the gradient scale 1 / sqrt(N Q_P) for activations, the
     "features" of one sample or the "values" of a batch. distill: "none" trains on labels; "soft" on the float model's
     output too, with equal weight; "features" also on the outputs of its units. patience: epochs without a better score
-    after which training ends.
+    after which training ends. max_norm: of the gradient of everything that learns; a longer one is cut to it, which
+    networks with folded BatchNorms need (docs/methods/lsq.md). None: never.
     """
 
     epochs: int | None = Field(default=None, ge=1)
@@ -120,3 +121,4 @@ class Tuning:
     count: Literal["features", "values"] = "features"
     distill: Literal["none", "soft", "features"] = "none"
     patience: int | None = Field(default=None, ge=1)
+    max_norm: float | None = Field(default=1.0, gt=0)

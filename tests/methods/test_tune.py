@@ -120,6 +120,23 @@ def test_weights_that_training_did_not_help_stay():
     assert p.history[""][-1]["epoch"] == 0
 
 
+def test_a_long_gradient_is_cut(monkeypatch):
+    # One step without momentum or decay: what a weight moves by is lr times its gradient.
+    def moved(norm):
+        p = prepared()
+        before = [layer.weight.detach().clone() for layer in p.quant_layers().values()]
+        wanted = recipe(epochs=1, lr=0.5, weight_decay=0.0, max_norm=norm)
+        qk.tune(p, LABELLED[:1], wanted, progress="off")
+        after = [layer.weight.detach() for layer in p.quant_layers().values()]
+        return torch.cat([(a - b).reshape(-1) for a, b in zip(after, before, strict=True)])
+
+    free, cut = moved(None), moved(1e-3)
+    assert free.norm() > 0.5 * 1e-3
+    assert 0.3 * 0.5 * 1e-3 < cut.norm() < 0.5 * 1e-3  # biases and steps have their part
+    # torch divides by norm + 1e-6, a thousandth here; what else differs are roundings of the weights.
+    assert torch.nn.functional.cosine_similarity(free, cut, dim=0) > 0.999
+
+
 def test_patience_ends_training():
     scores = iter([0.1, 0.5, 0.4, 0.4])
     p = tuned(wanted=recipe(epochs=50, patience=2), validate=lambda _: next(scores))
@@ -210,7 +227,10 @@ def test_bad_data_is_refused(train, message):
         ({"every": 0}, r"every must be at least 1"),
         ({"wanted": recipe(patience=2)}, r"validate must be a function of the model where tuning.patience"),
         ({"progress": "loud"}, r"progress must be one of"),
-        ({"wanted": recipe(lr=1e6)}, r"the loss of batch \d in epoch \d must be finite.* A smaller tuning.lr"),
+        (
+            {"wanted": recipe(lr=1e6, max_norm=None)},
+            r"the loss of batch \d in epoch \d must be finite.* A smaller tuning.lr",
+        ),
     ],
 )
 def test_bad_arguments_are_refused_and_nothing_is_trained(more, message):
@@ -226,6 +246,12 @@ def test_weights_that_are_no_numbers_are_refused_though_their_codes_are():
     p = prepared()
     p.model.a.conv1.weight.register_hook(lambda grad: grad * torch.nan)
     with pytest.raises(QkError, match=r"weights after epoch 1 must be finite, got NaN or infinity in a.conv1.weight"):
+        tuned(p, wanted=recipe(max_norm=None))
+    p = prepared()
+    p.model.a.conv1.weight.register_hook(lambda grad: grad * torch.nan)
+    with pytest.raises(
+        QkError, match=r"the gradient of batch 0 in epoch 1 must be finite, got nan. A smaller tuning.lr"
+    ):
         tuned(p)
 
 

@@ -131,6 +131,8 @@ class _Run:
         narrowest = min(layer.spec.weights for layer in p.quant_layers().values())
         self.epochs, self.lr = tuning.epochs or EPOCHS[narrowest], tuning.lr or LR[narrowest]
         self.optimizer = torch.optim.SGD(param_groups(p.model, tuning.weight_decay), lr=self.lr, momentum=MOMENTUM)
+        self.max_norm = tuning.max_norm
+        self.learns = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.units = p.units if tuning.distill == "features" else []
         self.teacher = None if tuning.distill == "none" else Teacher(p, self.units)
         self.place = Place()
@@ -201,6 +203,11 @@ class _Run:
             raise fail(STAGE, f"the loss of batch {index} in epoch {self.place.epoch + 1}", "finite", value, SLOWER)
         self.optimizer.zero_grad()
         loss.backward()
+        if self.max_norm is not None:
+            norm = float(nn.utils.clip_grad_norm_(self.learns, self.max_norm))
+            if not math.isfinite(norm):  # it would spoil everything that is scaled by it
+                where = f"the gradient of batch {index} in epoch {self.place.epoch + 1}"
+                raise fail(STAGE, where, "finite", norm, SLOWER)
         self.optimizer.step()
         return value
 
