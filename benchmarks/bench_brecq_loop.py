@@ -1,7 +1,9 @@
-"""The inner loop of BRECQ on torchvision's resnet18 at 64 x 64, unit by unit, against the same loop in eager torch.
+"""The inner loop of BRECQ on torchvision's resnet18, unit by unit, against the same loop in eager torch, and with
+products of bfloat16.
 
 Both learn the rounding (V) of every weight of a unit and its activation steps from the same samples with the same
-schedule. Before anything is timed, both run a few iterations from the same start, and losses, V and steps must agree.
+schedule. Before anything is timed, both run a few iterations from the same start, and losses, V and steps must agree;
+losses of bfloat16 to a twentieth.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -105,7 +108,7 @@ def run(learner: Learner, cache: Cache, first: int, count: int) -> list[float]:
     return [learner.step(sample, first + i).item() for i, sample in enumerate(samples)]
 
 
-def check(ours: Learner, eager: Learner, cache: Cache, name: str) -> None:
+def check(ours: Learner, eager: Learner, narrow: Learner, cache: Cache, name: str) -> None:
     """Losses to 1 %; V and steps to a part of the distance they moved. The sign of a tiny gradient may differ, and
     Adam's first steps are as long for it as for any other, so a few of the V may part."""
     starts = [r.v.detach().clone() for r in ours.roundings]
@@ -113,6 +116,10 @@ def check(ours: Learner, eager: Learner, cache: Cache, name: str) -> None:
     with ours:
         mine = run(ours, cache, 0, CHECKED)
     learned = [step.detach().clone() for step in ours.steps]
+    for step, start in zip(ours.steps, steps, strict=True):
+        step.data.copy_(start)
+    with narrow:
+        torch.testing.assert_close(run(narrow, cache, 0, CHECKED), mine, rtol=0.05, atol=0)
     for step, start in zip(ours.steps, steps, strict=True):
         step.data.copy_(start)
     with eager:
@@ -134,7 +141,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
 
     recipe = Recipe(weights=4, activations=4, iterations=TOTAL)
     generator = torch.Generator().manual_seed(0)
-    batches = [torch.randn(32, 3, 64, 64, generator=generator) for _ in range(2)]
+    batches = [torch.randn(32, 3, args.size, args.size, generator=generator) for _ in range(2)]
     p = prepare(vision_model("resnet18"), batches[0][:2], recipe)
     calibrate(p, batches)
     prefix: set[str] = set()
@@ -143,14 +150,18 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
             layers = [p.quant_layers()[name] for name in unit.layers]
             if args.only in unit.name:
                 cache = fill_cache(p, unit, prefix, batches, Room(4096))
-                given = p.model.get_submodule(unit.name), layers, list(dict.fromkeys(x.input for x in layers)), recipe
+                given = unit.module(p.model), layers, list(dict.fromkeys(x.input for x in layers))
                 with p.quantized(set(unit.layers)):
-                    ours, eager = Learner(*given), EagerLearner(*given)
+                    ours, eager = Learner(*given, recipe), EagerLearner(*given, recipe)
+                    narrow = Learner(*given, replace(recipe, precision="bfloat16"))
                     yield Case(
                         name=unit.name,
-                        check=partial(check, ours, eager, cache, unit.name),
+                        check=partial(check, ours, eager, narrow, cache, unit.name),
                         ours=partial(timed, ours, cache, args.iterations),
-                        peers={"eager": partial(timed, eager, cache, args.iterations)},
+                        peers={
+                            "eager": partial(timed, eager, cache, args.iterations),
+                            "bfloat16": partial(timed, narrow, cache, args.iterations),
+                        },
                     )
             prefix |= set(unit.layers)
 
@@ -163,19 +174,21 @@ def timed(learner: Learner, cache: Cache, iterations: int) -> None:
 def main() -> None:
     parser = options(__doc__)
     parser.set_defaults(rounds=5)
+    parser.add_argument("--size", type=int, default=64, help="of the pictures")
     parser.add_argument("--iterations", type=int, default=3, help="of each loop in each round")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     qk.force_isa(args.isa)
     facts = machine(args)
-    print(f"{args.iterations} iterations of BRECQ's inner loop, resnet18 at 64 x 64, batch 32, W4A4:")
+    print(f"{args.iterations} iterations of BRECQ's inner loop, resnet18 at {args.size} x {args.size}, batch 32, W4A4:")
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
     rows = []
     for case in cases(args):
         rows.append(measure(case, args))
         print(f"  ours / eager: {1 / rows[-1]['ratio']['eager']:.2f}", flush=True)
-    ours, eager = (sum(row["ms"][kind][1] for row in rows) for kind in ("ours", "eager"))
+    ours, eager, narrow = (sum(row["ms"][kind][1] for row in rows) for kind in ("ours", "eager", "bfloat16"))
     print(f"\nall units: ours {ours:.1f} ms, eager {eager:.1f} ms, ours / eager {ours / eager:.3f}")
+    print(f"with bfloat16 {narrow:.1f} ms, of float32 {narrow / ours:.3f}")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({"benchmark": "brecq_loop", "machine": facts, "cases": rows}, indent=1) + "\n")

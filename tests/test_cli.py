@@ -161,6 +161,27 @@ def test_lose_finds_the_cheapest_plan_that_keeps_the_accuracy(run, tmp_path):
     assert "--data must be labelled with --lose" in run(*unlabelled, code=1).stderr
 
 
+def test_a_table_of_another_machine_is_measured_there_and_used_here(run, tmp_path):
+    measured = ["bench", "table", "MODEL", "--widths", "4,8", "--out", "table.json"]
+    shown = run(*measured, "--shape", "1,1,8,8").stdout
+    for word in ("W8A8", "W4A8", "everything else", "wrote table.json"):
+        assert word in shown
+    path = tmp_path / "table.json"
+    held = json.loads(path.read_text())
+    held["machine"]["cpu"] = "another"
+    path.write_text(json.dumps(held))
+    before = path.read_bytes()
+    search = ["search", "--model", "MODEL", "--data", "DATA", "--widths", "4,8", "--out", "p.json", "--json"]
+    search += ["--budget", "latency_ms=1000", "--table", "table.json"]
+    assert "a table of this machine" in run(*search, code=1).stderr
+    found = json.loads(run(*search, "--foreign").stdout)
+    assert found["measured_ms"] is None
+    assert path.read_bytes() == before
+    assert "--foreign must be beside --table" in run(*search[:-2], "--foreign", code=1).stderr
+    assert "given by --shape or --data, got neither" in run(*measured, code=1).stderr
+    assert "positive numbers with commas" in run(*measured[:-1], "new.json", "--shape", "2,x", code=1).stderr
+
+
 def test_a_budget_below_the_least_names_the_least(run):
     words = ["search", "--model", "MODEL", "--data", "DATA", "--out", "p", "--budget", "size_mb=0.001"]
     assert "limits must be at least 0.00" in run(*words, code=1).stderr

@@ -19,6 +19,7 @@ from qk.prepare.tables import packed_bytes
 from qk.report import TableReport, embedding_table, plain
 from qk.spec import Recipe
 from qk.tables import Table
+from qk.words import shape_of
 
 
 def of_model(
@@ -28,7 +29,7 @@ def of_model(
     if (data is None) == (shape is None):
         raise fail("inspect", "the example", "given by --data or --shape", "both" if data else "neither")
     model = sources.load_model(source, weights)
-    example = sources.load_data(data, 2).calibration[0] if data else torch.randn(_shape(shape))
+    example = sources.load_data(data, 2).calibration[0] if data else torch.randn(shape_of("inspect", shape))
     return described(prepare(model, example, recipe))
 
 
@@ -71,16 +72,6 @@ def described(p: Prepared) -> tuple[dict[str, Any], list[Table]]:
         Table("", ["left in float", "why"], [list(pair) for pair in p.kept.items()]),
     ]
     return facts, [table for table in shown if table.rows]
-
-
-def _shape(text: str | None) -> list[int]:
-    try:
-        numbers = [int(n) for n in str(text).split(",")]
-    except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < 1:
-        raise fail("inspect", "--shape", "positive numbers with commas, as 1,3,224,224", repr(text))
-    return numbers
 
 
 def of_checkpoint(folder: Path) -> tuple[dict[str, Any], list[Table]]:

@@ -88,6 +88,9 @@ def search(
     table: Annotated[
         Path | None, typer.Option(help="Latencies: read where it is there, and written with what was measured.")
     ] = None,
+    foreign: Annotated[
+        bool, typer.Option("--foreign", help="The table is of another machine (qk bench table), for which to choose.")
+    ] = False,
     folder: Annotated[
         Path | None,
         typer.Option(help="Sensitivities are kept there: a run that was killed goes on, another budget finds them."),
@@ -115,7 +118,9 @@ def search(
     wanted = recipe_of(recipe, change or [])
     options = {"weights": bits_of("--widths", widths), "activations": bits_of("--activations", activations)}
     options |= {"tied": tied, "keep": keep or None, "folder": folder}
-    known = None if table is None else LatencyTable.load(table) if table.exists() else LatencyTable()
+    if foreign and (table is None or not table.exists()):
+        raise fail("search", "--foreign", "beside --table with a file of qk bench table", table or "none")
+    known = None if table is None else LatencyTable.load(table, foreign) if table.exists() else LatencyTable()
     for path in (out if budget else None, table):
         if path is not None:
             check_writable(path, "search")
@@ -129,7 +134,7 @@ def search(
         how = {"evaluate": evaluation(loaded), "sensitivity": sensitivity, "solver": solver, "seed": seed}
         how |= {"table": known, "out": out, "progress": not as_json, "title": f"{model} on {data}"} | options
         found, tables = _curve(floating, batches, wanted, cost, pareto, lose, how)
-        if known is not None:
+        if known is not None and not foreign:
             known.save(table)
         if as_json:
             print_json(found)
@@ -146,7 +151,7 @@ def search(
         return
     chosen = search.plan(limits, sensitivity, solver, seed)
     path = chosen.plan.save(out)
-    if table is not None:
+    if table is not None and not foreign:
         search.table.save(table)
     if as_json:
         facts = {"plan": str(path), "costs": chosen.costs, "loss": chosen.loss, "measured_ms": chosen.measured_ms}

@@ -77,6 +77,17 @@ def bits_of(option: str, text: str) -> tuple[int, ...]:
         raise fail("search", option, "widths in bits, such as 2,4,8", repr(text)) from None
 
 
+def shape_of(stage: str, text: str) -> list[int]:
+    """ "1,3,224,224" -> [1, 3, 224, 224]."""
+    try:
+        numbers = [int(n) for n in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise fail(stage, "--shape", "positive numbers with commas, as 1,3,224,224", repr(text))
+    return numbers
+
+
 def evaluation(loaded: Any) -> Any:
     """Model -> accuracy on the data, or None where they have no labels."""
     from qk import sources

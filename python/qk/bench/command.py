@@ -1,4 +1,4 @@
-"""`qk bench`: kernels, model, peers, page."""
+"""`qk bench`: kernels, model, peers, table, page."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from qk.errors import QkError, fail
+from qk.words import bits_of, shape_of, show_table
 
 bench = typer.Typer(no_args_is_help=True, help="Times kernels and networks beside other runtimes on this machine.")
 
@@ -89,6 +90,51 @@ def peers(
     if networks:
         wanted["networks"] = tuple(part.strip() for part in networks.split(","))
     _run(wanted, threads, confine, seconds, json_file, page, cache)
+
+
+@bench.command()
+def table(
+    name: Annotated[str, typer.Argument(help="torchvision:NAME, timm:NAME, hf:PATH or python:MODULE:FUNCTION.")],
+    out: Annotated[Path, typer.Option(help="JSON file; one that is there is added to.")],
+    shape: Annotated[str | None, typer.Option(help="Of the model's input, with the batch: 1,3,224,224,")] = None,
+    data: Annotated[str | None, typer.Option(help="or data to take a sample of, as for qk search.")] = None,
+    widths: Annotated[str, typer.Option(help="Of weights.")] = "2,4,8",
+    activations: Annotated[str, typer.Option(help="Widths of activations.")] = "8",
+    threads: Annotated[int | None, typer.Option(min=1, help="Those of torch if not given.")] = None,
+) -> None:
+    """Latency of a network's layers at each pair of widths, here, for qk search --table elsewhere."""
+    import torch
+
+    from qk import sources
+    from qk.files import check_writable
+    from qk.inputs import tensors_in
+    from qk.prepare import prepare
+    from qk.search import LatencyTable, Search
+    from qk.search.show import latency_table
+
+    if (shape is None) == (data is None):
+        raise fail("bench table", "the sample", "given by --shape or --data", "both" if shape else "neither")
+    check_writable(out, "bench table")
+    known = LatencyTable.load(out) if out.exists() else LatencyTable()
+    floating = sources.load_model(name, None)
+    if shape:
+        sample = torch.randn(shape_of("bench table", shape))
+    else:
+        sample = sources.load_data(data, 1).calibration[0]
+    chosen = {"weights": bits_of("--widths", widths), "activations": bits_of("--activations", activations)}
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        batch = next(tensors_in(sample)).shape[0]
+        search = Search(
+            prepare(floating, sample), [sample], table=known, latency_batch=batch, ranges="minmax", **chosen
+        )
+        costs = search.costs("latency_ms")
+    finally:
+        torch.set_num_threads(before)
+    known.save(out)
+    show_table(latency_table(search.items, costs))
+    typer.echo(f"\nwrote {out}")
 
 
 @bench.command("page")

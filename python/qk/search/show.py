@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from qk.search.choose import Chosen, Search
+from qk.search.cost import Costs
+from qk.search.items import Item
 from qk.tables import Table
 
 UNITS = {"size_mb": "MB of tensors", "latency_ms": "ms", "giga_bit_ops": "10^9 bit operations"}
+
+
+def latency_table(items: Sequence[Item], costs: Costs) -> Table:
+    """Milliseconds of each item at each pair of widths that one of them has."""
+    pairs = sorted({option for item in items for option in item.options}, reverse=True)
+    rows = []
+    for item, own in zip(items, costs.items, strict=True):
+        times = dict(zip(item.options, own, strict=True))
+        rows.append([item.name, *(f"{times[pair]:.4g}" if pair in times else None for pair in pairs)])
+    rows.append(["everything else", *[f"{costs.rest:.4g}"] * len(pairs)])
+    return Table("Milliseconds", ["layer", *(f"W{w}A{a}" for w, a in pairs)], rows)
 
 
 def chosen_tables(search: Search, chosen: Chosen) -> list[Table]:
