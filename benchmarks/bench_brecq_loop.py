@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -58,8 +59,9 @@ class EagerLearner(Learner):
             rounding.layer.rounding = lambda r=rounding: self.soft(r)
         self.quantizers = {rounding.layer.input for rounding in self.roundings}
         for quantizer in self.quantizers:
-            quantizer.forward = lambda x, q=quantizer: self.fake_quantize(x, q)
-        groups = [{"params": group["params"], "lr": group["lr"]} for group in self.optimizer.param_groups]
+            quantizer.forward = lambda x, _=None, q=quantizer: self.fake_quantize(x, q)
+        known = ("params", "lr", "start")  # the last of steps, whose rates the loop sets
+        groups = [{key: group[key] for key in known if key in group} for group in self.optimizer.param_groups]
         self.optimizer = torch.optim.Adam(groups)
         return self
 
@@ -97,6 +99,9 @@ class EagerLearner(Learner):
             loss = fit + recipe.penalty * penalty
         self.optimizer.zero_grad()
         loss.backward()
+        left = 0.5 * (1 + math.cos(math.pi * iteration / TOTAL))
+        for group in self.optimizer.param_groups[: len(self.steps)]:
+            group["lr"] = left * group["start"]
         self.optimizer.step()
         return fit.detach()
 

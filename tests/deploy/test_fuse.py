@@ -396,6 +396,9 @@ def test_wrong_input_to_a_fused_model_is_refused(small):
         fused(torch.randn(2, 3, 12, 11))
     with pytest.raises(qk.QkError, match="x must be float32, got float64"):
         fused(x.double())
+    for wrong in (x.numpy(), None, [x], x.to_sparse()):
+        with pytest.raises(qk.QkError, match="x must be a dense tensor, got"):
+            fused(wrong)
     with pytest.raises(qk.QkError, match=r"device and dtype must be cpu and torch\.float32, as made, got"):
         fused.half()
     assert isinstance(fused.to("cpu").float(), FusedModel)

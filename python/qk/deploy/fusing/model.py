@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from qk.deploy.fusing.regions import Region
 from qk.errors import fail
+from qk.inputs import describe
 
 
 class Inputs(nn.Module):
@@ -21,9 +22,11 @@ class Inputs(nn.Module):
 
     def forward(self, *inputs: Any) -> None:
         for given, expected in zip(inputs, self.expected, strict=True):
-            if expected is None or not isinstance(given, Tensor):
+            if expected is None:
                 continue
             name, dtype, sizes = expected
+            if not isinstance(given, Tensor) or given.layout != torch.strided:
+                raise fail("FusedModel", name, "a dense tensor", describe(given))
             if given.dtype != dtype:
                 got = str(given.dtype).removeprefix("torch.")
                 wanted = str(dtype).removeprefix("torch.")
