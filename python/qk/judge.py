@@ -27,6 +27,7 @@ from qk.search.show import UNITS
 from qk.spec import Recipe, checked_recipe
 
 FILE, PAGE, LATENCIES, PLANS, KEPT = "curve.json", "curve.html", "latencies.json", "plans", "sensitivities"
+OPEN = ("folder", "train")  # options that may be others when a run goes on
 Evaluate = Callable[[nn.Module], float]
 
 
@@ -65,7 +66,7 @@ class Judge:
         self.batches = hold(batches, stage, None, self.recipe.memory_mb)
         options = dict(how.options or {})
         self.folder = None if out is None else writable_folder(out, stage)
-        known, table = repr(sorted((k, v) for k, v in options.items() if k != "folder")), how.table
+        known, table = repr(sorted((name, x) for name, x in options.items() if name not in OPEN)), how.table
         self.run = {
             "qk": qk_version(),
             "torch": torch.__version__,
