@@ -19,7 +19,7 @@ BATCHES = list(inputs(12, 6, 16).split(4))
 FLOWS = {
     "nearest": {"method": "nearest"},
     "gptq": {"method": "gptq", "group_size": 8},
-    "brecq": {"method": "brecq", "drop_inside": True},
+    "brecq": {"method": "brecq", "drop": 0.5, "drop_inside": True},
     "steps of their own": {"method": "brecq", "order": "weights_first", "granularity": "layer"},
     "smoothed": {"method": "nearest", "smooth": "search", "bias_correction": True},
     "points": {"method": "brecq", "points": 2, "points_budget": 0.4},
