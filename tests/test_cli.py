@@ -129,6 +129,7 @@ def test_search_keeps_sensitivities_and_shares_their_work(run, tmp_path):
     command = [sys.executable, "-m", "qk.cli", *words, "--processes", "3"]  # in processes of their own
     shared = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, cwd=tmp_path, capture_output=True)
     assert shared.returncode == 0, shared.stderr
+    assert b"ended with an error" not in shared.stderr
     assert (tmp_path / "kept" / "fisher-0.json").exists()
     assert json.loads(shared.stdout) == json.loads(run(*words).stdout)
     assert "beside --folder and --budget" in run(*words[:-3], "--processes", "2", code=1).stderr
@@ -163,6 +164,10 @@ def test_lose_finds_the_cheapest_plan_that_keeps_the_accuracy(run, tmp_path):
 
 def test_a_table_of_another_machine_is_measured_there_and_used_here(run, tmp_path):
     measured = ["bench", "table", "MODEL", "--widths", "4,8", "--out", "table.json"]
+    threads = torch.get_num_threads()
+    run(*measured[:-1], "two.json", "--shape", "1,1,8,8", "--threads", str(threads + 1))
+    assert json.loads((tmp_path / "two.json").read_text())["machine"]["threads"] == threads + 1
+    assert torch.get_num_threads() == threads
     shown = run(*measured, "--shape", "1,1,8,8").stdout
     for word in ("W8A8", "W4A8", "everything else", "wrote table.json"):
         assert word in shown

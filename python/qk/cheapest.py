@@ -21,7 +21,7 @@ from qk.spec import Plan, Recipe
 from qk.tables import Table
 
 STAGE = "qk.cheapest"
-BUDGETS = 64  # whose plans are looked among: six of them are judged
+BUDGETS = 64  # whose plans are looked among: about seven are judged
 WIDEST = "widest"
 PLAN = "plan.json"  # in the folder
 
@@ -114,9 +114,10 @@ def _plans(judge: Judge, cost: str) -> list[tuple[str, Chosen]]:
     for limit in spread(*judge.range_of(cost), BUDGETS):
         one = judge.best(cost, limit)
         found.setdefault(one.choice, (f"{cost} {limit:.4g}", one))
-    widest = (0,) * len(search.items)
-    found.pop(widest, None)
-    return [*found.values(), (WIDEST, search.chosen(widest, judge.losses.of(widest)))]
+    all_widest = (0,) * len(search.items)
+    widest = search.chosen(all_widest, judge.losses.of(all_widest))
+    cheaper = [(name, one) for name, one in found.values() if one.costs[cost] < widest.costs[cost]]
+    return [*sorted(cheaper, key=lambda plan: plan[1].costs[cost]), (WIDEST, widest)]
 
 
 def _reasons(judge: Judge, cost: str, chosen: Chosen) -> dict[str, str]:

@@ -21,7 +21,7 @@ from qk.inputs import digest, evaluating, feed
 from qk.machine import qk_version
 from qk.methods.resume import ANEW, batches_digest, differences
 from qk.prepare import prepare
-from qk.search.choose import Chosen, Kind, Search, Solver
+from qk.search.choose import Chosen, Kind, Search, Solver, check_solver
 from qk.search.latency import LatencyTable
 from qk.search.show import UNITS
 from qk.spec import Recipe, checked_recipe
@@ -63,6 +63,7 @@ class Judge:
     ) -> None:
         self.stage, self.model, self.recipe, self.evaluate = stage, model, checked_recipe(recipe, stage), evaluate
         _check(stage, self.recipe, costs)
+        check_solver(how.solver)
         self.batches = hold(batches, stage, None, self.recipe.memory_mb)
         options = dict(how.options or {})
         self.folder = None if out is None else writable_folder(out, stage)
@@ -84,7 +85,6 @@ class Judge:
         ranges = "mse" if self.recipe.ranges == "lapq" else self.recipe.ranges  # lapq depends on the whole plan
         prepared = prepare(model, self.batches[0], self.recipe)
         self.search = Search(prepared, self.batches, ranges=ranges, table=table, **options)
-        self.losses = self.search.sensitivity(how.sensitivity, how.seed)
         self.how = how
         for cost in costs:  # now, so that every choice is given all of them
             self.search.costs(cost)
@@ -95,6 +95,7 @@ class Judge:
             kind = "accuracy"
             with evaluating(model):
                 floating = share_met(evaluate, model, stage)
+        self.losses = self.search.sensitivity(how.sensitivity, how.seed)
         self.curve = Curve(title or type(model).__name__, kind, tuple(costs), [], floating)
 
     def best(self, cost: str, limit: float) -> Chosen:

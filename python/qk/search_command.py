@@ -106,6 +106,7 @@ def search(
     from qk import sources
     from qk.prepare import prepare
     from qk.search import LatencyTable, Search
+    from qk.search.choose import check_solver
     from qk.search.sharing import sharing
     from qk.search.show import chosen_tables
 
@@ -120,7 +121,9 @@ def search(
     options |= {"tied": tied, "keep": keep or None, "folder": folder}
     if foreign and (table is None or not table.exists()):
         raise fail("search", "--foreign", "beside --table with a file of qk bench table", table or "none")
-    known = None if table is None else LatencyTable.load(table, foreign) if table.exists() else LatencyTable()
+    known = None  # a curve keeps its own, and a helper needs none
+    if not assists and (budget or table is not None):
+        known = LatencyTable.load(table, foreign) if table is not None and table.exists() else LatencyTable()
     for path in (out if budget else None, table):
         if path is not None:
             check_writable(path, "search")
@@ -134,7 +137,7 @@ def search(
         how = {"evaluate": evaluation(loaded), "sensitivity": sensitivity, "solver": solver, "seed": seed}
         how |= {"table": known, "out": out, "progress": not as_json, "title": f"{model} on {data}"} | options
         found, tables = _curve(floating, batches, wanted, cost, pareto, lose, how)
-        if known is not None and not foreign:
+        if table is not None and not foreign:
             known.save(table)
         if as_json:
             print_json(found)
@@ -144,11 +147,16 @@ def search(
             typer.echo()
         typer.echo(f"plans and the page: {out}")
         return
-    with sharing(1 if assists else processes):
-        search = Search(prepare(floating, batches[0], wanted), batches, table=known, **options)
-        search.sensitivity(sensitivity, seed)
+    check_solver(solver)
+    search = Search(prepare(floating, batches[0], wanted), batches, table=known, **options)
     if assists:
+        search.sensitivity(sensitivity, seed)
         return
+    if processes > 1:
+        for name in limits.limits():  # with all threads, and before the long part
+            search.costs(name)
+        with sharing(processes):  # into the folder, where the plan finds it
+            Search(search.p, batches, **options).sensitivity(sensitivity, seed)
     chosen = search.plan(limits, sensitivity, solver, seed)
     path = chosen.plan.save(out)
     if table is not None and not foreign:

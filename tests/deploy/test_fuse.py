@@ -342,6 +342,33 @@ def test_a_number_of_rows_that_was_taken_for_a_constant(small):
     assert fuse(*small).batch is None
 
 
+class Shared(nn.Module):
+    """Divides by the number of rows, or takes a first axis that is no batch."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.layer = kind, nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, prior: Tensor | None = None) -> Tensor:
+        y = self.layer(x)
+        return y / len(x) if self.kind == "mean" else y * prior
+
+
+def test_rows_that_depend_on_their_number_are_not_taken_for_free():
+    fused = fuse(integer(Shared("mean").eval(), ROWS), ROWS)
+    assert fused.batch == len(ROWS)
+    with pytest.raises(qk.QkError, match=r"x must be \[4, 6\], got \[5, 6\]"):
+        fused(torch.randn(5, 6))
+
+
+def test_a_first_axis_that_is_no_batch_is_not_taken_for_one():
+    pair = (ROWS, torch.ones(6))
+    model = integer(Shared("prior").eval(), pair)
+    fused = fuse(model, pair)
+    assert fused.batch is None
+    assert_same(fused, unfused(model, pair), (ROWS[:3], torch.ones(6)))
+
+
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("tensors", [8, None])
 def test_torchs_own_attention_between_integer_layers(batch_first, tensors):

@@ -68,6 +68,14 @@ def test_the_integer_model_runs_and_is_saved_loaded_and_fused(make, contiguous, 
     assert torch.equal(result.fused(x), unfused(result.model, data())(x))
 
 
+def test_a_float_convolution_lies_as_its_input_does():
+    recipe = qk.Recipe(method="nearest", skip=("b",), first_last=None)
+    result = qk.quantize(Viewed().eval(), data(), recipe, progress=False)
+    assert result.prepared.contiguous == {"b"}
+    assert result.model.a.contiguous
+    assert result.model(data()[0]).shape == (4, 4)
+
+
 def test_other_models_keep_channels_last():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 4)).eval()
     p = qk.prepare(model, data()[0], NEAREST)

@@ -259,14 +259,20 @@ def test_what_a_choice_loses_is_its_items_and_pairs():
 
 
 def test_learned_alps_is_the_divergence_after_the_item_has_learned():
-    bank, recipe = bank_of((2, 4)), Recipe(iterations=30)
+    bank, recipe = bank_of((2, 4)), Recipe(iterations=30, batch_size=4)
     found, plain = alps_learned(bank, data(4), recipe=recipe), alps(bank, data(4)[1::2])
     assert found == alps_learned(bank, data(4), recipe=recipe)
+    assert found != alps_learned(bank, data(4), recipe=recipe, seed=1)
     assert sum(row[1] for row in found.losses) < 0.9 * sum(row[1] for row in plain.losses)
-    item = 1
-    bank.put([0, 1, 0, 0])
+    item = 0  # two layers that share the step of their input, which the first of them learns
+    assert bank.items[item].layers == ("one.a", "one.skip")
+    bank.put([1, 0, 0, 0])
+    steps = [float(bank.p.quant_layers()["one.a"].input.step)]
     for name in bank.items[item].layers:
-        learn_unit(bank.p, bank.p.alone[name], set(bank.p.quant_layers()) - {name}, data(4)[::2], recipe)
+        shared = set() if len(steps) == 1 else {bank.p.quant_layers()[name].input}
+        learn_unit(bank.p, bank.p.alone[name], {*bank.p.quant_layers()} - {name}, data(4)[::2], recipe, shared)
+        steps.append(float(bank.p.quant_layers()[name].input.step))
+    assert steps[0] != steps[1] == steps[2]
     learned = divergence(bank, None, data(4)[1::2])
     bank.forget()
     bank.put([0] * 4)

@@ -115,7 +115,6 @@ def table(
     if (shape is None) == (data is None):
         raise fail("bench table", "the sample", "given by --shape or --data", "both" if shape else "neither")
     check_writable(out, "bench table")
-    known = LatencyTable.load(out) if out.exists() else LatencyTable()
     floating = sources.load_model(name, None)
     if shape:
         sample = torch.randn(shape_of("bench table", shape))
@@ -125,6 +124,7 @@ def table(
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
+        known = LatencyTable.load(out) if out.exists() else LatencyTable()  # with these threads
         batch = next(tensors_in(sample)).shape[0]
         search = Search(
             prepare(floating, sample), [sample], table=known, latency_batch=batch, ranges="minmax", **chosen

@@ -57,8 +57,9 @@ def convert(p: Prepared) -> nn.Module:
     if not p.calibrated:
         raise fail("qk.convert", "p", "calibrated", "no ranges", "Call qk.calibrate(p, batches) first.")
     integer: dict[int, nn.Module] = {id(layer): to_integer(name, layer) for name, layer in layers.items()}
-    for name in p.contiguous & layers.keys():
-        integer[id(layers[name])].contiguous = True
+    for name, layer in layers.items():  # all, where one that stays in float has to be: it lies as its input does
+        if layer.conv_args is not None and (name in p.contiguous or p.contiguous - layers.keys()):
+            integer[id(layer)].contiguous = True
     integer |= {id(table): to_integer_table(table) for table in p.quant_tables().values()}
     scales: dict[int, Tensor] = {}  # layers that read one tensor still share the factors on it
     for layer in layers.values():

@@ -64,7 +64,7 @@ def fuse(
     report = left_in_float(graph)
     _check_inputs(constants)
     fused = FusedModel(finished(constants), regions, report)
-    _free_batch(fused, batches[0])
+    _free_batch(fused, model, batches[0])
     return fused
 
 
@@ -153,22 +153,39 @@ def _layer(model: nn.Module, node: fx.Node) -> IntegerLayer | None:
     return layer if isinstance(layer, IntegerLayer) else None
 
 
-def _free_batch(fused: FusedModel, example: Any) -> None:
-    """A model that asks for len(x) is traced for one batch. Where another one gives the same rows, any is taken."""
+def _free_batch(fused: FusedModel, model: nn.Module, example: Any) -> None:
+    """A model that asks for len(x) is traced for one batch. Where one more row changes none of the others, neither in
+    the model nor in what it became, any batch is taken."""
     inputs = fused.body.inputs
     made_for = inputs.expected
-    if not any(sizes and sizes[0] is not None for _, _, sizes in filter(None, made_for)):
+    rows = {x.shape[0] for x in tensors_in(example) if x.dim()}
+    fixed = {sizes[0] if sizes else None for _, _, sizes in filter(None, made_for)}
+    if len(rows) != 1 or fixed != rows:
         return
-    rows = [x.shape[0] for x in tensors_in(example) if x.dim()]
+    count = rows.pop()
+    both = [example, resized(example, count + 1)]
+    try:
+        few, more = (_outputs(model, x) for x in both)
+    except Exception:  # a first axis of which the model takes one size is no batch
+        return
     inputs.expected = [given and (*given[:2], (None, *given[2][1:])) for given in made_for]
     try:
-        with torch.no_grad():
-            few, more = (list(tensors_in(feed(fused, x))) for x in (example, resized(example, rows[0] + 1)))
-        same = all(len(m) == len(f) + 1 and torch.equal(m[: len(f)], f) for f, m in zip(few, more, strict=True))
-    except (RuntimeError, TypeError):  # of another number of rows, or none
+        same = _same_rows(few, more) and _same_rows(*(_outputs(fused, x) for x in both))
+    except Exception:
         same = False
-    if not same or len(set(rows)) != 1:
-        inputs.expected = made_for
+    if not same:
+        inputs.expected, fused.batch = made_for, count
+
+
+def _outputs(model: nn.Module, batch: Any) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return list(tensors_in(feed(model, batch)))
+
+
+def _same_rows(few: list[torch.Tensor], more: list[torch.Tensor]) -> bool:
+    """Whether the second ones are the first ones with a row more."""
+    pairs = zip(few, more, strict=True)
+    return all(len(m) == len(f) + 1 and torch.equal(m[: len(f)], f) for f, m in pairs)
 
 
 def _check_inputs(constants: Constants) -> None:

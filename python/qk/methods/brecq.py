@@ -184,14 +184,19 @@ class _Run:
         return _Unit(self.p, unit, learned, phase, self.recipe, generator).reconstruct(cache, self.shown)
 
 
-def learn_unit(p: Prepared, unit: Unit, prefix: set[str], batches: list, recipe: Recipe) -> list[dict]:
+def learn_unit(
+    p: Prepared, unit: Unit, prefix: set[str], batches: list, recipe: Recipe, learned: set[ActQuantizer] | None = None
+) -> list[dict]:
     """Learns one unit of p alone, in place; returns its history. prefix: the layers that are quantized before it.
 
-    recipe: as of reconstruct, with loss "mse", for rounding and steps together.
+    recipe: as of reconstruct, with loss "mse", for rounding and steps together. learned: quantizers whose steps stay,
+    as another layer has learned with them.
     """
     shown = Progress("off", STAGE, 1, recipe.iterations)
     with torch.enable_grad(), frozen(p.model):
-        return _Run(p, recipe, batches, None, None, shown)._unit(phases_of(recipe)[0], unit, 0, prefix, set())
+        return _Run(p, recipe, batches, None, None, shown)._unit(
+            phases_of(recipe)[0], unit, 0, prefix, learned or set()
+        )
 
 
 class Learner:

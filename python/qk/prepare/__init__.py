@@ -51,7 +51,7 @@ def prepare(
     embedding tables where the recipe asks for them.
 
     model: float32, on cpu or cuda, in either mode; it is not changed. example: one small batch: a tensor, a tuple or
-    list of positional arguments or a dict of keyword arguments. The model runs on it three times, without gradients,
+    list of positional arguments or a dict of keyword arguments. The model runs on it a few times, without gradients,
     and nothing is traced. blocks: names of the modules to reconstruct together, instead of those found. The result
     computes in float until it is calibrated and its layers are switched on.
     Raises QkError for an example that is empty, not finite or not accepted by the model, a model that is wrapped, lazy

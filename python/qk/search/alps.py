@@ -56,41 +56,55 @@ def alps(bank: Bank, batches: list, memory_mb: float = 1024, parts: Parts | None
 
 
 def alps_learned(
-    bank: Bank, batches: list, memory_mb: float = 1024, parts: Parts | None = None, recipe: Recipe = LEARNED
+    bank: Bank,
+    batches: list,
+    memory_mb: int = 1024,
+    parts: Parts | None = None,
+    seed: int = 0,
+    recipe: Recipe = LEARNED,
 ) -> Sensitivity:
     """As alps, but by then the layers of the narrowed item have learned their rounding and steps (recipe: as for
     reconstruct), each by its own output. They learn from the batches of even number and are judged on the others, where
     there are any, as what was learned fits its own data."""
-    p = bank.p
+    p, recipe = bank.p, replace(recipe, seed=seed, memory_mb=memory_mb)
     learn_from, judge_on = (batches[::2], batches[1::2]) if len(batches) > 1 else (batches, batches)
     with evaluating(p.model):
         expected = outputs_of(p, judge_on, Room(memory_mb))
 
         def loss(choice: list[int], item: int | None) -> float:
             bank.put(choice)
-            for name in () if item is None else bank.items[item].layers:
-                learn_unit(p, p.alone[name], set(p.quant_layers()) - {name}, learn_from, recipe)
-            with torch.no_grad(), p.quantized():
-                found = _divergence(lambda i, batch: call(p, batch, i, STAGE), judge_on, expected)
-            bank.forget()  # the codes and steps that were learned
-            return found
+            layers, learned = p.quant_layers(), set()
+            try:
+                for name in () if item is None else bank.items[item].layers:
+                    prefix = {*layers, *p.tables} - {name}
+                    learn_unit(p, p.alone[name], prefix, learn_from, recipe, learned)
+                    learned.add(layers[name].input)  # linked layers share it: the first one's step stays
+                with torch.no_grad(), p.quantized():
+                    return _divergence(lambda i, batch: call(p, batch, i, STAGE), judge_on, expected)
+            finally:
+                bank.forget()  # the codes and steps that were learned
 
         return _estimate("alps_learned", bank, parts, loss)
 
 
+def check_train(train: Iterable | None) -> None:
+    """Raises QkError where there is nothing to train on."""
+    if train is None:
+        raise fail(STAGE, "train", "labelled data to train on with alps_trained", "none", "alps needs none.")
+
+
 def alps_trained(
-    bank: Bank, train: Iterable | None, parts: Parts | None = None, recipe: Recipe = TRAINED
+    bank: Bank, train: Iterable | None, parts: Parts | None = None, seed: int = 0, recipe: Recipe = TRAINED
 ) -> Sensitivity:
     """The paper's: the mean loss of an epoch of training (qk.tune) that begins with one item at an option and the rest
     at their widest, less that of an epoch with all at their widest; 0 where it is less.
 
-    train: as for qk.tune; in a folder it is taken to be what it was. recipe: its tuning and seed; one epoch, at a rate
+    train: as for qk.tune; in a folder it is taken to be what it was. recipe: its tuning; one epoch, at a rate
     of 1e-3 where it names none.
     """
-    if train is None:
-        raise fail(STAGE, "train", "labelled data to train on with alps_trained", "none", "alps needs none.")
+    check_train(train)
     tuning = replace(recipe.tuning, epochs=1, lr=recipe.tuning.lr or SMALL)
-    recipe = replace(recipe, tuning=tuning)
+    recipe = replace(recipe, tuning=tuning, seed=seed)
 
     def loss(choice: list[int], item: int | None) -> float:
         bank.put(choice)

@@ -15,7 +15,7 @@ from qk.errors import QkError, fail
 from qk.inputs import resized
 from qk.methods.resume import facts
 from qk.prepare.prepared import Prepared, check_prepared
-from qk.search.alps import alps, alps_learned, alps_trained
+from qk.search.alps import alps, alps_learned, alps_trained, check_train
 from qk.search.bank import Bank, check_ranges
 from qk.search.cost import Costs, bit_operation_costs, size_costs
 from qk.search.exact import exact
@@ -45,6 +45,12 @@ class Chosen:
     costs: dict[str, float]
     loss: float
     measured_ms: float | None = None
+
+
+def check_solver(solver: str) -> None:
+    """Raises QkError for one that there is not."""
+    if solver not in get_args(Solver):
+        raise fail(STAGE, "solver", f"one of {', '.join(get_args(Solver))}", repr(solver))
 
 
 class Search:
@@ -104,8 +110,8 @@ class Search:
         kinds: dict[str, Callable[[Parts], Sensitivity]] = {
             "fisher": lambda parts: fisher(self.bank, self.batches, seed=seed, parts=parts),
             "alps": lambda parts: alps(self.bank, self.batches, self.memory_mb, parts),
-            "alps_learned": lambda parts: alps_learned(self.bank, self.batches, self.memory_mb, parts),
-            "alps_trained": lambda parts: alps_trained(self.bank, self.train, parts),
+            "alps_learned": lambda parts: alps_learned(self.bank, self.batches, self.memory_mb, parts, seed),
+            "alps_trained": lambda parts: alps_trained(self.bank, self.train, parts, seed),
             "hessian": lambda parts: hessian(self.bank, self.batches, seed=seed, parts=parts),
             "eagl": lambda _: eagl(self.bank),
             "random": lambda _: chance(self.items, seed),
@@ -113,6 +119,8 @@ class Search:
         }
         if kind not in kinds:
             raise fail(STAGE, "sensitivity", f"one of {', '.join(kinds)}", repr(kind))
+        if kind == "alps_trained":  # before the model is calibrated at all widths
+            check_train(self.train)
         if (kind, seed) not in self._sensitivities:
             find = kinds[kind]
             found = self.folder.sensitivity(kind, seed, find) if self.folder else find(Parts())
@@ -138,8 +146,7 @@ class Search:
 
         Raises QkError for a budget that no choice keeps, with the nearest that one does.
         """
-        if solver not in get_args(Solver):
-            raise fail(STAGE, "solver", f"one of {', '.join(get_args(Solver))}", repr(solver))
+        check_solver(solver)
         if not isinstance(budget, Budget):
             raise fail(STAGE, "budget", "a qk.Budget", type(budget).__name__)
         limits = self._limits(budget)
@@ -187,7 +194,10 @@ class Search:
     def _facts(self) -> dict[str, Any]:
         """What the bits of sensitivities depend on."""
         items = {item.name: [list(option) for option in item.options] for item in self.items}
-        return facts(self.p, self.p.units, self.batches) | {"items": items, "ranges": self.ranges}
+        p = self.p
+        more = {"joins": {name: list(readers) for name, readers in p.joins.items()}, "unclipped": list(p.unclipped)}
+        more |= {"tables": {name: repr(spec) for name, spec in p.tables.items()}}
+        return facts(p, p.units, self.batches) | {"items": items, "ranges": self.ranges} | more
 
     def _inputs(self) -> Any:
         return resized(self.batches[0], self.latency_batch)
@@ -203,6 +213,7 @@ class Search:
     def solve(self, limits: dict[str, float], sensitivity: Sensitivity, solver: str = "exact", seed: int = 0) -> Chosen:
         """The options of least loss within predicted costs: of each cost the most, in its unit. As `plan`, without
         measuring."""
+        check_solver(solver)
         # Behind the items one of a single option, which stands for everything else.
         costs = {name: [*self.costs(name).items, [self.costs(name).rest]] for name in limits}
         problem = Problem([*sensitivity.losses, [0.0]], costs, limits, sensitivity.pairs)

@@ -30,7 +30,10 @@ def sharing(processes: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+        failed = sum(helper.poll() not in (None, 0) for helper in helpers)
         for helper in helpers:
             helper.terminate()
         for helper in helpers:
             helper.wait()
+        if failed:
+            print(f"{failed} of {len(helpers)} helpers ended with an error", file=sys.stderr)

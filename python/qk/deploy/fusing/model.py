@@ -44,12 +44,14 @@ class FusedModel(nn.Module):
     """Computes what the unfused integer network does, bit for bit; only for inference.
 
     report: (module or operator, reason) for everything that stays between the integer regions. regions: what each call
-    of torch.ops.qk.network runs. It stays on the device and in the types that it was made with.
+    of torch.ops.qk.network runs. batch: the number of rows that it is for, where the model took it for a constant; else
+    None. It stays on the device and in the types that it was made with.
     """
 
     def __init__(self, body: fx.GraphModule, regions: list[Region], report: list[tuple[str, str]]) -> None:
         super().__init__()
         self.body, self.regions, self.report = body, regions, report
+        self.batch: int | None = None
         self.forward = body.forward  # not a method of its own: this one has the names of the model's arguments
         self.eval()
 
@@ -59,11 +61,6 @@ class FusedModel(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.forward = self.body.forward
-
-    @property
-    def batch(self) -> int | None:
-        """The number of rows that it was traced for, where the model took it for a constant; None: any."""
-        return next((sizes[0] for _, _, sizes in filter(None, self.body.inputs.expected) if sizes and sizes[0]), None)
 
     @property
     def steps(self) -> dict[str, int]:
