@@ -11,8 +11,7 @@ from torch import nn
 
 from qk.curve import Curve, Point
 from qk.errors import fail
-from qk.judge import Evaluate, How, Judge
-from qk.pareto import ROUNDING, spread
+from qk.judge import ROUNDING, Evaluate, How, Judge
 from qk.progress import Progress
 from qk.search.choose import Chosen, Kind, Solver
 from qk.search.latency import LatencyTable
@@ -109,14 +108,9 @@ def cheapest(
 
 def _plans(judge: Judge, cost: str) -> list[tuple[str, Chosen]]:
     """The different plans for budgets from the least on, the cheapest first; all layers at their widest last."""
-    search = judge.search
-    found = {}
-    for limit in spread(*judge.range_of(cost), BUDGETS):
-        one = judge.best(cost, limit)
-        found.setdefault(one.choice, (f"{cost} {limit:.4g}", one))
-    all_widest = (0,) * len(search.items)
-    widest = search.chosen(all_widest, judge.losses.of(all_widest))
-    cheaper = [(name, one) for name, one in found.values() if one.costs[cost] < widest.costs[cost]]
+    choice = (0,) * len(judge.search.items)
+    widest = judge.search.chosen(choice, judge.losses.of(choice))
+    cheaper = [plan for plan in judge.plans(cost, BUDGETS).items() if plan[1].costs[cost] < widest.costs[cost]]
     return [*sorted(cheaper, key=lambda plan: plan[1].costs[cost]), (WIDEST, widest)]
 
 

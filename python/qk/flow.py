@@ -134,15 +134,14 @@ def quantize(
         raise fail(STAGE, "points", "1 with the method lsq, which trains one row for each channel", got)
     if out is not None:
         check_state(model, STAGE)
-    untimed = []
+    sizes, untimed = DEFAULT_BATCHES if latency_batches is None else latency_batches, []
     if measure:
         try:
-            _check_batches(p.model, example, DEFAULT_BATCHES if latency_batches is None else latency_batches)
+            _check_batches(p.model, example, sizes)
         except QkError as error:
             if latency_batches is not None:
                 raise
-            latency_batches, untimed = (), [f"The whole model is not timed: {error}"]
-    latency_batches = DEFAULT_BATCHES if latency_batches is None else latency_batches
+            sizes, untimed = (), [f"The whole model is not timed: {error}"]
     report = Report(
         title=f"{title or type(model).__name__}: {_widths(p, recipe.method)}",
         seconds=seconds,
@@ -201,7 +200,7 @@ def quantize(
                 report.accuracy["fused"] = share_met(evaluate, fast)
     with _timed(seconds, "measure"):
         measured = measure_layers(p, integer, held[:MEASURED_BATCHES]) if measure else []
-        report.latency = [latency(model, integer, example, n, fast) for n in latency_batches] if measure else []
+        report.latency = [latency(model, integer, example, n, fast) for n in sizes] if measure else []
     report.inputs = input_statistics(p, held[:MEASURED_BATCHES])
     report.losses = {  # without the last entry, which is of another kind: over all data, with weights rounded
         unit: [{"iteration": s["iteration"], "loss": s["loss"]} for s in h[:-1]] for unit, h in p.history.items()

@@ -92,6 +92,11 @@ def _resized(value: Any, batch: int) -> Any:
     return map_tensors(lambda x: x[torch.arange(batch, device=x.device) % x.shape[0]] if x.dim() else x, value)
 
 
+def part_generator(seed: int, number: int) -> torch.Generator:
+    """Random numbers of one part of a run, such as a unit or a batch, that depend on no other part."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + number)
+
+
 def digest(items: Iterable[tuple[str, Any]]) -> str:
     """sha256 over names and contents; of tensors with type and shape."""
     found = sha256()

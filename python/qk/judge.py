@@ -28,6 +28,7 @@ from qk.spec import Recipe, checked_recipe
 
 FILE, PAGE, LATENCIES, PLANS, KEPT = "curve.json", "curve.html", "latencies.json", "plans", "sensitivities"
 OPEN = ("folder", "train")  # options that may be others when a run goes on
+ROUNDING = 1e-9  # by which sums in another order may differ
 Evaluate = Callable[[nn.Module], float]
 
 
@@ -98,14 +99,17 @@ class Judge:
         self.losses = self.search.sensitivity(how.sensitivity, how.seed)
         self.curve = Curve(title or type(model).__name__, kind, tuple(costs), [], floating)
 
-    def best(self, cost: str, limit: float) -> Chosen:
-        """The plan that is expected to lose least within the limit."""
-        return self.search.solve({cost: limit}, self.losses, self.how.solver, self.how.seed)
-
-    def range_of(self, cost: str) -> tuple[float, float]:
-        """What the network costs at its cheapest, and at its dearest."""
+    def plans(self, cost: str, count: int) -> dict[str, Chosen]:
+        """Name -> the plan that is expected to lose least, for so many budgets from what the network costs at its
+        cheapest to what it costs at its dearest; of equal ones the first."""
         of = self.search.costs(cost)
-        return of.rest + sum(map(min, of.items)), of.rest + sum(map(max, of.items))
+        least, most = of.rest + sum(map(min, of.items)), of.rest + sum(map(max, of.items))
+        found: dict[tuple[int, ...], tuple[str, Chosen]] = {}
+        for k in range(count):
+            limit = (least + (most - least) * k / (count - 1)) * (1 + ROUNDING)
+            one = self.search.solve({cost: limit}, self.losses, self.how.solver, self.how.seed)
+            found.setdefault(one.choice, (f"{cost} {limit:.4g}", one))
+        return dict(found.values())
 
     def add(self, name: str, one: Chosen) -> Point:
         """Quantizes and judges a plan, or remembers it, and times it where latency is asked for."""

@@ -17,7 +17,6 @@ from qk.search.latency import LatencyTable
 from qk.spec import Recipe
 
 FEWEST = 2  # budgets of a curve
-ROUNDING = 1e-9  # by which sums of costs in another order may differ
 
 
 def pareto(
@@ -68,12 +67,6 @@ def _chosen(judge: Judge, costs: Sequence[str], budgets: int) -> dict[str, Chose
         choice = search.uniform(w, a).choice
         found.setdefault(choice, (f"{ALL}W{w}A{a}", search.chosen(choice, judge.losses.of(choice))))
     for cost in costs:
-        for limit in spread(*judge.range_of(cost), budgets):
-            one = judge.best(cost, limit)
-            found.setdefault(one.choice, (f"{cost} {limit:.4g}", one))
+        for name, one in judge.plans(cost, budgets).items():
+            found.setdefault(one.choice, (name, one))
     return dict(found.values())
-
-
-def spread(least: float, most: float, count: int) -> list[float]:
-    """So many limits from what is cheapest to what is dearest, each a rounding above."""
-    return [(least + (most - least) * k / (count - 1)) * (1 + ROUNDING) for k in range(count)]

@@ -25,6 +25,7 @@ from qk.deploy.manifest import (
     ASK_AGAIN,
     FILE,
     FORMAT,
+    PLACES,
     STAGE,
     LayerConfig,
     Manifest,
@@ -180,7 +181,7 @@ def _config(layer: IntegerLayer) -> LayerConfig:
     common = {"weight_shape": list(layer.shape), "bias": layer.bias is not None, "extra_rows": extra}
     if isinstance(layer, QLinear):
         return LayerConfig(kind="linear", **common)
-    conv = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups", "contiguous")}
+    conv = {name: getattr(layer, name) for name in (*PLACES, "contiguous")}
     return LayerConfig(kind="conv2d", **common, **conv)
 
 
@@ -255,7 +256,8 @@ def _check_layer(folder: Path, name: str, config: LayerConfig, module: nn.Module
     advice = f"{folder / FILE} is the checkpoint of another model, or it was edited."
     if not isinstance(module, KINDS[config.kind][0]):
         raise fail(STAGE, where, f"a {config.kind}", type(module).__name__, advice)
-    expected: dict[str, Any] = {"weight shape": tuple(config.weight_shape), **config.conv_args()}
+    conv = {name: getattr(config, name) for name in PLACES} if config.kind == "conv2d" else {}
+    expected: dict[str, Any] = {"weight shape": tuple(config.weight_shape), **conv}
     n, *rest = module.weight.shape
     got: dict[str, Any] = {"weight shape": (n, *rest[1:], rest[0]) if len(rest) == 3 else (n, *rest)}
     if not bias_is_given:  # by a fold, or a correction
@@ -266,7 +268,6 @@ def _check_layer(folder: Path, name: str, config: LayerConfig, module: nn.Module
             "padding": padding_of(module),
             "dilation": module.dilation,
             "groups": module.groups,
-            "contiguous": config.contiguous,  # no matter of the float layer
         }
     for field, value in expected.items():
         if got[field] != value:

@@ -24,6 +24,7 @@ _strict = ConfigDict(extra="forbid", strict=True)
 Pair = tuple[int, int]
 Size = Annotated[int, Field(ge=1)]
 Sha256 = Field(pattern=r"^[0-9a-f]{64}$")
+PLACES = ("stride", "padding", "dilation", "groups")  # of a convolution, as its float layer has them
 ASK_AGAIN = "The file was cut short or changed: copy it anew, or save the model again with qk.save."
 
 
@@ -46,7 +47,7 @@ class LayerConfig:
         conv = self.kind == "conv2d"
         if len(self.weight_shape) != (4 if conv else 2) or min(self.weight_shape) < 1:
             raise ValueError(f"weight_shape must be {4 if conv else 2} positive sizes for {self.kind}")
-        given = [self.stride, self.padding, self.dilation, self.groups]
+        given = [getattr(self, name) for name in PLACES]
         if any((value is not None) != conv for value in given):
             raise ValueError("stride, padding, dilation and groups must be there for conv2d and only there")
         if conv and (min(*self.stride, *self.dilation, self.groups) < 1 or min(self.padding) < 0):
@@ -56,8 +57,8 @@ class LayerConfig:
 
     def conv_args(self) -> dict[str, Any]:
         """The arguments of QConv2d beyond the weight's shape; none for a linear layer."""
-        names = ("stride", "padding", "dilation", "groups", "contiguous")
-        return {} if self.kind == "linear" else {name: getattr(self, name) for name in names}
+        names = () if self.kind == "linear" else (*PLACES, "contiguous")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, config=_strict)

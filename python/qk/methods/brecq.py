@@ -19,7 +19,7 @@ from qk import _native
 from qk.calibrate import calibrate_activations
 from qk.calibrate.batches import hold
 from qk.errors import fail
-from qk.inputs import device_of
+from qk.inputs import device_of, part_generator
 from qk.methods.adaround import Rounding, beta
 from qk.methods.cache import Cache, Room, Sample, drop_mask
 from qk.methods.engine import (
@@ -178,7 +178,7 @@ class _Run:
         self, phase: Phase, unit: Unit, number: int, finished: set[str], learned: set[ActQuantizer]
     ) -> list[dict]:
         """Learns one unit; returns its history. Its cache goes before the next one takes its room."""
-        generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + number)
+        generator = part_generator(self.recipe.seed, number)
         room = Room(self.recipe.memory_mb)
         cache = fill_cache(self.p, unit, finished, self.batches, room, self.outputs, mixed=phase.drop < 1)
         return _Unit(self.p, unit, learned, phase, self.recipe, generator).reconstruct(cache, self.shown)

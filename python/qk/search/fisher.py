@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qk.calibrate.batches import call, unpadded
 from qk.calibrate.objective import are_logits, first_tensor
+from qk.inputs import part_generator
 from qk.methods.cache import Call
 from qk.methods.engine import frozen, replaced
 from qk.prepare.prepared import Unit
@@ -38,7 +39,7 @@ def fisher(
 
     def of_batch(index: int) -> list[float]:
         sums = _Sums(bank)
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + index)  # of its own: batches come in any order
+        generator = part_generator(seed, index)  # batches come in any order
         with frozen(bank.p.model), bank.p.quantized(set()):
             samples = sums.add(batches[index], index, draws, full, generator)
         return [samples, *sums.values()]

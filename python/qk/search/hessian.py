@@ -7,6 +7,7 @@ from torch import Tensor
 
 from qk.calibrate.batches import call
 from qk.calibrate.objective import first_tensor, task_loss
+from qk.inputs import part_generator
 from qk.methods.engine import frozen
 from qk.prepare.insert import to_kernel_order
 from qk.search.bank import Bank
@@ -32,7 +33,7 @@ def hessian(bank: Bank, batches: list, draws: int = DRAWS, seed: int = 0, parts:
 
     def of_batch(index: int) -> list[float]:
         """How many samples, and the trace of each layer's block summed over them."""
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+        generator = part_generator(seed, index)
         traces = [0.0] * len(layers)
         with frozen(p.model), p.quantized(set()):
             weights = [layer.weight.requires_grad_() for layer in layers.values()]
