@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from qk import _core
 
 TILES = {"avx512vnni": (9, 3, 6, 4), "avx2": (6, 1, 6, 1), "amx": (32, 2, 32, 2)}
-WORK_PER_THREAD = 2 << 20
+WORK_PER_THREAD = 1 << 19
 
 
 def make(rows, n, k, threads, tile="avx512vnni", row_unit=1, groups=1):
@@ -78,6 +78,10 @@ def test_threads_are_busy(rows, n, k, threads, tile):
 
 def test_small_products_stay_on_one_thread():
     assert make(1, 512, 512, 64)["workers"] == 1
+
+
+def test_a_row_times_a_layer_of_bert_takes_both_threads():
+    assert make(1, 768, 3072, 2)["workers"] == make(1, 3072, 768, 2)["workers"] == 2
 
 
 def test_rows_in_one_block_when_they_fit():

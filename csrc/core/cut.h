@@ -21,7 +21,7 @@ struct Cut {
 
 // A block of rows should stay in the L2 cache (1 MB and more) beside a column of weights.
 constexpr int64_t rows_budget = 768 * 1024;
-constexpr double work_per_thread = 2 << 20;  // products; below this a second thread costs more than it saves
+constexpr double work_per_thread = 1 << 19;  // products; below this a second thread costs more than it saves
 
 // Static: each instruction set keeps its own copy. row_unit: rows that should stay together, of which a tile takes no
 // more; 1 for any.

@@ -33,7 +33,7 @@ inline TilePlan plan_tiles(const Product& p, int64_t threads) {
   t.block_rows = least(t.block_rows, round_up(ceil_div(p.rows, t.row_blocks), unit));  // of equal size
   t.row_blocks = ceil_div(p.rows, t.block_rows);
   t.units = l.outer * t.row_blocks * t.columns;
-  constexpr double work_per_thread = 1 << 22;
+  constexpr double work_per_thread = 1 << 21;
   const double work = static_cast<double>(p.rows) * static_cast<double>(l.blocks() * PackedLayout::block) *
                       static_cast<double>(l.k_padded);
   const double useful = least(work / work_per_thread, static_cast<double>(threads));

@@ -20,7 +20,7 @@ constexpr int64_t most_rows = 6, column_blocks = 1, v_budget = 192 * 1024, m_bud
 #else
 constexpr int64_t most_rows = 4, column_blocks = 1, v_budget = 384 * 1024, m_budget = 128 * 1024;
 #endif
-constexpr double work_per_thread = 1 << 20;  // products; see igemm.h
+constexpr double work_per_thread = 1 << 20;  // products; as in core/cut.h
 
 #if !defined(QK_ISA_AMX)
 template <int blocks>
