@@ -86,6 +86,7 @@ def test_a_network_is_measured(alone, tmp_path):
         (("kernels", "--threads", "0"), r"--threads must be numbers from 1 to"),
         (("kernels", "--threads", "two"), r"--threads must be numbers"),
         (("kernels", "--confine", "avx"), r"--confine must be none, vnni"),
+        (("peers", "--confine", "avx"), r"--confine must be none, vnni"),  # and not its default batch sizes
         (("model", "resnet18"), r"NAME must be torchvision:NAME"),
         (("model", "torchvision:resnet18", "--widths", "8"), r"--widths must be such as W4A8"),
         (("model", "torchvision:resnet18", "--widths", "W5A8"), r"weights"),

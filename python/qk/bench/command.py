@@ -65,7 +65,7 @@ def model(
         expected = "torchvision:NAME, timm:NAME, hf:PATH, python:MODULE:FUNCTION or minilm"
         raise fail("bench model", "NAME", expected, repr(name))
     wanted = {"suite": "model", "networks": (name,), "peers": peers, "size": size}
-    wanted |= {"widths": _widths(widths), "batches": _numbers("--batch", batch)}
+    wanted |= {"widths": _widths(widths), "batches": _numbers("--batch", batch, 1024)}
     _run(wanted, threads, confine, seconds, json_file, False, cache)
 
 
@@ -86,7 +86,7 @@ def peers(
 ) -> None:
     """Everything, beside every peer that is installed: kernels, networks, learning, the start of a network."""
     wanted = {"suite": "peers", "only": only, "small": small, "peers": peers}
-    wanted |= {"widths": _widths(widths), "batches": _numbers("--batch", batch)}
+    wanted |= {"widths": _widths(widths), "batches": _numbers("--batch", batch, 1024)}
     if networks:
         wanted["networks"] = tuple(part.strip() for part in networks.split(","))
     _run(wanted, threads, confine, seconds, json_file, page, cache)
@@ -165,7 +165,7 @@ def _run(
     from qk.bench.suite import Wanted
     from qk.files import check_writable, replace_file, writable_folder
 
-    counts = _numbers("--threads", threads)
+    counts = _numbers("--threads", threads, max(2, os.cpu_count() or 1))  # more wait for each other
     confinements = tuple(part.strip() for part in confine.split(","))
     if not set(confinements) <= set(CONFINEMENTS):
         raise fail("bench", "--confine", "none, vnni or none,vnni", repr(confine))
@@ -192,12 +192,11 @@ def _run(
         raise fail("bench", "--only" if wanted.get("only") else "the benchmark", "something to measure", "nothing")
 
 
-def _numbers(option: str, text: str) -> tuple[int, ...]:
+def _numbers(option: str, text: str, most: int) -> tuple[int, ...]:
     try:
         values = tuple(int(part) for part in text.split(","))
     except ValueError:
         values = ()
-    most = max(2, os.cpu_count() or 1)  # more wait for each other
     if not values or min(values) < 1 or max(values) > most:
         raise fail("bench", option, f"numbers from 1 to {most}, such as 1,2", repr(text))
     return values
