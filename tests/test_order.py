@@ -22,6 +22,7 @@ ORDER = (
     ("qk.methods",),
     ("qk.deploy",),
     ("qk.search",),
+    ("qk.hago",),
     ("qk.page", "qk.report"),
     ("qk.flow",),
     ("qk.curve", "qk.curve_page"),
@@ -33,7 +34,7 @@ ORDER = (
     ("qk.inspection", "qk.doctor", "qk.demo"),
     ("qk.bench.harness",),
     ("qk.bench",),
-    ("qk.search_command",),
+    ("qk.search_command", "qk.hago_command"),
     ("qk.cli",),
 )
 

@@ -8,6 +8,7 @@ from qk.cheapest import cheapest
 from qk.deploy import convert, fuse, load, load_table, quantize_embedding, quantize_table_file, save
 from qk.errors import QkError
 from qk.flow import Result, quantize
+from qk.hago import Hardware, hago
 from qk.methods import (
     choose_windows,
     input_statistics,
@@ -31,6 +32,7 @@ from qk.spec import Budget, Plan, QuantSpec, Recipe
 __all__ = [
     "Budget",
     "Embeddings",
+    "Hardware",
     "LatencyTable",
     "Plan",
     "QkError",
@@ -52,6 +54,7 @@ __all__ = [
     "force_isa",
     "fuse",
     "gptq",
+    "hago",
     "input_statistics",
     "load",
     "load_table",

@@ -1,4 +1,4 @@
-"""qk on the command line: demo, quantize, search, tune, eval, inspect, doctor, bench."""
+"""qk on the command line: demo, quantize, search, hago, tune, eval, inspect, doctor, bench."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from qk.bench.command import bench
 from qk.errors import QkError, fail
+from qk.hago_command import hago
 from qk.search_command import search
 from qk.words import (
     BatchSize,
@@ -102,6 +103,7 @@ def quantize(
 
 
 app.command()(search)
+app.command()(hago)
 
 
 @app.command()

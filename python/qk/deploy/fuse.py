@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten
 
 from qk import ops
@@ -27,6 +28,7 @@ __all__ = ["FusedModel", "fuse", "unfused"]
 
 STAGE = "qk.fuse"
 RANGES = ("minmax", "percentile")
+Rows = Callable[[fx.Node], tuple[Tensor, Tensor, int] | None]  # of a gemm: codes, zeros and bits of its weight
 
 
 def fuse(
@@ -56,15 +58,29 @@ def fuse(
     if algorithm not in (None, *ALGORITHMS):
         raise fail(STAGE, "algorithm", f"one of {', '.join(ALGORITHMS)}, or None", repr(algorithm))
     model = tuned(model, batches[0], algorithm)
-    constants = _quantized(model, batches, tensors, ranges)
+    return _fused(_quantized(model, batches, tensors, ranges), model, batches[0], lambda node: _rows(model, node))
+
+
+def fuse_network(network: nn.Module, example: Any, rows: dict[str, tuple[Tensor, Tensor, int]]) -> FusedModel:
+    """The second, exact pass alone, for a network of torch.ops.qk that lies between float and float as it should: what
+    `fuse` makes of an integer model after its first pass, or qk.hago's. rows: of weights of gemm, by the names that the
+    network has for them, codes [N, K], zeros and bits."""
+    constants = canonical(traced(network, example))
+    merge_equal(constants.graph)
+    note_shapes(constants, example)
+    return _fused(constants, network, example, lambda node: rows.get(node.kwargs["weight"].target))
+
+
+def _fused(constants: Constants, model: nn.Module, example: Any, rows: Rows) -> FusedModel:
+    """model: what the graph was traced from."""
     graph = constants.graph
     fuse_exactly(constants)
-    read_images_as_they_lie(graph, _repacked(model, constants))
+    read_images_as_they_lie(graph, _repacked(rows, constants))
     regions = build_regions(constants)
     report = left_in_float(graph)
-    _check_inputs(constants)
+    check_inputs(constants.root, graph)
     fused = FusedModel(finished(constants), regions, report)
-    _free_batch(fused, model, batches[0])
+    _free_batch(fused, model, example)
     return fused
 
 
@@ -110,13 +126,13 @@ def _checked(model: nn.Module, example: Any, tensors: int | None, ranges: str) -
         if any(t.is_floating_point() and not torch.isfinite(t).all() for t in tensors_in(batch)):
             raise fail(STAGE, f"batch {i} of example", "finite", "NaN or infinity in it")
         batches[i] = map_tensors(lambda x: x.detach().to(device), batch)
-        if _kinds(batches[i]) != _kinds(batches[0]):
+        if kinds(batches[i]) != kinds(batches[0]):
             raise fail(STAGE, f"batch {i} of example", f"like the first, {describe(batches[0])}", describe(batch))
     _run(model, batches[0])
     return batches
 
 
-def _kinds(batch: Any) -> tuple[Any, list[tuple[torch.dtype, int, torch.Size]]]:
+def kinds(batch: Any) -> tuple[Any, list[tuple[torch.dtype, int, torch.Size]]]:
     """How tensors are nested, their types, ranks and sizes, but for the batch and the length of sequences."""
     return tree_flatten(batch)[1], [(x.dtype, x.dim(), x.shape[1 if x.dim() > 3 else 2 :]) for x in tensors_in(batch)]
 
@@ -130,27 +146,30 @@ def _run(model: nn.Module, batch: Any) -> None:
         raise fail(STAGE, "example", "input that the model accepts", got) from error
 
 
-def _repacked(model: nn.Module, constants: Constants) -> Any:
+def _repacked(rows: Rows, constants: Constants) -> Any:
     """A function that makes the weight of a gemm whose columns go over [C, H, W] into one over [H, W, C]."""
 
     def repacked(node: fx.Node, image: tuple[int, int, int]) -> fx.Node | None:
-        layer = _layer(model, node)
-        if layer is None or layer.weight_step.dim() != 1 or layer.tail_owners is not None:
-            return None  # groups along K are of neighbours, and a tail reads the same columns
-        height, width, channels = image
-        codes = layer.weight_codes().reshape(-1, channels, height, width).permute(0, 2, 3, 1).reshape(-1, layer.k)
-        packed = ops.pack(codes.contiguous(), layer.bits)
-        return constants.add("weight", ops.prepack(packed, layer.weight_zero, layer.bits, layer.shape))
+        found = rows(node)
+        if found is None:
+            return None
+        (codes, zero, bits), (height, width, channels) = found, image
+        turned = codes.reshape(-1, channels, height, width).permute(0, 2, 3, 1).reshape(codes.shape)
+        return constants.add("weight", ops.prepack(ops.pack(turned.contiguous(), bits), zero, bits, tuple(codes.shape)))
 
     return repacked
 
 
-def _layer(model: nn.Module, node: fx.Node) -> IntegerLayer | None:
+def _rows(model: nn.Module, node: fx.Node) -> tuple[Tensor, Tensor, int] | None:
+    """Codes, zeros and bits of a layer; None where columns must stay: groups along K are of neighbours, and a tail
+    reads the same columns."""
     try:
         layer = model.get_submodule(node.meta.get("module", ""))
     except AttributeError:
         return None
-    return layer if isinstance(layer, IntegerLayer) else None
+    if not isinstance(layer, IntegerLayer) or layer.weight_step.dim() != 1 or layer.tail_owners is not None:
+        return None
+    return layer.weight_codes(), layer.weight_zero, layer.bits
 
 
 def _free_batch(fused: FusedModel, model: nn.Module, example: Any) -> None:
@@ -188,10 +207,9 @@ def _same_rows(few: list[torch.Tensor], more: list[torch.Tensor]) -> bool:
     return all(len(m) == len(f) + 1 and torch.equal(m[: len(f)], f) for f, m in pairs)
 
 
-def _check_inputs(constants: Constants) -> None:
+def check_inputs(root: nn.Module, graph: fx.Graph) -> None:
     """The first thing that the graph does."""
-    graph = constants.graph
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    constants.root.add_submodule("inputs", Inputs(input_shapes(graph)))
+    root.add_submodule("inputs", Inputs(input_shapes(graph)))
     with graph.inserting_after(placeholders[-1]):
         graph.call_module("inputs", tuple(placeholders))

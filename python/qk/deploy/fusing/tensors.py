@@ -293,13 +293,17 @@ def run(constants: Constants, batch: Any, watch: Callable[[fx.Node, Any], None])
             watch(node, value)
             return value
 
+    with torch.no_grad():
+        Run(constants.root, graph=constants.graph).run(*flat_inputs(constants, batch), enable_io_processing=False)
+
+
+def flat_inputs(constants: Constants, batch: Any) -> list[Any]:
+    """A batch as the placeholders of the graph take it."""
     spec = constants.graph._codegen.pytree_info.in_spec
     keywords = dict(batch) if isinstance(batch, Mapping) else {}
     args = (batch,) if isinstance(batch, Tensor) else () if keywords else tuple(batch)
     order = spec.child(1).context or []
-    flat = tree_flatten_spec((args, {name: keywords[name] for name in order}), spec)
-    with torch.no_grad():
-        Run(constants.root, graph=constants.graph).run(*flat, enable_io_processing=False)
+    return tree_flatten_spec((args, {name: keywords[name] for name in order}), spec)
 
 
 # --- the pairs and what reads them ----------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from qk.deploy.fusing.graph import (
     SPARQ,
     Constants,
     aten,
+    qk,
 )
 from qk.deploy.fusing.inplace import NOTHING, functional
 from qk.errors import fail
@@ -158,6 +159,7 @@ class _Canonical:
             SPARQ: self._sparq,
             LAYERS[0]: self._layer,
             LAYERS[1]: self._layer,
+            qk.pool.default: self._pool_of_codes,
             CAT: self._cat,
             aten.concat.default: self._cat,
             aten.permute.default: self._permute,
@@ -223,6 +225,16 @@ class _Canonical:
         return True
 
     def _layer(self, node: fx.Node) -> bool:
+        given = self._by_names(node)
+        self.plain[node].meta["module"] = given["weight"].target.rpartition(".")[0]
+        return True
+
+    def _pool_of_codes(self, node: fx.Node) -> bool:
+        self._by_names(node)
+        return True
+
+    def _by_names(self, node: fx.Node) -> dict[str, Any]:
+        """Makes an operator on codes x with every argument by its name, and returns what it was given."""
         names = [argument.name for argument in node.target._schema.arguments]
         given = {a.name: a.default_value for a in node.target._schema.arguments if a.has_default_value()}
         given |= dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
@@ -230,8 +242,7 @@ class _Canonical:
         if given["x_step"].op == "get_attr":  # else those of dynamic rows
             kwargs["x_step"], kwargs["x_zero"] = self._grid(given["x_step"], given["x_zero"])
         self.plain[node] = self.graph.call_function(node.target, (), kwargs)
-        self.plain[node].meta["module"] = given["weight"].target.rpartition(".")[0]
-        return True
+        return given
 
     def _cat(self, node: fx.Node) -> bool:
         parts, axis = node.args[0], node.args[1] if len(node.args) > 1 else 0
