@@ -135,6 +135,18 @@ def test_search_keeps_sensitivities_and_shares_their_work(run, tmp_path):
     assert "beside --folder and --budget" in run(*words[:-3], "--processes", "2", code=1).stderr
 
 
+def test_hago_writes_a_strategy_and_the_network(run, tmp_path):
+    words = ["hago", "--model", "MODEL", "--data", "DATA", "--hardware", "arm_neon_dotprod", "--out", "s.json"]
+    found = json.loads(run(*words, "--export", "net.pt2", "--json").stdout)
+    assert found["trials"] > 1
+    assert found["bits"] == json.loads((tmp_path / "s.json").read_text())["bits"]
+    assert torch.export.load(tmp_path / "net.pt2").graph_signature.user_inputs
+    shown = run(*words, "--tuner", "default").stdout
+    for word in ("int8", "1 trials", "accuracy: float", "strategy: s.json"):
+        assert word in shown
+    assert "one of arm_neon_dotprod" in run(*words[:5], "--hardware", "phone", "--out", "s.json", code=1).stderr
+
+
 def test_a_curve_writes_a_page_and_plans(run, tmp_path):
     words = ["search", "--model", "MODEL", "--data", "DATA", "--widths", "2,8", "--out", "curve", "--pareto", "3"]
     found = json.loads(run(*words, "--cost", "size_mb", "--set", "method=nearest", "--json").stdout)

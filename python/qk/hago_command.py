@@ -16,7 +16,7 @@ def hago(
     model: Model,
     data: DataName,
     hardware: Annotated[
-        str, typer.Option(help="A device: a name (qk hago --help lists them) or a file of YAML or JSON.")
+        str, typer.Option(help="A device: a name or a file of YAML or JSON.")
     ],
     out: Annotated[Path, typer.Option(help="JSON file for the strategy, which qk.hago(strategy=...) takes.")],
     tuner: Annotated[str, typer.Option(help="greedy, random, annealing, exact, or default: the widest.")] = "greedy",
