@@ -15,9 +15,7 @@ from qk.words import BatchSize, DataName, Json, Model, Weights, evaluation, prin
 def hago(
     model: Model,
     data: DataName,
-    hardware: Annotated[
-        str, typer.Option(help="A device: a name or a file of YAML or JSON.")
-    ],
+    hardware: Annotated[str, typer.Option(help="A device: a name or a file of YAML or JSON.")],
     out: Annotated[Path, typer.Option(help="JSON file for the strategy, which qk.hago(strategy=...) takes.")],
     tuner: Annotated[str, typer.Option(help="greedy, random, annealing, exact, or default: the widest.")] = "greedy",
     limit: Annotated[float | None, typer.Option(help="Part of the cost at the widest that may be used.")] = None,

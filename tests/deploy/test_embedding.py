@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from qk.deploy.embedding import QEmbedding, QEmbeddingBag, in_huge_pages, pack_table
+from qk.deploy.embedding import QEmbedding, QEmbeddingBag, pack_table
+from qk.deploy.pages import in_huge_pages
 from qk.errors import QkError
 from qk.ops.embedding_bag import values
 

@@ -6,7 +6,6 @@ memory: qk.deploy.table_file.
 
 from __future__ import annotations
 
-import mmap
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from qk import ops
 from qk.calibrate.table import STAGE, Table, quantize_table
 from qk.deploy.modules import by_definition
+from qk.deploy.pages import in_huge_pages
 from qk.errors import fail
 from qk.ops.embedding_bag import embedding, values
 from qk.ops.embedding_bag import reference as bags_definition
@@ -79,21 +79,6 @@ def to_integer_table(table: QuantTable) -> QEmbedding | QEmbeddingBag:
 def table_modules(model: nn.Module) -> dict[str, QEmbedding | QEmbeddingBag]:
     """Name -> module with a quantized table; of one with several names the first."""
     return {name: module for name, module in model.named_modules() if isinstance(module, _Table)}
-
-
-def in_huge_pages(table: Tensor) -> Tensor:
-    """A copy of a large CPU tensor whose memory the system maps in large pieces, where it can.
-
-    A lookup reads two cache lines from anywhere: with pages of 4 KB finding them takes longer than reading them.
-    """
-    if table.device.type != "cpu" or table.nbytes < 4 << 20 or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return table
-    memory = mmap.mmap(-1, table.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    try:
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # a system without them
-        return table
-    return torch.frombuffer(memory, dtype=table.dtype).view(table.shape).copy_(table)
 
 
 class _Table(nn.Module):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qk import ops
+from qk.deploy.pages import in_huge_pages
 from qk.deploy.tail import TAIL, check_tail, padded, prepacked, slots_for
 from qk.errors import fail
 from qk.ops.conv2d import reference as conv2d_definition
@@ -115,7 +116,7 @@ class IntegerLayer(nn.Module):
         if self._pairs_by_weights:
             codes = self.multiplied_codes()
             packed, shape = ops.pack(codes.reshape(len(codes), -1), self.bits), tuple(codes.shape)
-        self.prepacked = ops.prepack(packed, self.weight_zero, self.bits, shape, self.groups, algorithm)
+        self.prepacked = in_huge_pages(ops.prepack(packed, self.weight_zero, self.bits, shape, self.groups, algorithm))
         return self.prepacked
 
     def _prepack_tail(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qk.deploy.pages import in_huge_pages
 from qk.ops._program import (
     SIGNATURES,
     Attribute,
@@ -98,7 +99,7 @@ class Builder:
 
     def constants(self) -> list[Tensor]:
         """The four tensors that the program refers to, on the device of the weights."""
-        bytes = self._bytes.joined()
+        bytes = in_huge_pages(self._bytes.joined())
         scales = list(self._scales)
         steps = torch.tensor([step for step, _ in scales], dtype=torch.float32, device=bytes.device)
         zeros = torch.tensor([zero for _, zero in scales], dtype=torch.int32, device=bytes.device)
