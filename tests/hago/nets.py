@@ -97,7 +97,24 @@ class Queries(nn.Module):
         return {"out": self.last(image.mean((1, 2))), "rows": torch.relu(self.first(y).reshape(-1, 8, 4, 4))}
 
 
-IMAGES = {"preactivated": Preactivated, "residual": Residual, "mixed": Mixed, "flat": Flat}
+class Norms(nn.Module):
+    """As DenseNet: BatchNorm of what lies side by side."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.norm = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 4, 1), nn.BatchNorm2d(10)
+        self.c, self.fc = nn.Conv2d(10, 4, 1), nn.Linear(4, 3)
+        with torch.no_grad():
+            self.norm.running_mean.normal_()
+            self.norm.weight.uniform_(-1, 2)
+
+    def forward(self, x):
+        x = torch.relu(self.a(x))
+        x = self.c(torch.relu(self.norm(torch.cat([x, torch.relu(self.b(x))], 1))))
+        return self.fc(x.mean((2, 3)))
+
+
+IMAGES = {"norms": Norms, "preactivated": Preactivated, "residual": Residual, "mixed": Mixed, "flat": Flat}
 
 
 ROWS = {"encoder": Encoder, "queries": Queries}

@@ -362,3 +362,11 @@ def test_many_layers_that_read_one_tensor():
     for tuner in ("greedy", "exact"):
         found = hago(net, batches, "nvidia_sm80", tuner=tuner, limit=0.5)
         assert found.strategy.cost <= 0.5 * 12 * 16
+
+
+def test_batch_norms_behind_joins_stay_in_the_region():
+    net, batches = build("norms")
+    found = hago(net, batches, "x86_avx512_vnni", tuner="default")
+    assert "depthwise_conv2d" in found.topology.integer.values()
+    assert len(found.fused.regions) == 1
+    assert found.fused.report == []

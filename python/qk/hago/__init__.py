@@ -132,7 +132,7 @@ def hago(
     may be used. lose: for greedy, by how much the loss may exceed that of the widest. evaluate: of a function batch ->
     output of the network, larger is better, such as accuracy on labels; without it the loss is the divergence from the
     float model's output on the batches. ranges: how tensors are clipped (qk.hago.grids). trials: of the tuners random
-    and annealing. strategy: one that was found before: nothing is searched.
+    and annealing. strategy: one that was found before: nothing is searched, and ranges are its own.
     The simulation and `model` of the result are equal bit for bit.
     Raises QkError for a device that has a fault, a limit below the least that it can, a strategy of another model or
     device, and as qk.prepare and qk.fuse do.
@@ -146,7 +146,7 @@ def hago(
         if kinds(batch) != kinds(held[0]):
             raise fail(STAGE, f"batch {i}", f"like the first, {describe(held[0])}", describe(batch))
     folded, weights = _folded(model, held[0])
-    topology = Topology(device, float_graph(folded, held[0]))
+    topology = Topology(device, float_graph(folded, held[0], "depthwise_conv2d" in device.operators))
     digest = digest_of([("weights", weights), ("graph", str(topology.constants.graph))])
     known = Strategy.load(strategy) if isinstance(strategy, (str, Path)) else strategy
     if known is not None:

@@ -22,7 +22,7 @@ from qk.deploy.fusing.graph import (
     shape_of,
 )
 from qk.deploy.fusing.inplace import NOTHING
-from qk.deploy.fusing.tensors import note_shapes
+from qk.deploy.fusing.tensors import factor_and_shift, note_shapes
 from qk.deploy.fusing.trace import traced
 from qk.hago.hardware import Kind
 
@@ -33,17 +33,20 @@ AVERAGES = (aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default, aten.mean
 PLACES = (*MOVES, *NOTHING, aten.contiguous.default)  # values at another place
 
 
-def float_graph(model: nn.Module, example: Any) -> Constants:
-    """A float model as functional operators that know their shapes.
+def float_graph(model: nn.Module, example: Any, norms: bool = False) -> Constants:
+    """A float model as functional operators that know their shapes. norms: a BatchNorm of images that no convolution
+    absorbed becomes a depthwise one of 1 x 1, as devices have them.
 
     Raises QkError for a model that torch.export cannot follow."""
     module = traced(model, example)
-    for node in module.graph.nodes:
+    constants = Constants(module, module.graph)
+    for node in list(module.graph.nodes):
         if is_call(node, aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default  # integer layers leave their results in another order
         elif is_call(node, SAME):
             _with_numbers(node)
-    constants = Constants(module, module.graph)
+        elif norms and is_call(node, aten.batch_norm.default):
+            _as_layer(constants, node)
     note_shapes(constants, example)
     return constants
 
@@ -61,6 +64,15 @@ def _with_numbers(node: fx.Node) -> None:
         bias = node.args[2] if len(node.args) > 2 else None
         node.args = (*node.args[:2], bias, stride, [n // 2 for n in whole], dilation, groups)
         node.target, node.kwargs = CONV, {}
+
+
+def _as_layer(constants: Constants, node: fx.Node) -> None:
+    x, *tensors, training, _, eps, _ = node.args
+    if training or None in tensors or any(t.op != "get_attr" for t in tensors) or x.meta["val"].dim() != 4:
+        return
+    factor, shift = factor_and_shift(constants, tensors, eps)
+    weight, bias = constants.add("norm", factor.float().reshape(-1, 1, 1, 1)), constants.add("norm", shift)
+    node.target, node.args = CONV, (x, weight, bias, [1, 1], [0, 0], [1, 1], len(shift))
 
 
 def kind_of(node: fx.Node) -> Kind | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qk.deploy.fusing.regions import Region
+from qk.deploy.pages import in_huge_pages
 from qk.errors import fail
 from qk.inputs import describe
 
@@ -61,6 +62,8 @@ class FusedModel(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.forward = self.body.forward
+        for name, buffer in list(self.body.named_buffers(recurse=False)):  # copies and pickles know nothing of pages
+            setattr(self.body, name, in_huge_pages(buffer))
 
     @property
     def steps(self) -> dict[str, int]:

@@ -394,11 +394,17 @@ def _attention(graph: fx.Graph, constants: Constants, node: fx.Node, *operands: 
     return graph.call_function(ATTENTION, (), kwargs)
 
 
+def factor_and_shift(constants: Constants, tensors: Iterable[fx.Node], eps: float) -> tuple[Tensor, Tensor]:
+    """What a BatchNorm in eval mode multiplies channels with, float64, and adds, float32. tensors: weight, bias, mean
+    and variance."""
+    weight, bias, mean, var = (constants.tensor(n).detach().double() for n in tensors)
+    factor = weight / (var + eps).sqrt()
+    return factor, (bias - mean * factor).float()
+
+
 def _scaled(graph: fx.Graph, constants: Constants, node: fx.Node, codes: fx.Node, grid: Grid) -> fx.Node:
     """BatchNorm as a depthwise 1x1 layer: the weight of a channel is +1 or -1, its step the factor's size."""
-    weight, bias, mean, var = (constants.tensor(n).detach().double() for n in node.args[1:5])
-    factor = weight / (var + node.args[5]).sqrt()
-    shift = (bias - mean * factor).float()
+    factor, shift = factor_and_shift(constants, node.args[1:5], node.args[5])
     channels = factor.numel()
     step = torch.where(factor == 0, 1.0, factor.abs()).float().clamp(min=torch.finfo(torch.float32).tiny)
     zero = torch.full((channels,), 128, dtype=torch.int32, device=factor.device)
