@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from qk import ops
 from qk.deploy.fusing.graph import shape_of
-from qk.hago.graph import CONV, conv_arguments, macs_of, pair
+from qk.hago.graph import CONV, conv_arguments, macs_of
 from qk.hago.hardware import LAYERS, Descriptor, bits_of
 from qk.hago.topology import Bits, Topology
 from qk.timing import alternate, quantile
@@ -82,7 +82,7 @@ def _measured(node: fx.Node, weight: Tensor, descriptor: Descriptor) -> float:
     shape = list(shape_of(node.args[0]))
     if node.target is CONV:
         stride, padding, dilation, groups = conv_arguments(node)
-        window = {"kernel": pair(list(weight.shape[2:])), "stride": stride, "padding": padding, "dilation": dilation}
+        window = {"kernel": list(weight.shape[2:]), "stride": stride, "padding": padding, "dilation": dilation}
         packed = ops.prepack(ops.pack(codes, bits), zero, bits, (n, *weight.shape[2:], weight.shape[1]), groups)
         x = torch.randint(0, 256, (shape[0], *shape[2:], shape[1]), dtype=torch.uint8, generator=random)
         return _ms(lambda: ops.conv2d(x, x_step, x_zero, packed, step, None, bits, groups=groups, **window, **end))

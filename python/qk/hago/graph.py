@@ -23,7 +23,7 @@ from qk.deploy.fusing.graph import (
 )
 from qk.deploy.fusing.inplace import NOTHING
 from qk.deploy.fusing.tensors import factor_and_shift, note_shapes
-from qk.deploy.fusing.trace import traced
+from qk.deploy.fusing.trace import pair, traced
 from qk.hago.hardware import Kind
 
 CONV, LINEAR, SAME = aten.conv2d.default, aten.linear.default, aten.conv2d.padding
@@ -180,12 +180,6 @@ def keeps_axis(node: fx.Node, axis: int) -> bool:
     return (
         x[-1] == y[-1] if axis == -1 else y[:2] == x[:2] and torch.Size(x[2:]).numel() == torch.Size(y[2:]).numel() == 1
     )
-
-
-def pair(value: Any) -> list[int]:
-    """One number for both axes, or two."""
-    values = [value] if isinstance(value, int) else list(value)
-    return [values[0], values[-1]]
 
 
 def macs_of(node: fx.Node, weight: Tensor) -> int:

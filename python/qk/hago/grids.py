@@ -176,9 +176,3 @@ class Grids:
         """HAGO: the largest magnitude over 2^(bits - 1); it is itself clipped by one step."""
         step = largest.float() / 2 ** (bits - 1)
         return torch.where(step < find.SMALLEST_STEP, torch.ones_like(step), step)
-
-
-def table_of(node: fx.Node, grid: Grid) -> Tensor:
-    """A function of one value at all codes. torch's own values for these, and for no other place in a vector."""
-    values = ops.dequantize(torch.arange(256, dtype=torch.uint8), grid.step, grid.zero)
-    return node.target(values, *node.args[1:], **node.kwargs).contiguous()

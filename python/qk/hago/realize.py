@@ -14,9 +14,10 @@ from qk import ops
 from qk.deploy.fusing import nhwc
 from qk.deploy.fusing.graph import CONV2D, DEQUANTIZE, GEMM, QUANTIZE, aten, finished, qk, shape_of
 from qk.deploy.fusing.graph import Constants as Tensors
+from qk.deploy.fusing.tensors import table_of
 from qk.hago import integers
 from qk.hago.graph import CONV, LINEAR, argument, conv_arguments, is_flat, sources_of, window_of
-from qk.hago.grids import Grid, Grids, table_of
+from qk.hago.grids import Grid, Grids
 from qk.hago.hardware import LAYERS
 from qk.hago.topology import Bits, Topology
 
@@ -132,7 +133,7 @@ class _Codes(_Writer):
 
     def function(self, node: fx.Node) -> None:
         codes, grid = self.codes(node, 0)
-        table = self.constant("table", table_of(node, grid))
+        table = self.constant("table", table_of(node, grid.step, grid.zero))
         self.made[node] = self.image(node, self.call(qk.lookup.default, codes, table))
 
     def relu(self, node: fx.Node) -> None:

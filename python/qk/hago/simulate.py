@@ -14,10 +14,10 @@ from torch import Tensor, fx
 
 from qk import ops
 from qk.deploy.fusing import nhwc
-from qk.deploy.fusing.tensors import flat_inputs
+from qk.deploy.fusing.tensors import flat_inputs, table_of
 from qk.hago import integers
 from qk.hago.graph import CONV, LINEAR, argument, conv_arguments, is_flat, sources_of, window_of
-from qk.hago.grids import Grid, Grids, table_of
+from qk.hago.grids import Grid, Grids
 from qk.hago.hardware import LAYERS
 from qk.hago.topology import Bits, Topology
 
@@ -110,7 +110,7 @@ class _Codes(_Runner):
     def function(self, node: fx.Node) -> Tensor:
         grid = self.grid(node, 0)
         codes = ops.quantize(self.env[sources_of(node)[0]], grid.step, grid.zero, grid.bits)
-        return laid(node, table_of(node, grid)[codes.long()])
+        return laid(node, table_of(node, grid.step, grid.zero)[codes.long()])
 
     def relu(self, node: fx.Node) -> Tensor:
         return self.as_it_is(node) if (node, 0) in self.topology.passed else self.function(node)

@@ -164,7 +164,7 @@ def codes_to_codes(graph: fx.Graph, node: fx.Node, constants: Constants) -> bool
     if is_call(x, LOOKUP) and grid_of(x) is not None:
         return False
     codes = x.args[0]
-    values = all_values(constants, *x.args[1:]) if is_call(x, DEQUANTIZE) else constants.tensor(x.args[1])
+    values = all_values(*map(constants.tensor, x.args[1:])) if is_call(x, DEQUANTIZE) else constants.tensor(x.args[1])
     table = _quantized(constants, values, grid)
     source = grid_of(codes)
     if is_call(x, DEQUANTIZE) and source is not None:

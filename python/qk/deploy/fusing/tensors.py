@@ -357,16 +357,19 @@ def _codes(graph: fx.Graph, x: fx.Node, grid_for: Callable[[fx.Node], Grid | Non
 
 
 def _table(graph: fx.Graph, constants: Constants, node: fx.Node, codes: fx.Node, grid: Grid) -> fx.Node:
-    """As torch computes it for the 256 values, and for no other place in a vector: its kernels differ between these."""
-    values = all_values(constants, grid.step, grid.zero)
-    table = node.target(values, *node.args[1:], **node.kwargs).contiguous()
+    table = table_of(node, constants.tensor(grid.step), constants.tensor(grid.zero))
     return graph.call_function(qk.lookup.default, (codes, constants.add("table", table)))
 
 
-def all_values(constants: Constants, step: fx.Node, zero: fx.Node) -> Tensor:
+def table_of(node: fx.Node, step: Tensor, zero: Tensor) -> Tensor:
+    """A function of one value at all codes, as torch computes it for these 256 values, and for no other place in a
+    vector: its kernels differ between them."""
+    return node.target(all_values(step, zero), *node.args[1:], **node.kwargs).contiguous()
+
+
+def all_values(step: Tensor, zero: Tensor) -> Tensor:
     """The values of the codes 0 to 255."""
-    scale = constants.tensor(step), constants.tensor(zero)
-    return ops.dequantize(torch.arange(256, dtype=torch.uint8, device=scale[0].device), *scale)
+    return ops.dequantize(torch.arange(256, dtype=torch.uint8, device=step.device), step, zero)
 
 
 def _average(graph: fx.Graph, constants: Constants, node: fx.Node, codes: fx.Node, grid: Grid) -> fx.Node:

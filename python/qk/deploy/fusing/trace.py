@@ -267,16 +267,16 @@ class _Canonical:
 
     def _max_pool(self, node: fx.Node) -> bool:
         x, kernel, stride, padding, dilation, ceil = _with_defaults(node, (None, None, [], [0, 0], [1, 1], False))
-        window = (_pair(kernel), _pair(stride or kernel), _pair(padding), _pair(dilation), ceil)
+        window = (pair(kernel), pair(stride or kernel), pair(padding), pair(dilation), ceil)
         return self._pool(node, nhwc.max_pool, x, *window)
 
     def _avg_pool(self, node: fx.Node) -> bool:
         found = _with_defaults(node, (None, None, [], [0, 0], False, True, None))
         x, kernel, stride, padding, *rest = found
-        return self._pool(node, nhwc.avg_pool, x, _pair(kernel), _pair(stride or kernel), _pair(padding), *rest)
+        return self._pool(node, nhwc.avg_pool, x, pair(kernel), pair(stride or kernel), pair(padding), *rest)
 
     def _adaptive(self, node: fx.Node) -> bool:
-        x, size = node.args[0], _pair(node.args[1])
+        x, size = node.args[0], pair(node.args[1])
         if list(x.meta["val"].shape[2:]) == size:  # the mean of one value
             return self._same(node)
         return self._pool(node, nhwc.adaptive_avg_pool, x, size)
@@ -343,7 +343,8 @@ def _with_defaults(node: fx.Node, defaults: tuple) -> list[Any]:
     return [node.kwargs.get(name, value) for name, value in zip(names, given, strict=False)]
 
 
-def _pair(value: Any) -> list[int]:
+def pair(value: Any) -> list[int]:
+    """One number for both axes, or two."""
     values = [value] if isinstance(value, int) else list(value)
     return [values[0], values[-1]]
 
