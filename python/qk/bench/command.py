@@ -15,6 +15,7 @@ from qk.words import bits_of, shape_of, show_table
 bench = typer.Typer(no_args_is_help=True, help="Times kernels and networks beside other runtimes on this machine.")
 
 RESULT, PAGE = Path("benchmarks/results/performance.json"), Path("docs/performance.md")
+LARGEST_BATCH = 1024
 
 Threads = Annotated[str, typer.Option(help="Numbers of threads, such as 1,2.")]
 Confine = Annotated[str, typer.Option(help="none, or vnni: no library may use AMX; or both: none,vnni.")]
@@ -65,7 +66,7 @@ def model(
         expected = "torchvision:NAME, timm:NAME, hf:PATH, python:MODULE:FUNCTION or minilm"
         raise fail("bench model", "NAME", expected, repr(name))
     wanted = {"suite": "model", "networks": (name,), "peers": peers, "size": size}
-    wanted |= {"widths": _widths(widths), "batches": _numbers("--batch", batch, 1024)}
+    wanted |= {"widths": _widths(widths), "batches": _numbers("--batch", batch, LARGEST_BATCH)}
     _run(wanted, threads, confine, seconds, json_file, False, cache)
 
 
@@ -86,7 +87,7 @@ def peers(
 ) -> None:
     """Everything, beside every peer that is installed: kernels, networks, learning, the start of a network."""
     wanted = {"suite": "peers", "only": only, "small": small, "peers": peers}
-    wanted |= {"widths": _widths(widths), "batches": _numbers("--batch", batch, 1024)}
+    wanted |= {"widths": _widths(widths), "batches": _numbers("--batch", batch, LARGEST_BATCH)}
     if networks:
         wanted["networks"] = tuple(part.strip() for part in networks.split(","))
     _run(wanted, threads, confine, seconds, json_file, page, cache)

@@ -27,10 +27,10 @@ Written by `qk bench page` from `{source}`; measured by
 
     qk bench peers --threads 1,2 --confine none,vnni --page
 
-in an environment with the extra `bench`. Each row is one piece of work; ours and the peers take turns in one process,
-every result is checked first (ours against its definition bit for bit, a peer against float32), and what stands here is
-the median of a peer or of ours. A ratio is the peer's time over ours: above 1 we are faster. Where several rows stand
-together, it is the geometric mean.
+in an environment with the extra `bench`, or by parts of it (`--only`) run later, which then count. Each row is one
+piece of work; ours and the peers take turns in one process, every result is checked first (ours against its definition
+bit for bit, a peer against float32), and what stands here is the median of a peer or of ours. A ratio is the peer's
+time over ours: above 1 we are faster. Where several rows stand together, it is the geometric mean.
 
 - **Codes in, codes out**: W8A8, W4A8 and so on take 8-bit codes of activations and give codes, as a layer inside an
   integer network does; so do the peers of width W8. Ours are integer networks of that one layer (the operator

@@ -20,6 +20,7 @@ class Observer:
     def __init__(self, name: str, limit: int = SAMPLE) -> None:
         self.name, self.limit = name, limit
         self.low, self.high = torch.inf, -torch.inf
+        self.ends: list[tuple[float, float]] = []  # of each tensor
         self.is_finite = True
         self._kept = torch.empty(0, dtype=torch.float32)
         self._rate = 1.0
@@ -39,6 +40,7 @@ class Observer:
             self.is_finite = False
             return
         self.low, self.high = min(self.low, low), max(self.high, high)
+        self.ends.append((low, high))
         self._keep(x.detach().reshape(-1).float())
 
     def _keep(self, values: Tensor) -> None:

@@ -17,7 +17,8 @@ from qk.deploy.fusing.leftovers import left_in_float, note_reasons
 from qk.deploy.fusing.model import FusedModel, Inputs
 from qk.deploy.fusing.regions import build_regions
 from qk.deploy.fusing.rewrite import fuse_exactly, read_images_as_they_lie
-from qk.deploy.fusing.tensors import note_shapes, quantize_tensors
+from qk.deploy.fusing.running import note_shapes
+from qk.deploy.fusing.tensors import quantize_tensors
 from qk.deploy.fusing.trace import canonical, input_shapes, traced, two
 from qk.deploy.modules import IntegerLayer, integer_layers
 from qk.deploy.tune import ALGORITHMS, tuned

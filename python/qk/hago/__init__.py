@@ -101,7 +101,7 @@ class Found:
                 bits[d.name] for (reader, _), d in sorted(t.by_edge.items(), key=lambda e: e[0][1]) if reader is node
             ]
             words = types if isinstance(types, str) else ", ".join(types)
-            if kind in LAYERS and t.on_integers and self.grids.may_wrap(node, bits):
+            if kind in LAYERS and self.hardware.on_integers and self.grids.may_wrap(node, bits):
                 words += ", sums may wrap"
             table.rows.append([node.name, kind, words, " x ".join(map(str, given)) or "as they come"])
         table.rows += [[node.name, "float", reason, ""] for node, reason in t.reasons.items()]
@@ -155,8 +155,7 @@ def hago(
     simulation, costs = Simulation(topology, grids), Costs(topology, next(tensors_in(held[0])).shape[0])
     history: list[tuple[float, float]] = []
     if known is None:
-        widest = {d.name: d.choices[0] for d in topology.dimensions}
-        most = None if limit is None else limit * costs.of(widest)
+        most = None if limit is None else limit * costs.of(topology.widest())
         measure = _divergence(folded, held, simulation) if evaluate is None else _judged(evaluate, simulation)
         search = Trials(topology.groups(), measure, costs.of, most)
         bits = TUNERS[tuner](search, lose=lose, count=trials, seed=seed) if topology.dimensions else {}
@@ -175,7 +174,7 @@ def hago(
         )
         history = search.history
     network = realize(topology, grids, known.bits)
-    is_ours = device.arithmetic == "float32" and bool(topology.integer)
+    is_ours = not device.on_integers and bool(topology.integer)
     fused = fuse_network(network, held[0], network.qk_rows) if is_ours else None
     check_inputs(network, network.graph)
     network.recompile()
@@ -202,7 +201,7 @@ def _check_known(known: Strategy, device: Hardware, digest: str, topology: Topol
         raise fail(STAGE, "strategy", "one of this model", got, "Search again, without strategy.")
     top = {d.name: 2 ** known.bits[d.name] - 1 for d in topology.dimensions if not d.is_weight}
     good = known.steps.keys() == top.keys() and all(
-        0 < step < float("inf") and 0 <= zero <= (0 if topology.on_integers else top[name])
+        0 < step < float("inf") and 0 <= zero <= (0 if device.on_integers else top[name])
         for name, (step, zero) in known.steps.items()
     )
     if not good:

@@ -52,8 +52,6 @@ class Costs:
             values = torch.Size(shape_of(node)).numel()
             work = macs_of(node, self.topology.weight_of(node)) if kind in LAYERS else values
             return descriptor.cost * work / self.batch
-        if kind not in LAYERS:
-            return 0.0
         key = (
             node.target,
             shape_of(node.args[0]),

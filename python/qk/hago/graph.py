@@ -22,7 +22,8 @@ from qk.deploy.fusing.graph import (
     shape_of,
 )
 from qk.deploy.fusing.inplace import NOTHING
-from qk.deploy.fusing.tensors import factor_and_shift, note_shapes
+from qk.deploy.fusing.running import note_shapes
+from qk.deploy.fusing.tensors import factor_and_shift
 from qk.deploy.fusing.trace import pair, traced
 from qk.hago.hardware import Kind
 
@@ -54,11 +55,9 @@ def float_graph(model: nn.Module, example: Any, norms: bool = False) -> Constant
 def _with_numbers(node: fx.Node) -> None:
     """Padding "same" or "valid" in numbers, where both sides have as much."""
     size, dilation = node.args[1].meta["val"].shape[2:], pair(argument(node, "dilation", 1))
-    whole = (
-        [0, 0]
-        if argument(node, "padding", "valid") == "valid"
-        else [d * (k - 1) for d, k in zip(dilation, size, strict=True)]
-    )
+    whole = [d * (k - 1) for d, k in zip(dilation, size, strict=True)]
+    if argument(node, "padding", "valid") == "valid":
+        whole = [0, 0]
     if not any(n % 2 for n in whole):
         stride, groups = pair(argument(node, "stride", 1)), argument(node, "groups", 1)
         bias = node.args[2] if len(node.args) > 2 else None
@@ -177,9 +176,9 @@ def keeps_axis(node: fx.Node, axis: int) -> bool:
     x, y = shape_of(sources_of(node)[0]), shape_of(node)
     if not is_call(node, aten.flatten.using_ints, aten.reshape.default, aten.squeeze.dim, aten.squeeze.dims):
         return False
-    return (
-        x[-1] == y[-1] if axis == -1 else y[:2] == x[:2] and torch.Size(x[2:]).numel() == torch.Size(y[2:]).numel() == 1
-    )
+    if axis == -1:
+        return x[-1] == y[-1]
+    return y[:2] == x[:2] and all(n == 1 for n in (*x[2:], *y[2:]))
 
 
 def macs_of(node: fx.Node, weight: Tensor) -> int:

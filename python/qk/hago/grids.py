@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, fx
 from qk import ops
 from qk.calibrate import ranges as find
 from qk.calibrate.observe import Observer
-from qk.deploy.fusing.tensors import run
+from qk.deploy.fusing.running import run
 from qk.errors import fail
 from qk.hago import integers
 from qk.hago.topology import STAGE, Bits, Dimension, Topology
@@ -46,27 +45,6 @@ class Weight:
     bias: Tensor | None = None
 
 
-class Seen(Observer):
-    """Also the averages over batches of the smallest and the largest value."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.ends: list[tuple[float, float]] = []
-
-    def see(self, x: Tensor) -> None:
-        """As Observer."""
-        super().see(x)
-        if x.numel():
-            self.ends.append(tuple(float(end) for end in torch.aminmax(x.detach())))
-
-    def range(self, ranges: Ranges) -> tuple[float, float]:
-        """average: of batches, as HAGO's avg_range; else all that was seen."""
-        if ranges != "average":
-            return self.low, self.high
-        lows, highs = zip(*self.ends, strict=True)
-        return sum(lows) / len(lows), sum(highs) / len(highs)
-
-
 class Grids:
     """ranges: "mse" clips where that makes the error of the values smaller, "minmax" not at all, "average" is the mean
     of the batches' ranges (HAGO). Tensors of more than 8 bits and joined ones are not clipped. known: step and zero of
@@ -85,7 +63,7 @@ class Grids:
         self.hardware = topology.hardware
         activations = [d for d in topology.dimensions if not d.is_weight]
         unknown = [d for d in activations if d.name not in self.known]
-        self.seen = {x: Seen(x.name) for d in unknown for x in (d.source, *d.joined)}
+        self.seen = {x: Observer(x.name) for d in unknown for x in (d.source, *d.joined)}
         for batch in batches if unknown else ():
             run(topology.constants, batch, self._watch)
         for node, seen in self.seen.items():
@@ -97,10 +75,6 @@ class Grids:
         if node in self.seen:
             self.seen[node].see(value)
 
-    @cached_property
-    def _is_float(self) -> bool:
-        return self.hardware.arithmetic == "float32"
-
     def of(self, d: Dimension, bits: Bits) -> Grid:
         """Of a tensor that is quantized."""
         key = d.name, bits[d.name]
@@ -108,18 +82,22 @@ class Grids:
             self._kept[key] = self._activation(d, bits[d.name])
         return self._kept[key]
 
+    def at(self, node: fx.Node, i: int, bits: Bits) -> Grid:
+        """Of operand i of a node, which is quantized."""
+        return self.of(self.topology.by_edge[node, i], bits)
+
     def weight(self, layer: fx.Node, bits: Bits) -> Weight:
         """Of a layer: on integers its steps depend on those of what it reads, as the bias must fit into the sums."""
         given, own = (self.topology.by_edge[layer, i] for i in range(2))
         key = own.name, bits[own.name], bits[given.name]
         if key not in self._kept:
-            make = self._codes if self._is_float else self._integers
+            make = self._integers if self.hardware.on_integers else self._codes
             self._kept[key] = make(layer, bits[own.name], bits)
         return self._kept[key]
 
     def may_wrap(self, layer: fx.Node, bits: Bits) -> bool:
         """Whether the sums of a layer on integers could leave their accumulator, for any input."""
-        weight, x = self.weight(layer, bits), self.of(self.topology.by_edge[layer, 0], bits)
+        weight, x = self.weight(layer, bits), self.at(layer, 0, bits)
         largest = weight.codes.double().abs().flatten(1).sum(1) * x.limit
         if weight.bias is not None:
             largest += weight.bias.abs()
@@ -129,16 +107,23 @@ class Grids:
         if d.name in self.known:
             step, zero = self.known[d.name]
             return Grid(torch.tensor([step]), torch.tensor([zero], dtype=torch.int32), bits)
-        ends = [self.seen[x].range(self.ranges) for x in (d.joined or (d.source,))]
+        ends = [self._range(self.seen[x]) for x in (d.joined or (d.source,))]
         low, high = (torch.tensor([end]) for end in (min(e[0] for e in ends), max(e[1] for e in ends)))
         searched = self.ranges == "mse" and bits <= 8 and len(ends) == 1
         if searched:
-            step, zero = find.mse(self.seen[d.source].sample(), bits, not self._is_float, low, high)
-        elif self._is_float:
-            step, zero = find.step_and_zero(low, high, bits)
-        else:
+            step, zero = find.mse(self.seen[d.source].sample(), bits, self.hardware.on_integers, low, high)
+        elif self.hardware.on_integers:
             step, zero = self._symmetric(torch.maximum(-low, high), bits), torch.zeros(1, dtype=torch.int32)
-        return self._grid(step, zero if self._is_float else torch.zeros_like(zero), bits)
+        else:
+            step, zero = find.step_and_zero(low, high, bits)
+        return self._grid(step, torch.zeros_like(zero) if self.hardware.on_integers else zero, bits)
+
+    def _range(self, seen: Observer) -> tuple[float, float]:
+        """average: of batches, as HAGO's avg_range; else all that was seen."""
+        if self.ranges != "average":
+            return seen.low, seen.high
+        lows, highs = zip(*seen.ends, strict=True)
+        return sum(lows) / len(lows), sum(highs) / len(highs)
 
     def _codes(self, layer: fx.Node, width: int, bits: Bits) -> Weight:
         weight = to_kernel_order(self.topology.weight_of(layer).detach())
@@ -152,7 +137,7 @@ class Grids:
         weight, bias = self.topology.weight_of(layer).detach(), self.topology.bias_of(layer)
         rows = weight.reshape(weight.shape[0] if self.hardware.weights == "channel" else 1, -1)
         step = find.mse(rows, width, True)[0] if self.ranges == "mse" else self._symmetric(rows.abs().amax(1), width)
-        x_step = self.of(self.topology.by_edge[layer, 0], bits).step
+        x_step = self.at(layer, 0, bits).step
         if bias is not None:
             # A channel of next to no weights must still hold its bias: in a quarter of the sums' range.
             room = 2.0 ** (self.topology.sum_bits(self.topology.descriptor(layer, bits)) - 2)

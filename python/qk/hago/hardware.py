@@ -125,7 +125,7 @@ class Hardware:
         if len(types) != count or (kind == "concatenate" and not isinstance(descriptor.inputs, str)):
             raise ValueError(f"{kind} must have {count} input types, or one for all, got {len(types)}")
         unsigned = [t for t in (*types, descriptor.output) if t.startswith("u")]
-        if self.arithmetic == "integer" and (unsigned or kind in ("function", "multiply")):
+        if self.on_integers and (unsigned or kind in ("function", "multiply")):
             what = unsigned[0] if unsigned else kind
             raise ValueError(f"{kind} must do without {what} where arithmetic is integer: zeros are 0 there")
         if kind in LAYERS:
@@ -134,9 +134,9 @@ class Hardware:
                 raise ValueError(f"{kind} must read activations of up to 8 bits and signed weights of up to 8")
         if kind in SUMS and bits_of(descriptor.output) < WIDE:
             raise ValueError(f"{kind} must give its sums, in int16 or int32: what reads them requantizes")
-        if descriptor.cost == "measure" and (self.arithmetic == "integer" or kind not in LAYERS):
+        if descriptor.cost == "measure" and (self.on_integers or kind not in LAYERS):
             raise ValueError(f"{kind} must have a number as cost: measured are layers where arithmetic is float32")
-        if self.arithmetic == "integer":
+        if self.on_integers:
             if kind in UNCHANGED and descriptor.output != types[0]:
                 raise ValueError(f"{kind} must give the type that it reads, {types[0]}, got {descriptor.output}")
             return
@@ -151,6 +151,11 @@ class Hardware:
     def to_dict(self) -> dict[str, Any]:
         """As JSON and YAML hold it; from_dict gives an equal one back."""
         return TypeAdapter(Hardware).dump_python(self, mode="json")
+
+    @property
+    def on_integers(self) -> bool:
+        """Whether results stay integers."""
+        return self.arithmetic == "integer"
 
     @cached_property
     def digest(self) -> str:

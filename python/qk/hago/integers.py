@@ -110,8 +110,12 @@ def max_pool(x: Tensor, *window: object) -> Tensor:
 
 def sum_pool(x: Tensor, kernel: list[int], stride: list[int], padding: list[int], bits: int) -> Tensor:
     """Sums of windows of [B, C, H, W]: an average's integers, whose step is that of x over the window's size."""
-    y = F.avg_pool2d(x.double(), kernel, stride, padding, divisor_override=1)
-    return wrap(y.to(torch.int64), bits)
+    return wrap(window_sums(x.double(), kernel, stride, padding).to(torch.int64), bits)
+
+
+def window_sums(x: Tensor, kernel: list[int], stride: list[int], padding: list[int]) -> Tensor:
+    """Of [B, C, H, W], in its type."""
+    return F.avg_pool2d(x, kernel, stride, padding, divisor_override=1)
 
 
 def along(values: Tensor, dims: int, axis: int) -> Tensor:

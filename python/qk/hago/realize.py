@@ -6,6 +6,7 @@ integer they are the functions of qk.hago.integers.
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
@@ -24,7 +25,7 @@ from qk.hago.topology import Bits, Topology
 
 def realize(topology: Topology, grids: Grids, bits: Bits) -> fx.GraphModule:
     """The network at these bits: float in, float out."""
-    kind = _Integers if topology.hardware.arithmetic == "integer" else _Codes
+    kind = _Integers if topology.hardware.on_integers else _Codes
     return kind(topology, grids, bits).run()
 
 
@@ -42,11 +43,9 @@ class _Writer:
     def run(self) -> fx.GraphModule:
         for node in self.source.graph.nodes:
             kind = self.topology.integer.get(node)
-            if node.op == "get_attr":
-                self.made[node] = None
-            elif node.op == "call_module":
+            if node.op in ("get_attr", "call_module"):  # constants are added where they are read
                 continue
-            elif kind is None:
+            if kind is None:
                 self.as_it_is(node)
             else:
                 self.layer(node) if kind in LAYERS else getattr(self, kind)(node)
@@ -55,13 +54,11 @@ class _Writer:
     def as_it_is(self, node: fx.Node) -> None:
         """The float operator."""
         self.made[node] = self.graph.node_copy(node, self.plain)
-        self.made[node].meta = (
-            {name: x for name, x in node.meta.items() if name == "val"} if node.op == "placeholder" else {}
-        )
+        self.made[node].meta = {"val": node.meta.get("val")} if node.op == "placeholder" else {}
 
     def plain(self, node: fx.Node) -> fx.Node:
         """The float values of a node."""
-        if node.op == "get_attr" and self.made.get(node) is None:
+        if node.op == "get_attr" and node not in self.made:
             self.made[node] = self.constant("float", self.source.tensor(node))
         return self.made[node]
 
@@ -70,9 +67,6 @@ class _Writer:
 
     def constant(self, kind: str, tensor: Tensor | None) -> fx.Node | None:
         return None if tensor is None else self.tensors.add(kind, tensor.detach())
-
-    def grid(self, node: fx.Node, i: int) -> Grid:
-        return self.grids.of(self.topology.by_edge[node, i], self.bits)
 
 
 class _Codes(_Writer):
@@ -90,7 +84,7 @@ class _Codes(_Writer):
 
     def codes(self, node: fx.Node, i: int) -> tuple[fx.Node, Grid]:
         """Of an operand, an image in NHWC: kernels read it so, and no permutation is left between two of them."""
-        grid, source = self.grid(node, i), sources_of(node)[i]
+        grid, source = self.grids.at(node, i, self.bits), sources_of(node)[i]
         x = self.plain(source)
         if len(shape_of(source)) == 4 and node.target is not LINEAR:
             x = self.call(aten.permute.default, x, nhwc.NHWC)
@@ -183,7 +177,7 @@ class _Integers(_Writer):
         source = sources_of(node)[i]
         if (node, i) not in self.topology.by_edge:
             return self.held[source]
-        return self.quantized(source, self.grid(node, i))
+        return self.quantized(source, self.grids.at(node, i, self.bits))
 
     def quantized(self, source: fx.Node, grid: Grid) -> Held:
         held, step = self.held.get(source), grid.step.double()
@@ -221,9 +215,8 @@ class _Integers(_Writer):
 
     def avg_pool2d(self, node: fx.Node) -> None:
         x, window = self.read(node, 0), window_of(node)
-        sums = self.call(integers.sum_pool, x.node, *window.values(), self.sum_bits(node))
-        count = window["kernel"][0] * window["kernel"][1]
-        self.keep(node, _shaped(self, node, sums), x.step / count, x.axis)
+        sums = self.call(integers.sum_pool, x.node, **window, bits=self.sum_bits(node))
+        self.keep(node, _shaped(self, node, sums), x.step / prod(window["kernel"]), x.axis)
 
     def concatenate(self, node: fx.Node) -> None:
         parts = [self.read(node, i) for i in range(len(sources_of(node)))]

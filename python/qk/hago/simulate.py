@@ -6,6 +6,7 @@ on the device. Where it is float32, codes are values of their grids, and sums ar
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor, fx
 
 from qk import ops
 from qk.deploy.fusing import nhwc
-from qk.deploy.fusing.tensors import flat_inputs, table_of
+from qk.deploy.fusing.running import flat_inputs
+from qk.deploy.fusing.tensors import table_of
 from qk.hago import integers
 from qk.hago.graph import CONV, LINEAR, argument, conv_arguments, is_flat, sources_of, window_of
 from qk.hago.grids import Grid, Grids
@@ -49,7 +51,7 @@ class Simulation:
     @torch.no_grad()
     def run(self, batch: Any, bits: Bits) -> Any:
         """What the network gives for a batch at these bits."""
-        kind = _Integers if self.topology.hardware.arithmetic == "integer" else _Codes
+        kind = _Integers if self.topology.hardware.on_integers else _Codes
         runner = kind(self.topology, self.grids, bits)
         graph = self.topology.constants.graph
         return graph.process_outputs(
@@ -73,25 +75,25 @@ class _Runner(fx.Interpreter):
         """The float operator."""
         return super().run_node(node)
 
-    def grid(self, node: fx.Node, i: int) -> Grid:
-        """Of an operand that is quantized."""
-        return self.grids.of(self.topology.by_edge[node, i], self.bits)
-
 
 class _Codes(_Runner):
     """Scaled in float32 before anything leaves the registers."""
 
+    def codes(self, node: fx.Node, i: int) -> tuple[Tensor, Grid]:
+        """Of an operand that is quantized."""
+        grid = self.grids.at(node, i, self.bits)
+        return ops.quantize(self.env[sources_of(node)[i]], grid.step, grid.zero, grid.bits), grid
+
     def read(self, node: fx.Node, i: int) -> Tensor:
         """What arrives of operand i."""
-        x = self.env[sources_of(node)[i]]
         if (node, i) not in self.topology.by_edge:
-            return x
-        grid = self.grid(node, i)
-        return laid(node, ops.dequantize(ops.quantize(x, grid.step, grid.zero, grid.bits), grid.step, grid.zero))
+            return self.env[sources_of(node)[i]]
+        codes, grid = self.codes(node, i)
+        return laid(node, ops.dequantize(codes, grid.step, grid.zero))
 
     def layer(self, node: fx.Node) -> Tensor:
-        grid, weight = self.grid(node, 0), self.grids.weight(node, self.bits)
-        x = ops.quantize(self.env[node.args[0]], grid.step, grid.zero, grid.bits).double() - grid.zero.double()
+        (codes, grid), weight = self.codes(node, 0), self.grids.weight(node, self.bits)
+        x = codes.double() - grid.zero.double()
         centred = weight.codes.double() - integers.along(weight.grid.zero, weight.codes.dim(), 0).double()
         if node.target is CONV:
             sums, axis = F.conv2d(x, centred.permute(0, 3, 1, 2), None, *conv_arguments(node)), 1
@@ -108,8 +110,7 @@ class _Codes(_Runner):
         return self.read(node, 0) * self.read(node, 1)
 
     def function(self, node: fx.Node) -> Tensor:
-        grid = self.grid(node, 0)
-        codes = ops.quantize(self.env[sources_of(node)[0]], grid.step, grid.zero, grid.bits)
+        codes, grid = self.codes(node, 0)
         return laid(node, table_of(node, grid.step, grid.zero)[codes.long()])
 
     def relu(self, node: fx.Node) -> Tensor:
@@ -118,11 +119,9 @@ class _Codes(_Runner):
     clip = relu
 
     def avg_pool2d(self, node: fx.Node) -> Tensor:
-        grid, window = self.grid(node, 0), window_of(node)
-        x = self.env[sources_of(node)[0]]
-        codes = ops.quantize(x, grid.step, grid.zero, grid.bits).double() - grid.zero.double()
-        sums = F.avg_pool2d(codes, window["kernel"], window["stride"], window["padding"], divisor_override=1)
-        count = torch.tensor(float(window["kernel"][0] * window["kernel"][1]))
+        (codes, grid), window = self.codes(node, 0), window_of(node)
+        sums = integers.window_sums(codes.double() - grid.zero.double(), **window)
+        count = torch.tensor(float(prod(window["kernel"])))
         return _flat(node, laid(node, sums.float() * (grid.step / count)))
 
     def reshape(self, node: fx.Node) -> Any:
@@ -154,7 +153,7 @@ class _Integers(_Runner):
         source = sources_of(node)[i]
         if (node, i) not in self.topology.by_edge:
             return self.values[source]
-        return self.quantized(source, self.grid(node, i))
+        return self.quantized(source, self.grids.at(node, i, self.bits))
 
     def quantized(self, source: fx.Node, grid: Grid) -> Value:
         made = self.values.get(source)
@@ -164,11 +163,10 @@ class _Integers(_Runner):
         x = integers.requantize(made.integers(), *factors, made.axis, grid.limit, self.hardware.rounding)
         return value(x, grid.step)
 
-    def wrapped(self, node: fx.Node, real: Tensor, step: Tensor, axis: int) -> Tensor:
+    def wrapped(self, node: fx.Node, real: Tensor, step: Tensor, axis: int) -> Value:
         """Sums as the accumulator and then the result's type hold them."""
-        descriptor = self.topology.descriptor(node, self.bits)
-        x = Value(real, step, axis).integers()
-        return self.keep(node, value(integers.wrap(x, self.topology.sum_bits(descriptor)), step, axis))
+        bits = self.topology.sum_bits(self.topology.descriptor(node, self.bits))
+        return value(integers.wrap(Value(real, step, axis).integers(), bits), step, axis)
 
     def layer(self, node: fx.Node) -> Tensor:
         x, weight = self.read(node, 0), self.grids.weight(node, self.bits)
@@ -180,11 +178,11 @@ class _Integers(_Runner):
             y, axis = F.linear(x.real, real), -1
         if weight.bias is not None:
             y = y + integers.along(weight.bias * step, y.dim(), axis)
-        return self.wrapped(node, y, step, axis)
+        return self.keep(node, self.wrapped(node, y, step, axis))
 
     def add(self, node: fx.Node) -> Tensor:
         a, b = self.read(node, 0), self.read(node, 1)
-        return self.wrapped(node, a.real + b.real, a.step, a.axis)
+        return self.keep(node, self.wrapped(node, a.real + b.real, a.step, a.axis))
 
     def relu(self, node: fx.Node) -> Tensor:
         x = self.read(node, 0)
@@ -196,11 +194,8 @@ class _Integers(_Runner):
 
     def avg_pool2d(self, node: fx.Node) -> Tensor:
         x, window = self.read(node, 0), window_of(node)
-        sums = F.avg_pool2d(x.real, window["kernel"], window["stride"], window["padding"], divisor_override=1)
-        count = window["kernel"][0] * window["kernel"][1]
-        x = Value(sums, x.step, x.axis)
-        sums = integers.wrap(x.integers(), self.topology.sum_bits(self.topology.descriptor(node, self.bits)))
-        made = value(sums, x.step / count, x.axis)
+        sums = self.wrapped(node, integers.window_sums(x.real, **window), x.step, x.axis)
+        made = value(sums.integers(), x.step / prod(window["kernel"]), x.axis)
         return self.keep(node, made._replace(real=_flat(node, made.real)))
 
     def concatenate(self, node: fx.Node) -> Tensor:

@@ -56,7 +56,6 @@ class Topology:
     dimensions: list[Dimension] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.on_integers = self.hardware.arithmetic == "integer"
         for node in self.constants.graph.nodes:
             self._sort(node)
             if node in self.integer:
@@ -64,7 +63,7 @@ class Topology:
         self._find_dimensions()
         self.by_edge = {edge: d for d in self.dimensions for edge in d.edges}
         for node in self.integer:  # now, not in the middle of a search
-            self.descriptor(node, {d.name: d.choices[0] for d in self.dimensions})
+            self.descriptor(node, self.widest())
 
     # --- nodes ------------------------------------------------------------------------------------------------------
 
@@ -76,7 +75,7 @@ class Topology:
             if node.target in WEIGHTED:
                 without = f"{self.hardware.name} has no {kind} in integers"
                 self.reasons[node] = without if kind else "its weight or bias is computed, or it reads no activation"
-        elif kind in LAYERS and not self.on_integers and self._length(node) > LONGEST:
+        elif kind in LAYERS and not self.hardware.on_integers and self._length(node) > LONGEST:
             self.reasons[node] = f"sums of {self._length(node)} products could leave int32, which holds {LONGEST}"
         elif any(reads) or (self.hardware.operators[kind].begins and kind not in KEEPS):
             self.integer[node] = kind
@@ -104,7 +103,7 @@ class Topology:
         if kind in LAYERS:
             if self.hardware.weights == "channel":
                 self.axis[node] = 1 if node.target is CONV else -1
-        elif not self.on_integers:
+        elif not self.hardware.on_integers:
             self._stay_in_registers(node)
         elif kind == "concatenate":
             self.joins.add(node)
@@ -143,7 +142,7 @@ class Topology:
     def output_of(self, node: fx.Node) -> Type:
         """The widest type of an integer node's result."""
         kind = self.integer[node]
-        if kind in KEEPS and self.on_integers and (node, 0) in self.passed:
+        if kind in KEEPS and self.hardware.on_integers and (node, 0) in self.passed:
             return self.output_of(sources_of(node)[0])
         return max((d.output for d in self.hardware.operators[kind].integer), key=bits_of)
 
@@ -163,12 +162,12 @@ class Topology:
             for i, source in enumerate(sources):
                 if (node, i) in self.passed:
                     continue
-                width = min(self._widest(node, j) for j in range(len(sources))) if node in self.joins else None
-                width = self._widest(node, i) if width is None else width
+                alike = range(len(sources)) if node in self.joins else (i,)
+                width = min(self._widest(node, j) for j in alike)
                 root = self.root(source)
                 group = joined.get(root, (root,))
                 key: tuple = (group, width >= WIDE)
-                if kind == "add" and self.on_integers:  # operands of a sum have one scale
+                if kind == "add" and self.hardware.on_integers:  # operands of a sum have one scale
                     group = tuple(dict.fromkeys(self.root(x) for x in sources))
                     key = ("sum", node)
                 entry = found.setdefault(key, {"source": root, "edges": [], "top": width, "joined": group})
@@ -227,7 +226,7 @@ class Topology:
     def _widest(self, node: fx.Node, i: int) -> int:
         """Bits of the widest type that the operand may have when it is quantized."""
         kind, sources = self.integer[node], sources_of(node)
-        if not self.on_integers and (kind not in LAYERS or i == 0):
+        if not self.hardware.on_integers and (kind not in LAYERS or i == 0):
             return 8  # what is not in registers
         count = 2 if kind in LAYERS else len(sources)
         widest = max(bits_of(d.types(count)[i]) for d in self.hardware.operators[kind].integer)
@@ -236,6 +235,10 @@ class Topology:
         return min(widest, bits_of(self.output_of(sources[i])))
 
     # --- descriptors ------------------------------------------------------------------------------------------------
+
+    def widest(self) -> dict[str, int]:
+        """The most bits of every dimension."""
+        return {d.name: d.choices[0] for d in self.dimensions}
 
     def groups(self) -> list[tuple[Dimension, ...]]:
         """Every activation with the weights of the layers that read it: what the cost of a layer depends on."""
@@ -271,6 +274,5 @@ class Topology:
         if found is not None:
             return bits[found.name] + found.is_sum
         source = sources_of(node)[i]
-        if source not in self.integer or (not self.on_integers and self.integer[node] in (*KEEPS, "concatenate")):
-            return 0  # values that are only moved
-        return bits_of(self.output_of(source))
+        only_moves = not self.hardware.on_integers and self.integer[node] in (*KEEPS, "concatenate")
+        return 0 if only_moves or source not in self.integer else bits_of(self.output_of(source))

@@ -21,7 +21,6 @@ HOT, COLD = 0.5, 0.0005  # temperatures, of losses relative to that of the wides
 SHARE, REACH = 0.1, 2  # of the dimensions that a proposal changes, by how many choices
 TRIALS = 100  # of annealing
 MOST = 256  # choices of a group that are looked at one by one
-AGAIN = 8  # times that a limit is lowered where costs did not add up
 Found = dict[str, int]
 
 
@@ -167,11 +166,11 @@ def _proposed(dimensions: list[Dimension], bits: Bits, draw: rnd.Random) -> Foun
 
 
 def exact(trials: Trials, **_: object) -> Found:
-    """The least sum of losses that each dimension was seen to add alone, within the limit, by qk.search's solver. Where
-    costs of groups do not add up, the limit is lowered until the true sum keeps it."""
+    """The least sum of losses that each dimension was seen to add alone, within the limit, by qk.search's solver. Costs
+    of groups add up: that of an operator depends on one of them."""
     if trials.limit is None:
         raise fail(STAGE, "limit", "a share of the widest for the tuner exact", None)
-    fallback = trials.cheapest()
+    cheapest = trials.cheapest()
     base, whole = trials.loss(trials.widest), trials.cost(trials.widest)
     added = {(d.name, b): trials.loss(trials.widest | {d.name: b}) - base for d in trials.dimensions for b in d.choices}
     options = [trials.options(group) for group in trials.groups]
@@ -179,15 +178,10 @@ def exact(trials: Trials, **_: object) -> Found:
     saved = [np.array([whole - trials.cost(trials.widest | o) for o in row]) for row in options]
     costs = [row.max() - row for row in saved]  # not negative
     limit = trials.limit - whole + sum(float(row.max()) for row in saved)
-    for _i in range(AGAIN):
-        choice = solve(Problem(losses, {"cost": costs}, {"cost": limit}))
-        if choice is None:
-            break
-        bits = {name: b for row, i in zip(options, choice, strict=True) for name, b in row[i].items()}
-        if trials.fits(bits):
-            return bits
-        limit -= trials.cost(bits) - trials.limit
-    return fallback
+    choice = solve(Problem(losses, {"cost": costs}, {"cost": limit}))
+    if choice is None:  # by rounding, where only the cheapest fits
+        return cheapest
+    return {name: b for row, i in zip(options, choice, strict=True) for name, b in row[i].items()}
 
 
 TUNERS: dict[str, Callable[..., Found]] = {

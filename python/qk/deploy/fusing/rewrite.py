@@ -37,7 +37,7 @@ SUM, PRODUCT = qk.add.default, qk.multiply.default
 
 
 def fuse_exactly(constants: Constants) -> None:
-    """Rewrites the graph in place until nothing changes. Shapes must be known (tensors.note_shapes)."""
+    """Rewrites the graph in place until nothing changes. Shapes must be known (running.note_shapes)."""
     graph = constants.graph
     changed = True
     while changed:

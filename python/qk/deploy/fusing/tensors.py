@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx._pytree import tree_flatten_spec
 
 from qk import ops
 from qk.calibrate.observe import Observer
@@ -24,7 +23,6 @@ from qk.calibrate.ranges import percentile, step_and_zero
 from qk.deploy.fusing import heads, nhwc
 from qk.deploy.fusing.graph import (
     ADD,
-    AS_IT_IS,
     ATTENTION,
     CAT,
     CONV2D,
@@ -45,6 +43,7 @@ from qk.deploy.fusing.graph import (
     shape_of,
     with_shape,
 )
+from qk.deploy.fusing.running import run
 from qk.errors import fail
 from qk.inputs import describe
 
@@ -265,45 +264,6 @@ def _calibrate(
             found = step_and_zero(low, high, BITS) if ranges == "minmax" else percentile(observer.sample(), BITS)
             grids[key] = Grid(*(constants.scalar(t.to(constants.device)) for t in found), BITS)
         chosen[tensor] = grids[key]
-
-
-def note_shapes(constants: Constants, example: Any) -> None:
-    """Gives every node that makes a tensor its shape and dtype on the example."""
-
-    def note(node: fx.Node, value: Any) -> None:
-        if isinstance(value, Tensor):
-            node.meta["shape"], node.meta["dtype"] = tuple(value.shape), value.dtype
-
-    try:
-        run(constants, example, note)
-    except RuntimeError as error:
-        got = f"{type(error).__name__}: {error}".splitlines()[0]
-        advice = (
-            "Where it takes the number of rows for a constant, with len(x) for example, x.shape[0] leaves it free. "
-        )
-        raise fail(STAGE, "model", "one whose graph runs on the example", got, advice + AS_IT_IS) from error
-
-
-def run(constants: Constants, batch: Any, watch: Callable[[fx.Node, Any], None]) -> None:
-    """The graph on a batch; watch is shown what every node makes."""
-
-    class Run(fx.Interpreter):
-        def run_node(self, node: fx.Node) -> Any:
-            value = super().run_node(node)
-            watch(node, value)
-            return value
-
-    with torch.no_grad():
-        Run(constants.root, graph=constants.graph).run(*flat_inputs(constants, batch), enable_io_processing=False)
-
-
-def flat_inputs(constants: Constants, batch: Any) -> list[Any]:
-    """A batch as the placeholders of the graph take it."""
-    spec = constants.graph._codegen.pytree_info.in_spec
-    keywords = dict(batch) if isinstance(batch, Mapping) else {}
-    args = (batch,) if isinstance(batch, Tensor) else () if keywords else tuple(batch)
-    order = spec.child(1).context or []
-    return tree_flatten_spec((args, {name: keywords[name] for name in order}), spec)
 
 
 # --- the pairs and what reads them ----------------------------------------------------------------------------------
