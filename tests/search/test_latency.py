@@ -36,7 +36,7 @@ def measured(bank):
 def test_every_layer_of_a_network_has_its_steps(bank):
     networks = uniform_networks(bank, data(1)[0])
     assert list(networks) == [(8, 8), (8, 6), (4, 8), (4, 6)]
-    found = network_times(list(networks.values()), data(1)[0], rounds=3)
+    found = network_times(list(networks.values()), data(1)[0])
     for times in found:
         layers = {name: times.layers[name] for name in bank.p.quant_layers()}
         assert all(0 < ms < 100 for ms in layers.values())

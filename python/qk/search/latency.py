@@ -7,9 +7,11 @@ the end.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -32,7 +34,8 @@ from qk.search.cost import Costs
 from qk.search.items import STAGE, Widths
 
 FORMAT = 1
-ROUNDS = 30  # calls of each network that are timed, after as many as it takes to warm up
+ROUNDS = 30  # calls of each network that are timed at least, after as many as it takes to warm up
+SECONDS = 1.0  # that they are spread over at least: some of what else the machine does goes on for longer than 30 calls
 WARM_UP = 3
 SHARE = 0.25  # of the calls that took no longer: what else the machine does lengthens some calls, and shortens none
 WHERE = ("cpu", "threads", "instruction set", "gpu", "qk")  # of the machine: without these equal, times differ
@@ -172,12 +175,15 @@ class NetworkTimes:
     layers: dict[str, float]
 
 
-def network_times(models: Sequence[FusedModel], inputs: Any, rounds: int = ROUNDS) -> list[NetworkTimes]:
+def network_times(models: Sequence[FusedModel], inputs: Any) -> list[NetworkTimes]:
     """Of fused models on the same inputs, alternating, so that whatever slows the machine slows all of them."""
     steps: list[list[list[float]]] = [[] for _ in models]  # of each model: of each round: of each step
     whole: list[list[float]] = [[] for _ in models]
     with torch.inference_mode():
-        for round in range(-WARM_UP, rounds):
+        end = time.perf_counter() + SECONDS
+        for round in itertools.count(-WARM_UP):
+            if round >= ROUNDS and time.perf_counter() > end:
+                break
             for model, kept, times in zip(models, steps, whole, strict=True):
                 feed(model, inputs)  # others ran since: its weights go back to where they lie when it runs alone
                 took = timing.milliseconds(lambda model=model: feed(model, inputs))
