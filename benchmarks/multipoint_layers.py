@@ -1,4 +1,5 @@
-"""Time of an integer layer of which a tenth of the channels have two points, against the same layer without.
+"""Time of an integer layer of which a tenth of the channels have two points, against the same layer without; and of
+fused networks whose points cost at most a tenth more, against the same ones without.
 
     python benchmarks/multipoint_layers.py [--threads 1]
 
@@ -9,12 +10,14 @@ runs on the machine can only add to it. Results are compared first.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import qk
+from qk.bench.networks import Network
 from qk.deploy import QConv2d, QLinear, definition
 from qk.tables import Table
 from qk.timing import alternate, quantile
@@ -76,6 +79,24 @@ def case(name: str, bits: int) -> list[str]:
     return [f"W{bits} {name}", f"{before:.3f}", f"{after:.3f}", f"{after / before:.2f}"]
 
 
+def network(name: str) -> list[str]:
+    """Random weights, a 224 x 224 image."""
+    source = Network(f"torchvision:{name}", 1)
+    x = source.inputs[0]
+    plain = qk.Recipe(weights=4, activations=8, method="nearest", symmetric=True)
+    fused = []
+    for recipe in (plain, replace(plain, points=3, points_budget=0.1)):
+        model = qk.quantize(source.model, [x], recipe, measure=False, fused=False, progress=False).model
+        fused.append(qk.fuse(model, x))
+        with torch.inference_mode():
+            assert torch.equal(fused[-1](x), qk.deploy.unfused(model, x)(x)), name
+    with torch.inference_mode():
+        times = alternate([lambda: fused[0](x), lambda: fused[1](x)], seconds=5.0)
+    before, after = (quantile(side, 0.05) for side in times)
+    put = fused[1].steps["index_put"]
+    return [f"{name} W4A8", str(put), f"{before:.3f}", f"{after:.3f}", f"{after / before:.2f}"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1)
@@ -83,7 +104,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     rows = [case(name, bits) for bits in (4, 2) for name in LAYERS]
     print(f"threads {options.threads}, {qk.active_isa()}, torch {torch.__version__}\n")
-    print(Table("", ["layer", "without (ms)", "with (ms)", "with / without"], rows).markdown())
+    print(Table("", ["layer", "without (ms)", "with (ms)", "with / without"], rows).markdown() + "\n")
+    networks = [network(name) for name in ("resnet18", "resnet50", "mobilenet_v2")]
+    head = ["network, fused", "layers with points", "without (ms)", "with (ms)", "with / without"]
+    print(Table("", head, networks).markdown())
 
 
 if __name__ == "__main__":

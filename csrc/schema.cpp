@@ -106,6 +106,17 @@ STABLE_TORCH_LIBRARY(qk, m) {
       "pool(Tensor x, Tensor x_step, Tensor x_zero, str mode, int[2] kernel, int[2] stride, int[2] padding=0,"
       " int[2] dilation=1, bool ceil_mode=False, bool count_include_pad=True, int? divisor_override=None,"
       " str activation=\"none\", Tensor? out_step=None, Tensor? out_zero=None, int out_bits=8) -> Tensor");
+  // x [..., N] codes with out_step and out_zero, float32 without, added [..., T] float32, index int32 [count], source
+  // int32 [terms, count], residual [..., N] codes or float32 as for add, or none -> [..., N]: x, but in column index[u]
+  // activation(sum of added[..., source[p, u]] for p in order, none where it is -1, + value(residual)). A column that
+  // there is not is an error on the CPU and left out on CUDA.
+  m.def(
+      "index_put(Tensor x, Tensor added, Tensor index, Tensor source, Tensor? residual=None,"
+      " Tensor? residual_step=None, Tensor? residual_zero=None, str activation=\"none\", Tensor? out_step=None,"
+      " Tensor? out_zero=None, int out_bits=8) -> Tensor");
+  // codes [..., C] uint8, index int32 [count] -> [..., count]: codes[..., index]. A column that there is not is an
+  // error on the CPU and 0 on CUDA.
+  m.def("index_select(Tensor codes, Tensor index) -> Tensor");
   // codes [...] uint8, table [256] uint8 or float32 -> [...] of the table's type: table[code].
   m.def("lookup(Tensor codes, Tensor table) -> Tensor");
   // codes: uint8 [..., C] each, alike but for C, steps and zeros [1] each -> uint8 [..., sum of C], side by side:

@@ -128,7 +128,7 @@ def random_step(net: Net, rnd: random.Random, values: list[int]) -> int:
     op = rnd.choice(
         (
             *("conv2d", "conv2d", "depthwise", "gemm", "add", "multiply", "max", "average", "lookup", "sparq"),
-            *("concat", "attention"),
+            *("concat", "attention", "index_put", "index_select"),
         )
     )
     if op == "conv2d":
@@ -151,6 +151,16 @@ def random_step(net: Net, rnd: random.Random, values: list[int]) -> int:
     if op == "multiply":
         gate = net.step("pool", x, mode="average", **GLOBAL, scale=rnd.choice((None, net.new_scale())))
         return net.step("multiply", x, gate, activation=activation, **out)
+    if op == "index_put":
+        into = net.step("lookup", x, table=net.table(scale), **out)
+        added = net.step("dequantize", x)
+        count = rnd.randint(1, c)
+        index = torch.randperm(c, generator=net.random)[:count].int()
+        source = torch.randint(-1, c, (rnd.randint(1, 3), count), generator=net.random, dtype=torch.int32)
+        residual = [rnd.choice(same)] * rnd.randint(0, 1)
+        return net.step("index_put", into, added, *residual, index=index, source=source, activation=activation, **out)
+    if op == "index_select":
+        return net.step("index_select", x, index=torch.randint(0, c, (c,), generator=net.random, dtype=torch.int32))
     if op in ("max", "average"):
         window = POOL | {"stride": rnd.choice(((1, 1), (2, 1))), "ceil_mode": rnd.choice((0, 1))}
         return net.step("pool", x, mode=op, **window, scale=None if op == "max" else scale)

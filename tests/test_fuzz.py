@@ -259,6 +259,26 @@ def lookup(rnd, schema):
     return {"codes": strided(rnd, values(rnd, shape(rnd), torch.uint8)), "table": table}
 
 
+def index_select(rnd, schema):
+    base, count = shape(rnd, range(1, 5)), rnd.choice((0, 1, 5, 70))
+    index = torch.tensor([rnd.randrange(base[-1]) for _ in range(count if base[-1] else 0)], dtype=torch.int32)
+    return {"codes": strided(rnd, values(rnd, base, torch.uint8)), "index": index}
+
+
+def index_put(rnd, schema):
+    base, others, terms = shape(rnd, range(1, 5)), rnd.choice(SIZES), rnd.choice((1, 2, 3))
+    end = result_scale(rnd)
+    x = values(rnd, base, torch.float32 if end["out_step"] is None else torch.uint8)
+    index = rnd.sample(range(base[-1]), rnd.randint(0, base[-1]))
+    source = [[rnd.randrange(-1, others) for _ in index] for _ in range(terms)]
+    args = {"x": strided(rnd, x), "added": strided(rnd, values(rnd, [*base[:-1], others], torch.float32)), **end}
+    args |= {"index": torch.tensor(index, dtype=torch.int32), "activation": rnd.choice(("none", "relu", "relu6"))}
+    args["source"] = torch.tensor(source, dtype=torch.int32).reshape(terms, len(index))
+    if rnd.random() < 0.5:
+        args["residual"], args["residual_step"], args["residual_zero"] = operand(rnd, base)
+    return args
+
+
 def concat(rnd, schema):
     base, count = shape(rnd, range(1, 5)), rnd.choice((1, 2, 3))
     scales = [scale(rnd, 1, 8) for _ in range(count)]
@@ -322,7 +342,7 @@ def attention(rnd, schema):
 LIKELY = {"pack": pack, "unpack": unpack, "sparq": sparq, "prepack": prepack, "gemm": gemm, "conv2d": conv2d}
 LIKELY |= {"network": network, "add": pointwise, "multiply": pointwise, "pool": pool, "lookup": lookup}
 LIKELY |= {"sparq_pack": sparq_pack, "sparq_unpack": sparq_unpack, "concat": concat, "embedding_bag": embedding_bag}
-LIKELY |= {"attention": attention}
+LIKELY |= {"attention": attention, "index_put": index_put, "index_select": index_select}
 
 
 def described(value):

@@ -41,6 +41,10 @@ enum Key : uint32_t {
   pairs = 1 << 22,
   heads = 1 << 23,
   score_scale = 1 << 24,
+  index = 1 << 25,
+  source = 1 << 26,
+  count = 1 << 27,
+  terms = 1 << 28,
 };
 constexpr std::string_view key_names[] = {"weight",
                                           "weight_step",
@@ -66,7 +70,11 @@ constexpr std::string_view key_names[] = {"weight",
                                           "round",
                                           "pairs",
                                           "heads",
-                                          "score_scale"};
+                                          "score_scale",
+                                          "index",
+                                          "source",
+                                          "count",
+                                          "terms"};
 constexpr uint32_t matrix = weight | weight_step | bits | n | k_groups, window = kernel | stride | padding | dilation,
                    scale = out_scale | out_bits;
 
@@ -87,6 +95,8 @@ constexpr Signature signatures[] = {
     {"sparq", StepOp::sparq, 1, 1, family | round | pairs, 0},
     {"concat", StepOp::concat, 1, 4096, scale, 0},
     {"attention", StepOp::attention, 3, 4, heads | score_scale, scale},
+    {"index_put", StepOp::index_put, 2, 3, index | source | count | terms | activation, scale},
+    {"index_select", StepOp::index_select, 1, 1, index | count, 0},
     {"reshape", StepOp::reshape, 1, 1, shape, 0},
     {"dequantize", StepOp::dequantize, 1, 1, 0, 0},
 };
@@ -178,6 +188,10 @@ struct Parser {
       case weight_step: s.weight_step = offset(value, name); break;
       case bias: s.bias = offset(value, name); break;
       case table: s.table = offset(value, name); break;
+      case index: s.index = offset(value, name); break;
+      case source: s.source = offset(value, name); break;
+      case terms: s.terms = number(value, 1, 255, name); break;
+      case count: s.count = number(value, 1, INT32_MAX, name); break;
       case bits: s.bits = 2 << choice(value, {"2", "4", "8"}, name); break;
       case n: s.n = number(value, 1, INT32_MAX, name); break;
       case k_groups: s.k_groups = number(value, 1, INT32_MAX, name); break;
@@ -266,7 +280,8 @@ struct Parser {
     keys(words, at, signature.needed, signature.optional, s);
     for (int v : s.in) p.values[p.values[v].root].last = index;
     const Value first = p.values[s.in[0]];
-    const bool keeps = s.op == StepOp::reshape || s.op == StepOp::sparq || (s.op == StepOp::pool && s.max);
+    const bool keeps = s.op == StepOp::reshape || s.op == StepOp::sparq || s.op == StepOp::index_select ||
+                       (s.op == StepOp::pool && s.max);
     check_kinds(s, first.scale.codes(), keeps);
     s.out = define(words[1], keeps ? first.scale : s.scale, index);
     if (s.op == StepOp::reshape) p.values[s.out].root = first.root;
@@ -280,6 +295,10 @@ struct Parser {
       case StepOp::concat:
       case StepOp::attention:
         for (int v : s.in) demand(p.values[v].scale.codes(), "concat and attention take codes");
+        break;
+      case StepOp::index_put:
+        demand(p.values[s.in[0]].scale == s.scale, "index_put keeps the scale of its first input");
+        demand(!p.values[s.in[1]].scale.codes(), "index_put adds float32 values");
         break;
       case StepOp::add: break;
       case StepOp::reshape: {

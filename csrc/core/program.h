@@ -21,6 +21,8 @@ enum class StepOp {
   sparq,
   concat,
   attention,
+  index_put,
+  index_select,
   reshape,
   dequantize
 };
@@ -29,6 +31,7 @@ enum class StepOp {
 struct Scale {
   int index = 0, bits = 0;
   bool codes() const { return bits != 0; }
+  bool operator==(const Scale& other) const { return index == other.index && bits == other.bits; }
 };
 
 using Pair = std::array<int64_t, 2>;
@@ -39,7 +42,8 @@ struct Step {
   int out = 0;          // index into Program::values
   std::vector<int> in;  // the same
   Scale scale;          // what the result is quantized with; none for what keeps the input's
-  int64_t weight = -1, weight_step = -1, bias = -1, table = -1;  // offsets into the constants, -1: none
+  int64_t weight = -1, weight_step = -1, bias = -1, table = -1,  // offsets into the constants,
+      index = -1, source = -1;                                   // -1: none
   int bits = 0;                                                  // of the weight
   int64_t n = 0, k_groups = 1;
   Pair kernel{}, stride{1, 1}, padding{}, dilation{1, 1};
@@ -50,6 +54,7 @@ struct Step {
   int family = 0;  // of sparq: which of program.cpp's list
   bool round = false, pairs = false;
   int64_t heads = 0;
+  int64_t count = 0, terms = 0;  // of index and source
   float score_scale = 0.0f;
   std::vector<int64_t> shape;
 };

@@ -4,6 +4,7 @@
 
 #include "core/scratch.h"
 #include "core/step_times.h"
+#include "ops/columns_check.h"
 #include "ops/network_plan.h"
 
 namespace qk {
@@ -134,6 +135,18 @@ struct Runner {
     k.mask = step.in.size() > 3 ? a.at<uint8_t>(step.in[3]) : nullptr;
     set(k.out);
     QK_DEVICE::attention(k);
+  }
+  void operator()(IndexPutArgs& k) const {
+    k.x = a.value[step.in[0]], k.added = a.at<float>(step.in[1]);
+    k.index = a.constants.columns(step.index), k.source = a.constants.columns(step.source);
+    k.residual = step.in.size() > 2 ? a.operand(in(2), step.in[2]) : Operand{};
+    set(k.out);
+    QK_DEVICE::index_put(k);
+  }
+  void operator()(IndexSelectArgs& k) const {
+    k.codes = a.at<uint8_t>(step.in[0]), k.out = a.at<uint8_t>(step.out);
+    k.index = a.constants.columns(step.index);
+    QK_DEVICE::index_select(k);
   }
   void operator()(Concat& k) const {
     for (size_t i = 0; i < k.parts.size(); ++i) {
@@ -295,6 +308,12 @@ void check_numbers(const Plan& plan, const std::vector<Tensor>& inputs, const Th
     if (s.table >= 0 && s.scale.codes() && s.scale.bits < 8)
       check(below(c.bytes + s.table, 256, s.scale.bits), s.where.c_str(), "table", "codes below 2^out_bits",
             "a larger one");
+  for (const Step& s : program.steps) {
+    if (s.index >= 0)
+      check_inside(s.where.c_str(), "index", c.columns(s.index), s.count, 0, plan.sizes[s.in[0]].back());
+    if (s.source >= 0)
+      check_inside(s.where.c_str(), "source", c.columns(s.source), s.terms * s.count, -1, plan.sizes[s.in[1]].back());
+  }
   for (size_t i = 0; i < inputs.size(); ++i) {
     const int bits = program.values[program.inputs[i]].scale.bits;
     if (bits && bits < 8)

@@ -16,6 +16,8 @@
 #include "ops/conv2d.h"
 #include "ops/dequantize.h"
 #include "ops/gemm.h"
+#include "ops/index_put.h"
+#include "ops/index_select.h"
 #include "ops/integer.h"
 #include "ops/lookup.h"
 #include "ops/multiply.h"
@@ -35,8 +37,9 @@ struct Concat {
 
 struct Nothing {};  // a step without work: reshape, or an empty result
 
-using StepArgs = std::variant<Nothing, QuantizeArgs, QuantizeTransposedArgs, Conv2dArgs, GemmArgs, AddArgs,
-                              MultiplyArgs, PoolArgs, LookupArgs, SparqArgs, Concat, AttentionArgs, DequantizeArgs>;
+using StepArgs =
+    std::variant<Nothing, QuantizeArgs, QuantizeTransposedArgs, Conv2dArgs, GemmArgs, AddArgs, MultiplyArgs, PoolArgs,
+                 LookupArgs, SparqArgs, Concat, AttentionArgs, IndexPutArgs, IndexSelectArgs, DequantizeArgs>;
 
 // The four tensors of constants.
 struct Constants {
@@ -45,6 +48,13 @@ struct Constants {
   const float* floats;
   const uint8_t* bytes;
   int64_t scales, float_count, byte_count;
+
+  // The offset is a multiple of 4.
+  const int32_t* columns(int64_t offset) const {
+    check(reinterpret_cast<uintptr_t>(bytes) % alignof(int32_t) == 0, "network", "constants[3], the bytes,",
+          "at a multiple of 4 bytes", "a view that is not");
+    return reinterpret_cast<const int32_t*>(bytes + offset);
+  }
 };
 
 // How an input lies: as its sizes say, or with its second axis last (a channels_last image).
@@ -127,6 +137,9 @@ class Planner {
            std::to_string(values) + " from " + std::to_string(offset));
   }
 
+  // All but the last size; a single one may be 0.
+  static int64_t rows_of(const Sizes& x) { return x.back() ? count(x) / x.back() : 0; }
+
   StepArgs step(const Step& s, PackedHeader& header) {
     const Sizes& x = in(s, 0);
     Sizes& out = plan_.sizes[s.out];
@@ -168,6 +181,16 @@ class Planner {
             attention_args(op_, x, in(s, 1), in(s, 2), s.in.size() > 3 ? &in(s, 3) : nullptr, s.heads, s.score_scale);
         a.out = result(s);
         out = {a.batch, a.queries, a.heads * a.width};
+        return a;
+      }
+      case StepOp::index_put: return index_put(s, x, out);
+      case StepOp::index_select: {
+        demand(!x.empty(), "the input", "[..., C]", x);
+        columns("index", s.index, s.count);
+        out = x;
+        out.back() = s.count;
+        IndexSelectArgs a{};
+        a.cols = x.back(), a.rows = rows_of(x), a.count = s.count;
         return a;
       }
       case StepOp::reshape: out = reshaped(s, x); return Nothing{};
@@ -277,7 +300,7 @@ class Planner {
 
   StepArgs gemm(const Step& s, const Sizes& x, Sizes& out, PackedHeader& header) {
     demand(!x.empty(), "the input", "[..., K]", x);
-    const int64_t k = x.back(), m = count(x) / k;
+    const int64_t k = x.back(), m = rows_of(x);
     check_size(op_, "rows of x", m, 0);
     WeightShape shape{};
     shape.kh = shape.kw = shape.groups = 1, shape.c = k;
@@ -328,6 +351,28 @@ class Planner {
     return a;
   }
 
+  // int32 among the bytes.
+  void columns(const char* name, int64_t offset, int64_t values) const {
+    check(offset % sizeof(int32_t) == 0, op_, name, "at a multiple of 4 bytes", offset);
+    inside(name, offset, values * static_cast<int64_t>(sizeof(int32_t)), false);
+  }
+
+  StepArgs index_put(const Step& s, const Sizes& x, Sizes& out) const {
+    demand(!x.empty(), "the first input", "[..., N]", x);
+    const Sizes& added = in(s, 1);
+    const bool fits = added.size() == x.size() && std::equal(x.begin(), x.end() - 1, added.begin());
+    demand(fits, "the second input", ("of the shape of the first but for its last size, " + text_of(x)).c_str(), added);
+    if (s.in.size() > 2) demand(in(s, 2) == x, "the residual", ("of the shape " + text_of(x)).c_str(), in(s, 2));
+    columns("index", s.index, s.count);
+    columns("source", s.source, s.terms * s.count);
+    out = x;
+    IndexPutArgs a{};
+    a.out = result(s);
+    a.cols = x.back(), a.rows = rows_of(x), a.added_cols = added.back();
+    a.count = s.count, a.terms = s.terms;
+    return a;
+  }
+
   StepArgs concat(const Step& s, const Sizes& x, Sizes& out) {
     demand(!x.empty(), "the first input", "[..., C]", x);
     Concat c{};
@@ -341,7 +386,7 @@ class Planner {
       out.back() += part.back();  // below 4096 * 2^31
     }
     c.args.count = static_cast<int64_t>(c.parts.size());
-    c.args.pixels = count(x) / x.back();
+    c.args.pixels = rows_of(x);
     c.args.channels = out.back();
     c.args.out_bits = s.scale.bits;
     return c;
@@ -370,6 +415,7 @@ class Planner {
     switch (s.op) {
       case StepOp::add: return true;
       case StepOp::multiply: return i == 0;
+      case StepOp::index_put: return i == 0;
       case StepOp::lookup: return s.scale.codes();
       default: return false;
     }
@@ -388,7 +434,9 @@ class Planner {
         if (!in_place(s, i) || block[root] < 0 || values[root].last != out.made || codes(root) != codes(s.out))
           continue;
         if (count(plan_.sizes[root]) != count(plan_.sizes[s.out])) continue;
-        if (s.op == StepOp::multiply && values[s.in[1]].root == root) continue;
+        if (s.op != StepOp::add &&
+            std::count_if(s.in.begin(), s.in.end(), [&](int v) { return values[v].root == root; }) > 1)
+          continue;
         block[s.out] = block[root];
         blocks[block[root]].end = out.last;
       }

@@ -274,16 +274,27 @@ def test_it_is_exported_and_compiled(model):
         assert torch.equal(compiled(image(module)), module(image(module)))
 
 
-def test_fuse_sums_rows_in_float_and_says_so(model):
+def test_fused_layers_of_several_points_end_as_others_do(model, prepared):
+    """Residual, activation and codes belong to both products and to what puts the one into the other."""
     x = small_images()
-    fused = fuse(model, x)
+    fused, plain = fuse(model, x), fuse(convert(small_prepared(weights=3)), x)
     with torch.no_grad():
         assert torch.equal(fused(x), unfused(model, x)(x))
         assert torch.equal(fuse(model, x, tensors=None)(x), model(x))
-    assert ("left: index_add_", "rows of several points are summed in float") in fused.report or (
-        "left: index_add",
-        "rows of several points are summed in float",
-    ) in fused.report
+    assert fused.report == plain.report
+    assert len(fused.regions) == len(plain.regions)
+    added = {"conv2d", "gemm", "index_put", "index_select"}
+    assert {op: n for op, n in fused.steps.items() if op not in added} == {
+        op: n for op, n in plain.steps.items() if op not in added
+    }
+    layers = [layer for layer in integer_layers(model).values() if layer.tail_owners is not None]
+    runs = len(layers) + ("twice" in prepared.quant_layers())  # which runs twice
+    assert fused.steps["index_put"] == runs
+    assert fused.steps["index_select"] > 0
+    products = sum(fused.steps[op] - plain.steps[op] for op in ("conv2d", "gemm"))
+    assert products == runs
+    tails = [line for region in fused.regions for line in region.program.splitlines() if line.startswith("index_put")]
+    assert sum("out_scale" in line for line in tails) >= 3  # others are read in float
 
 
 def test_flattened_images_are_read_right():

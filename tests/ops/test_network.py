@@ -140,6 +140,22 @@ def attention(net):
         yield net.step("attention", q, k, v, mask, **a, scale=net.new_scale(4))
 
 
+def index_put(net):
+    (x, scale), (r, _), added = coded(net, 2, 5, 24), coded(net, 2, 5, 24, bits=5), net.given(image(net, 2, 5, 9))
+    plain, values = net.given(image(net, 2, 5, 24)), net.given(image(net, 2, 5, 24))
+    index, source = torch.tensor([3, 23, 0]).int(), torch.tensor([[0, 8, 2], [1, 1, 1], [-1, 4, -1]]).int()
+    for into, to in ((net.step("sparq", x, family="5opt", round=1, pairs=1), scale), (plain, None)):
+        for residual in ((), (r,), (values,)):
+            yield net.step("index_put", into, added, *residual, index=index, source=source, activation="relu", scale=to)
+
+
+def index_select(net):
+    x, _ = coded(net, 2, 3, 3, 24)
+    y = net.step("index_select", x, index=torch.tensor([3, 23, 0, 3]).int())
+    yield y
+    yield net.layer("conv2d", y, shape=(4, 3, 3, 1), groups=4)
+
+
 def reshape(net):
     x, _ = coded(net, 2, 3, 4, 5)
     y = net.step("reshape", x, shape=(0, -1))
@@ -158,7 +174,7 @@ def dequantize(net):
 KINDS = [
     quantize_nchw, quantize_channels_last, quantize_other_strides, quantize_both_ways, quantize_rows_and_sequences,
     quantize_between, conv2d, conv2d_with_residual, gemm, add, multiply, pool, lookup, sparq, concat, attention,
-    reshape, dequantize,
+    index_put, index_select, reshape, dequantize,
 ]  # fmt: skip
 
 

@@ -18,6 +18,7 @@ dequantize 4 = 3
 output 4 layout=same
 """
 CONSTANTS = [torch.ones(1), torch.zeros(1, dtype=torch.int32), torch.zeros(4), torch.zeros(64, dtype=torch.uint8)]
+PUT = "index=0 source=0 count=2 terms=1 activation=none"
 WRONG = [
     ("qk-program 1", "qk-program 2", "line 1"),
     ("input 0", "input 0 0", "line 2"),
@@ -59,6 +60,12 @@ WRONG = [
     ("shape=0,-1", "shape=1,1,1,1,1,1,1,1,-1", "line 5: shape"),
     ("dequantize 4 = 3", "dequantize 4 = 3 out_scale=0 out_bits=8", "line 6"),
     ("dequantize 4 = 3", "dequantize 4 = 0", "line 6: the first input"),
+    ("dequantize 4 = 3", "index_select 4 = 3 index=0", "line 6: .*count"),
+    ("dequantize 4 = 3", "index_select 4 = 3 index=0 count=0", "line 6: count"),
+    ("dequantize 4 = 3", "index_select 4 = 0 index=0 count=1", "line 6: the first input"),
+    ("dequantize 4 = 3", f"index_put 4 = 3 0 {PUT}", "line 6: index_put keeps the scale of its first input"),
+    ("dequantize 4 = 3", f"index_put 4 = 3 3 {PUT} out_scale=0 out_bits=8", "line 6: index_put adds float32 values"),
+    ("dequantize 4 = 3", f"index_put 4 = 3 0 {PUT.replace('=1', '=256')}", "line 6: terms"),
     ("output 4", "output 0", "line 7: .*made by a step"),
     ("output 4", "output 9", "line 7"),
     ("output 4 layout=same\n", "", "there must be an input and an output"),
@@ -312,6 +319,82 @@ def test_shapes_that_do_not_fit_are_refused(make_weight):
         one.output(made)
         with pytest.raises(RuntimeError, match=message):
             qk.ops.network(*one.call())
+
+
+def test_columns_that_do_not_fit_are_refused(make_weight):
+    index, source = torch.tensor([0, 1]).int(), torch.zeros(2, 2, dtype=torch.int32)
+    put = {"index": index, "source": source, "activation": "none"}
+    cases = [
+        ("index_select", (0,), {"index": index + 7}, r"index_select 4: index must be a column from 0 to 7, got 8 at 1"),
+        (
+            "index_put",
+            (1, 2),
+            put | {"index": index - 1},
+            r"index_put 4: index must be a column from 0 to 7, got -1 at 0",
+        ),
+        (
+            "index_put",
+            (1, 2),
+            put | {"source": source + 3},
+            r"index_put 4: source must be a column from -1 to 2, got 3",
+        ),
+        (
+            "index_put",
+            (1, 2),
+            put | {"source": source - 2},
+            r"index_put 4: source must be a column from -1 to 2, got -2",
+        ),
+        ("index_put", (1, 3), put, r"index_put 4: the second input must be of the shape of the first but for its last"),
+        ("index_put", (1, 2, 3), put, r"index_put 4: the residual must be of the shape \[2, 4, 4, 8\], got \[2, 8\]"),
+    ]
+    for op, inputs, more, message in cases:
+        net = Net(make_weight)
+        floats = [net.given(torch.zeros(shape)) for shape in ((2, 4, 4, 8), (2, 4, 4, 3), (2, 8))]
+        values = [net.step("quantize", floats[0], layout="same", scale=net.new_scale()), *floats]
+        net.output(net.step("dequantize", values[0]))
+        made = Builder.step(net, op, *(values[i] for i in inputs), **more)
+        net.output(made)
+        with pytest.raises(RuntimeError, match=message.replace(" 4:", f" {made}:")):
+            qk.ops.network(*net.call())
+
+
+def test_columns_are_looked_at_every_time_and_lie_where_numbers_may(make_weight):
+    net = Net(make_weight)
+    net.output(net.step("index_select", coded(net, 3, 8)[0], index=torch.tensor([7, 2]).int()))
+    inputs, constants, text = net.call()
+    qk.ops.network(inputs, constants, text)
+    constants[3][3] = 1  # the high byte of the first
+    with pytest.raises(RuntimeError, match="index must be a column from 0 to 7, got 16777223 at 0"):
+        qk.ops.network(inputs, constants, text)
+    with pytest.raises(RuntimeError, match="index must be at a multiple of 4 bytes, got 2"):
+        qk.ops.network(inputs, constants, text.replace("index=0", "index=2"))
+    aside = torch.cat([constants[3][:1], constants[3]])[1:]
+    with pytest.raises(RuntimeError, match="the bytes, must be at a multiple of 4 bytes, got a view"):
+        qk.ops.network(inputs, [*constants[:3], aside], text)
+
+
+@pytest.mark.parametrize("op", ["gemm", "concat", "index_select", "index_put"])
+def test_rows_of_no_values_are_refused_or_give_none(op, make_weight):
+    """A size of 0 in the place of one that is divided by."""
+    net = Net(make_weight)
+    x, scale = coded(net, 0)
+    more = {"index": torch.zeros(1, dtype=torch.int32), "source": torch.zeros(1, 1, dtype=torch.int32)}
+    if op == "gemm":
+        weight = make_weight((4, 8), 4, "cpu")
+        named = {"weight": weight.prepacked, "weight_step": weight.step, "bits": 4, "activation": "none"}
+        made = Builder.step(net, op, x, **named)
+    elif op == "concat":
+        net.output(Builder.step(net, op, x, x, scale=scale))
+        assert qk.ops.network(*net.call())[0].shape == (0,)
+        return
+    elif op == "index_select":
+        made = Builder.step(net, op, x, index=more["index"])
+    else:
+        floats = net.given(torch.zeros(0))
+        made = Builder.step(net, op, floats, floats, **more, activation="none")
+    net.output(made)
+    with pytest.raises(RuntimeError, match="qk::network"):
+        qk.ops.network(*net.call())
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from qk import ops
 from qk.deploy.pages import in_huge_pages
-from qk.deploy.tail import TAIL, check_tail, padded, prepacked, slots_for
+from qk.deploy.tail import TAIL, check_tail, slots_for
 from qk.errors import fail
 from qk.ops.conv2d import reference as conv2d_definition
 from qk.ops.dequantize import reference as dequantize_definition
@@ -120,12 +120,28 @@ class IntegerLayer(nn.Module):
         return self.prepacked
 
     def _prepack_tail(self) -> None:
-        slots = slots_for(self.tail_owners, self.out_features, self.groups, self.shape[-1])
+        """All rows of the channels of several points as one product, and which of its results make a channel."""
+        owners, codes = self.tail_owners, self.weight_codes()
+        parts = parts_of(owners)
+        first = owners[parts[0]]  # the channels, as whoever has a third point has a second one
+        slots = slots_for(torch.cat([first, owners]), self.out_features, self.groups, self.shape[-1])
         nothing = 2 ** (self.spec.weights - 1)
-        codes, self.tail_steps = padded(self.tail_codes(), self.tail_step, slots, nothing)
-        self.tail_prepacked = prepacked(codes, self.bits, nothing, slots.groups)
-        self.tail_reads, self.tail_places = slots.reads, slots.places
-        self.tail_groups, self.tail_parts = slots.groups, parts_of(self.tail_owners)
+        zero = torch.cat([self.weight_zero[first], self.weight_zero.new_full(owners.shape, nothing)])
+        zero = slots.filled(zero, nothing)
+        codes = slots.filled(torch.cat([codes[first], self.tail_codes()]), nothing)
+        packed = ops.pack(codes.reshape(len(codes), -1), self.bits)
+        self.tail_prepacked = ops.prepack(packed, zero, self.bits, tuple(codes.shape), slots.groups)
+        self.tail_steps = slots.filled(torch.cat([self.weight_step[first], self.tail_step]), 1)
+        bias = None if self.bias is None else torch.cat([self.bias[first], torch.zeros_like(self.tail_step)])
+        self.tail_bias = None if bias is None else slots.filled(bias, 0)
+        self.tail_reads = None if slots.reads is None else slots.reads.int()
+        self.tail_groups, self.tail_index = slots.groups, first.int()
+        source = owners.new_full((1 + len(parts), len(first)), -1)
+        rows = slots.rows_of_owners(owners.device)
+        source[0] = rows[: len(first)]
+        for number, part in enumerate(parts, 1):
+            source[number, torch.searchsorted(first, owners[part])] = rows[len(first) :][part]
+        self.tail_source = source.int()
 
     def weight_codes(self) -> Tensor:
         """uint8 in kernel order."""
@@ -135,14 +151,9 @@ class IntegerLayer(nn.Module):
         """uint8 [T, ...] in kernel order."""
         return unpack_definition(self.tail_packed, self.bits, self.k).reshape(-1, *self.shape[1:])
 
-    def _add_tail(self, y: Tensor, rows: Tensor) -> Tensor:
-        """y [..., N] with the results of the tail [..., T] added: those of the second points, then of the third."""
-        owners = self._buffers["tail_owners"]
-        if len(self.tail_parts) == 1:
-            return y.index_add_(-1, owners, rows)
-        for part in self.tail_parts:
-            y = y.index_add_(-1, owners[part], rows[..., part])
-        return y
+    def _with_points(self, y: Tensor, rows: Tensor) -> Tensor:
+        """y [..., N] with the sums of the tail's rows as the channels of several points."""
+        return ops.index_put(y, rows, self._buffers["tail_index"], self._buffers["tail_source"])
 
     def _by_parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """For the definition: owners of a part of the tail, and a weight of N rows that are 0 but for theirs: codes,
@@ -248,8 +259,8 @@ class QLinear(IntegerLayer):
         y = ops.gemm(codes, step, zero, weight, b["weight_step"], b["bias"], self.bits, self.input_bits)
         if b["tail_packed"] is None:
             return y
-        tail = b["tail_prepacked"]
-        return self._add_tail(y, ops.gemm(codes, step, zero, tail, b["tail_steps"], None, self.bits, self.input_bits))
+        tail = (b["tail_prepacked"], b["tail_steps"], b["tail_bias"])
+        return self._with_points(y, ops.gemm(codes, step, zero, *tail, self.bits, self.input_bits))
 
     def _by_definition(self, x: Tensor) -> Tensor:
         step, zero = self.input_step, self.input_zero
@@ -303,10 +314,10 @@ class QConv2d(IntegerLayer):
         codes = self._cut(ops.quantize(x, b["input_step"], b["input_zero"], self.input_bits))
         y = self._convolved(codes, weight, b["weight_step"], b["bias"], self.groups)
         if b["tail_packed"] is not None:
-            reads, places = b["tail_reads"], b["tail_places"]
-            codes = codes if reads is None else codes.index_select(-1, reads)
-            rows = self._convolved(codes, b["tail_prepacked"], b["tail_steps"], None, self.tail_groups)
-            y = self._add_tail(y, rows if places is None else rows.index_select(-1, places))
+            reads = b["tail_reads"]
+            codes = codes if reads is None else ops.index_select(codes, reads)
+            tail = (b["tail_prepacked"], b["tail_steps"], b["tail_bias"])
+            y = self._with_points(y, self._convolved(codes, *tail, self.tail_groups))
         return self._laid(y)
 
     def values_read(self, x: Tensor) -> Tensor | None:
@@ -366,7 +377,8 @@ def integer_layers(model: nn.Module) -> dict[str, IntegerLayer]:
 
 
 TENSORS = ("packed", "weight_step", "weight_zero", "bias", "input_step", "input_zero", "input_scale", *TAIL)
-MADE = ("prepacked", "tail_prepacked", "tail_steps", "tail_reads", "tail_places")  # by prepack, never stored
+# By prepack, never stored.
+MADE = ("prepacked", *(f"tail_{name}" for name in ("prepacked", "steps", "bias", "reads", "index", "source")))
 
 
 def _widths(spec: QuantSpec) -> str:

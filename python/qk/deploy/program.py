@@ -73,7 +73,7 @@ class Builder:
     def step(self, op: str, *inputs: int, scale: Scale | None = None, **named: Tensor | Attribute | None) -> int:
         """The id of what a new step makes. named: constants (tensors; None is left out) and attributes.
 
-        n and k_groups follow from weight_step [n] or [n, k_groups].
+        n and k_groups follow from weight_step [n] or [n, k_groups], count and terms from index and source.
         """
         known = SIGNATURES[op].constants
         tensors = {name: value for name, value in named.items() if name in known and value is not None}
@@ -81,8 +81,12 @@ class Builder:
         if "weight_step" in tensors:
             n, groups = tensors["weight_step"].reshape(len(tensors["weight_step"]), -1).shape
             attributes |= {"n": n, "k_groups": groups}
+        if "index" in tensors:
+            attributes["count"] = len(tensors["index"])
+        if "source" in tensors:
+            attributes["terms"] = len(tensors["source"])
         constants = {
-            name: (self._bytes if value.dtype == torch.uint8 else self._floats).add(value)
+            name: (self._floats if value.dtype == torch.float32 else self._bytes).add(value)
             for name, value in tensors.items()
         }
         self._steps.append(Step(op, self._next(), inputs, constants, attributes, scale))
@@ -110,7 +114,7 @@ class Builder:
 
 
 class _Parts:
-    """Tensors to be joined into one; the same tensor once."""
+    """Tensors to be joined into one, as values of its type; the same tensor once."""
 
     def __init__(self, dtype: torch.dtype, line: int) -> None:
         self.dtype, self.line, self.size = dtype, line, 0
@@ -123,8 +127,9 @@ class _Parts:
             pad = -self.size % self.line
             self.parts += [torch.zeros(pad, dtype=self.dtype, device=tensor.device)] * (pad > 0) + [tensor]
             self.offsets[id(tensor)] = self.size + pad
-            self.size += pad + tensor.numel()
+            self.size += pad + tensor.nbytes // self.dtype.itemsize
         return self.offsets[id(tensor)]
 
     def joined(self) -> Tensor:
-        return torch.cat([part.reshape(-1) for part in self.parts]) if self.parts else torch.empty(0, dtype=self.dtype)
+        parts = [part.reshape(-1).view(self.dtype) for part in self.parts]
+        return torch.cat(parts) if parts else torch.empty(0, dtype=self.dtype)

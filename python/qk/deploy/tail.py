@@ -1,7 +1,9 @@
-"""The tail of an integer layer: rows of codes that are added to the results of their owners (qk.prepare.points).
+"""The tail of an integer layer: rows of codes that are added to those of their owners (qk.prepare.points).
 
-It runs as a second product on the same input codes, so the layer's own results lie as they would without it. A
-convolution with groups reads, for its tail, only the channels of the groups that own a row.
+All rows of the owners, the first ones too, run as a second product on the same input codes, whose sums take the place
+of the layer's own results in these channels. So the first product ends as it would without a tail, in codes where codes
+are wanted, and only the owners' sums lie in float. A convolution with groups reads, for them, only the channels of the
+groups that own a row.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qk import ops
 from qk.errors import fail
 from qk.ops.pack import row_bytes
 from qk.prepare.points import check_owners
@@ -21,10 +22,10 @@ TAIL = ("tail_packed", "tail_step", "tail_owners")
 
 
 class Slots(NamedTuple):
-    """Where the rows of a tail stand in a convolution of their own.
+    """Where rows of owners stand in a convolution of their own.
 
     groups: of it, all with equally many rows: `rows` in all, some of them empty. reads: the channels of the input that
-    it takes, None for all. places: row of each of the tail, None where they stand as they come.
+    it takes, None for all. places: of each row, None where they stand as they come.
     """
 
     groups: int
@@ -32,9 +33,21 @@ class Slots(NamedTuple):
     reads: Tensor | None = None
     places: Tensor | None = None
 
+    def filled(self, tensor: Tensor, nothing: float) -> Tensor:
+        """What belongs to the rows [count, ...], at their places; `nothing` where there is none."""
+        if self.places is None:
+            return tensor
+        all_rows = tensor.new_full((self.rows, *tensor.shape[1:]), nothing)
+        all_rows[self.places] = tensor
+        return all_rows
+
+    def rows_of_owners(self, device: torch.device) -> Tensor:
+        return torch.arange(self.rows, device=device) if self.places is None else self.places
+
 
 def slots_for(owners: Tensor, n: int, groups: int, channels: int) -> Slots:
-    """owners: int64 [T]. n, groups: output channels and groups of the layer. channels: of the input, in a group.
+    """owners: int64, of each row. n, groups: channels and groups of the layer's result. channels: of its input, in a
+    group.
 
     With one channel in a group each row becomes a group of its own, which depthwise kernels run.
     """
@@ -48,17 +61,6 @@ def slots_for(owners: Tensor, n: int, groups: int, channels: int) -> Slots:
     earlier = (index[:, None] == index[None]).tril(-1).sum(1)  # rows of the same group that come before
     reads = (active[:, None] * channels + torch.arange(channels, device=owners.device)).flatten()
     return Slots(len(active), len(active) * rows, reads if len(active) < groups else None, index * rows + earlier)
-
-
-def padded(codes: Tensor, step: Tensor, slots: Slots, nothing: int) -> tuple[Tensor, Tensor]:
-    """The tail's codes [T, ...] and steps at their places; rows of `nothing`, the code of 0, where there is none."""
-    if slots.places is None:
-        return codes, step
-    all_codes = codes.new_full((slots.rows, *codes.shape[1:]), nothing)
-    all_codes[slots.places] = codes
-    all_steps = step.new_ones(slots.rows)
-    all_steps[slots.places] = step
-    return all_codes, all_steps
 
 
 def check_tail(stage: str, tensors: dict[str, Tensor | None], spec: QuantSpec, n: int, k: int) -> None:
@@ -86,10 +88,3 @@ def check_tail(stage: str, tensors: dict[str, Tensor | None], spec: QuantSpec, n
     if not bool(((step > 0) & step.isfinite()).all()):
         raise fail(stage, "tail_step", "positive and finite", f"{step.min().item()} to {step.max().item()}")
     check_owners(stage, "tail_owners", owners, n)
-
-
-def prepacked(codes: Tensor, bits: int, nothing: int, groups: int) -> Tensor:
-    """The kernel's layout of rows [rows, ...] in kernel order, whose zero is `nothing`."""
-    zero = torch.full((len(codes),), nothing, dtype=torch.int32, device=codes.device)
-    packed = ops.pack(codes.reshape(len(codes), -1), bits)
-    return ops.prepack(packed, zero, bits, tuple(codes.shape), groups)

@@ -9,6 +9,8 @@ from qk.ops.dequantize import dequantize
 from qk.ops.embedding_bag import embedding_bag
 from qk.ops.fisher_loss import fisher_loss, fisher_loss_and_slope
 from qk.ops.gemm import gemm
+from qk.ops.index_put import index_put
+from qk.ops.index_select import index_select
 from qk.ops.lookup import lookup
 from qk.ops.lsq import lsq
 from qk.ops.multiply import multiply
@@ -36,6 +38,8 @@ __all__ = [
     "fisher_loss",
     "fisher_loss_and_slope",
     "gemm",
+    "index_put",
+    "index_select",
     "lookup",
     "lsq",
     "multiply",

@@ -20,7 +20,7 @@ All numbers that are not in the text lie in four tensors, so that a call does no
 
     steps   float32 [S], zeros int32 [S]: the scales of codes, by INDEX
     floats  float32 [F]: weight steps [n] or [n, k_groups], biases [n], float tables [256], each at an offset
-    bytes   uint8 [B]: prepacked weights, tables of codes [256], each at an offset
+    bytes   uint8 [B]: prepacked weights, tables of codes [256], int32 of columns, each at an offset
 
 Values have the shape [B, H, W, C] (NHWC) in convolutional parts and [..., K] in linear parts. An input is a float32
 tensor with any shape and strides, or codes [B, H, W, C] or [..., K]. What the steps compute is in `qk.ops.network`.
@@ -148,6 +148,12 @@ SIGNATURES: dict[str, Signature] = {
     # q [B, queries, heads * D], k, v and, maybe, a mask [B or 1, queries or 1, keys], whose scale has no meaning; all
     # codes. score_scale: the bits of a positive float32. As torch.ops.qk.attention.
     "attention": Signature((3, 4), attributes={"heads": "int", "score_scale": "int"}),
+    # x [..., N] of the result's scale, added [..., T] float32, then, maybe, a residual [..., N] (codes or float32); as
+    # torch.ops.qk.index_put. index int32 [count] and source int32 [terms, count], 1 to 255 terms, lie among the bytes
+    # at multiples of 4.
+    "index_put": Signature((2, 3), ("index", "source"), (), {"count": "int", "terms": "int", **_ACTIVATION}),
+    # codes [..., C] -> [..., count] of the same scale; as torch.ops.qk.index_select.
+    "index_select": Signature((1, 1), ("index",), (), {"count": "int"}),
     # no copy. shape: 0 is the size of the input there, one may be -1.
     "reshape": Signature((1, 1), attributes={"shape": "list"}, scale="none"),
     # codes -> float32.
@@ -167,7 +173,9 @@ def score_scale(bits: int) -> float:
 
 def keeps_scale(step: Step) -> bool:
     """Whether the result has the scale of the first input."""
-    return step.op in ("reshape", "sparq") or (step.op == "pool" and step.attributes.get("mode") == "max")
+    return step.op in ("reshape", "sparq", "index_select") or (
+        step.op == "pool" and step.attributes.get("mode") == "max"
+    )
 
 
 # --- text -----------------------------------------------------------------------------------------------------------
@@ -337,10 +345,14 @@ def _check_attribute(demand: Any, name: str, kind: str | tuple[str, ...], value:
     demand(fits, f"{name} must be {kind if kind != 'int' else 'a number'}, not {value}")
     if kind == "list":
         return demand(1 <= len(numbers) <= 8 and numbers.count(-1) <= 1, f"{name} must be 1 to 8 sizes, one of them -1")
-    least = 1 if name in ("stride", "dilation", "groups", "n", "k_groups", "heads", "score_scale") else 0
+    least = (
+        1 if name in ("stride", "dilation", "groups", "n", "k_groups", "heads", "score_scale", "count", "terms") else 0
+    )
     demand(min(numbers) >= least, f"{name} must be {least} or more")
     if name in ("ceil_mode", "count_include_pad", "round", "pairs"):
         demand(value in (0, 1), f"{name} must be 0 or 1")
+    if name == "terms":
+        demand(value <= 255, "terms must be 255 or less")
     if name == "bits":
         demand(value in (2, 4, 8), "bits must be 2, 4 or 8")
     if name == "score_scale":
@@ -354,6 +366,9 @@ def _check_kinds(demand: Any, step: Step, signature: Signature, scales: dict[int
         demand(not codes[0], "quantize takes float32 values")
     elif step.op in ("concat", "attention"):
         demand(all(codes), f"{step.op} takes codes")
+    elif step.op == "index_put":
+        demand(scales[step.inputs[0]] == step.scale, "index_put keeps the scale of its first input")
+        demand(not codes[1], "index_put adds float32 values")
     elif step.op not in ("add", "reshape"):
         demand(codes[0], f"the first input of {step.op} must be codes")
     if signature.scale == "codes":

@@ -62,10 +62,17 @@ def step_shape(step: Step, ins: list[tuple[Any, ...]]) -> tuple[Any, ...]:
             if not _same(other[:-1], x[:-1]):
                 raise _misfit(step, f"the inputs must agree but for the last size, got {list(x)} and {list(other)}")
         return (*x[:-1], sum(other[-1] for other in ins))
+    if step.op == "index_put":
+        if not x or not _same(ins[1][:-1], x[:-1]) or len(ins[1]) != len(x):
+            raise _misfit(step, f"the inputs must agree but for the last size, got {list(x)} and {list(ins[1])}")
+        if len(ins) == 3 and not _same(ins[2], x):
+            raise _misfit(step, f"the residual must be {list(x)}, got {list(ins[2])}")
+    if step.op in ("sparq", "index_select") and not x:
+        raise _misfit(step, "the input must be [..., cols], got []")
+    if step.op == "index_select":
+        return (*x[:-1], a["count"])
     if step.op == "attention":
         return _attended(step, *ins)
-    if step.op == "sparq" and not x:
-        raise _misfit(step, "the input must be [..., cols], got []")
     if step.op == "reshape":
         return _reshaped(step, x)
     return x

@@ -18,6 +18,8 @@ from qk.ops.concat import reference as concat
 from qk.ops.conv2d import reference as conv2d
 from qk.ops.dequantize import reference as dequantize
 from qk.ops.gemm import reference as gemm
+from qk.ops.index_put import reference as index_put
+from qk.ops.index_select import reference as index_select
 from qk.ops.lookup import reference as lookup
 from qk.ops.multiply import reference as multiply
 from qk.ops.pool import reference as pool
@@ -110,9 +112,20 @@ def _define(step: Step, operands: list[Operand], constants: Sequence[Tensor], we
     if step.op == "attention":
         mask = operands[3][0] if len(operands) > 3 else None
         return attention(*itertools.chain(*operands[:3]), a["heads"], mask, score_scale(a["score_scale"]), *out)
+    if step.op in ("index_put", "index_select"):
+        index = _columns(codes, step.constants["index"], a["count"])
+        if step.op == "index_select":
+            return index_select(x, index)
+        source = _columns(codes, step.constants["source"], a["terms"] * a["count"]).reshape(a["terms"], a["count"])
+        residual = operands[2] if len(operands) == 3 else (None, None, None)
+        return index_put(x, operands[1][0], index, source, *residual, activation, *out)
     if step.op == "reshape":
         return x.reshape(step_shape(step, [tuple(x.shape)]))
     return dequantize(x, x_step, x_zero)
+
+
+def _columns(bytes: Tensor, offset: int, count: int) -> Tensor:
+    return bytes[offset : offset + 4 * count].view(torch.int32)
 
 
 @torch.library.register_fake("qk::network")

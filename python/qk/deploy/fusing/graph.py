@@ -17,6 +17,8 @@ QUANTIZE, DEQUANTIZE = qk.quantize.default, qk.dequantize.default
 ROWS = qk.quantize_rows.default
 CONV2D, GEMM = qk.conv2d.default, qk.gemm.default
 LAYERS = (CONV2D, GEMM)
+INDEX_PUT, INDEX_SELECT = qk.index_put.default, qk.index_select.default
+ENDS = (*LAYERS, INDEX_PUT)  # what makes a layer's result; the last puts channels of several points into it
 SPARQ, ATTENTION = qk.sparq.default, qk.attention.default
 RELU, HARDTANH = aten.relu.default, aten.hardtanh.default
 ADD, MUL, CAT = aten.add.Tensor, aten.mul.Tensor, aten.cat.default
@@ -74,6 +76,8 @@ def inputs_of(node: fx.Node) -> list[fx.Node]:
         return list(node.args[0])
     if is_call(node, *LAYERS):
         return [node.kwargs["x"]] + [n for n in [node.kwargs.get("residual")] if n is not None]
+    if is_call(node, INDEX_PUT):
+        return [node.kwargs[name] for name in ("x", "added", "residual") if node.kwargs[name] is not None]
     if is_call(node, ATTENTION):
         return [node.kwargs[name] for name in "qkv"]
     if is_call(node, QUANTIZE):  # also of a parameter
@@ -152,7 +156,7 @@ def grid_of(node: fx.Node) -> Grid | None:
         return node.meta.get("grid")
     if is_call(node, qk.pool.default) and node.kwargs["mode"] == "max":
         return grid_of(node.kwargs["x"])
-    if is_call(node, *MOVES, SPARQ):
+    if is_call(node, *MOVES, SPARQ, INDEX_SELECT):
         return grid_of(node.args[0])
     if node.op == "call_function" and node.kwargs.get("out_step") is not None:
         return Grid(node.kwargs["out_step"], node.kwargs["out_zero"], node.kwargs["out_bits"])

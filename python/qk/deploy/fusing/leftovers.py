@@ -52,8 +52,6 @@ def _reason(node: fx.Node, roles: Roles, model: nn.Module, tensors: int | None) 
         info = getattr(model, "qk_info", None)
         kept = {} if info is None else info.kept
         return kept.get(node.meta.get("module", ""), "it is in float")
-    if is_call(node, aten.index_add.default, aten.index_add_.default):
-        return "rows of several points are summed in float"
     if not is_known(node):
         return f"{name_of(node)} has no integer form here"
     if node not in roles.supplied:

@@ -15,6 +15,8 @@ from qk.deploy.fusing.graph import (
     CONV2D,
     DEQUANTIZE,
     GEMM,
+    INDEX_PUT,
+    INDEX_SELECT,
     LAYERS,
     QUANTIZE,
     SPARQ,
@@ -92,9 +94,11 @@ def _in_programs(node: fx.Node, constants: Constants) -> bool:
     if is_call(node, SPARQ):
         grid, zero = grid_of(node.args[0]), node.args[5]
         return grid is not None and (zero is grid.zero or (zero is None and not constants.tensor(grid.zero).any()))
+    if is_call(node, INDEX_SELECT):
+        return grid_of(node) is not None
     if is_call(node, FLATTEN):
         return grid_of(node.args[0]) is not None and list(node.args[1:]) == [1]
-    return is_call(node, SUM, CONCAT)
+    return is_call(node, SUM, CONCAT, INDEX_PUT)
 
 
 def _sort(graph: fx.Graph) -> None:
@@ -163,7 +167,7 @@ class _Writer:
             inputs.append(self._mask(node.kwargs["mask"]))
         op, named = self._step(node)
         grid = grid_of(node)
-        keeps = op in ("reshape", "sparq") or (op == "pool" and named["mode"] == "max")
+        keeps = op in ("reshape", "sparq", "index_select") or (op == "pool" and named["mode"] == "max")
         scale = None if grid is None or keeps else self._scale(grid)
         self.ids[node] = self.builder.step(op, *inputs, scale=scale, **named)
         self.steps.append((op, node.meta.get("module", "")))
@@ -226,11 +230,16 @@ class _Writer:
             return "sparq", {"family": family, "round": int(round), "pairs": int(pairs)}
         if is_call(node, CONCAT):
             return "concat", {}
+        if is_call(node, INDEX_SELECT):
+            return "index_select", {"index": self._tensor(node.args[1])}
         k = node.kwargs
         if is_call(node, ATTENTION):
             return "attention", {"heads": k["heads"], "score_scale": score_bits(k["scale"])}
         if is_call(node, SUM, PRODUCT):
             return "add" if is_call(node, SUM) else "multiply", {"activation": k["activation"]}
+        if is_call(node, INDEX_PUT):
+            columns = {name: self._tensor(k[name]) for name in ("index", "source")}
+            return "index_put", columns | {"activation": k["activation"]}
         if is_call(node, POOL):
             window = {name: tuple(k[name]) for name in WINDOW}
             flags = {"ceil_mode": int(k["ceil_mode"]), "count_include_pad": int(k["count_include_pad"])}

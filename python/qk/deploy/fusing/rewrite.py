@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -14,7 +15,9 @@ from qk.deploy.fusing.graph import (
     ATTENTION,
     CAT,
     DEQUANTIZE,
+    ENDS,
     GEMM,
+    INDEX_PUT,
     LAYERS,
     MOVES,
     MUL,
@@ -80,13 +83,30 @@ _OPEN = {"activation": "none", "out_step": None, "out_zero": None, "out_bits": 8
 
 def _takes_end(node: fx.Node) -> bool:
     """Whether the operator ends in values that it could also quantize."""
-    return (
-        is_call(node, *LAYERS, SUM, PRODUCT, POOL, ATTENTION) and node.kwargs["out_step"] is None and not _is_max(node)
-    )
+    if is_call(node, INDEX_PUT) and not (is_call(node.kwargs["x"], *LAYERS) and only_user(node.kwargs["x"], node)):
+        return False
+    return is_call(node, *ENDS, SUM, PRODUCT, POOL, ATTENTION) and node.kwargs["out_step"] is None and not _is_max(node)
 
 
 def _is_max(node: fx.Node) -> bool:
     return is_call(node, POOL) and node.kwargs["mode"] == "max"
+
+
+def _end(maker: fx.Node, **end: Any) -> None:
+    """Gives it an end; columns that are put, and what they are put into, end alike."""
+    maker.kwargs = maker.kwargs | end
+    if is_call(maker, INDEX_PUT):
+        _end(maker.kwargs["x"], **end)
+
+
+def _ended(graph: fx.Graph, maker: fx.Node, end: dict[str, fx.Node | None]) -> fx.Node:
+    """As _end, on a copy at the place of now."""
+    kwargs = maker.kwargs | end
+    if is_call(maker, INDEX_PUT):
+        kwargs |= {"x": _ended(graph, maker.kwargs["x"], end)}
+    new = graph.call_function(maker.target, (), kwargs)
+    new.meta = dict(maker.meta)
+    return new
 
 
 # --- rules: each returns whether it changed the graph -----------------------------------------------------------------
@@ -95,11 +115,11 @@ def _is_max(node: fx.Node) -> bool:
 def activation_into_its_maker(graph: fx.Graph, node: fx.Node, constants: Constants) -> bool:
     """Both are float32 and elementwise: the same values, one pass."""
     name, maker = activation_of(node), node.args[0] if node.args else None
-    if name is None or not is_call(maker, *LAYERS, SUM, PRODUCT) or not only_user(maker, node):
+    if name is None or not is_call(maker, *ENDS, SUM, PRODUCT) or not only_user(maker, node):
         return False
     if not _takes_end(maker) or maker.kwargs["activation"] != "none":
         return False
-    maker.kwargs = maker.kwargs | {"activation": name}
+    _end(maker, activation=name)
     return _put(node, maker)
 
 
@@ -108,13 +128,11 @@ def sum_into_a_layer(graph: fx.Graph, node: fx.Node, constants: Constants) -> bo
     if not is_call(node, ADD) or len(node.args) != 2 or node.kwargs:
         return False
     for maker, other in (node.args, node.args[::-1]):
-        if not isinstance(other, fx.Node) or not is_call(maker, *LAYERS) or not only_user(maker, node):
+        if not isinstance(other, fx.Node) or not is_call(maker, *ENDS) or not only_user(maker, node):
             continue
         is_open = _takes_end(maker) and maker.kwargs["activation"] == "none" and maker.kwargs["residual"] is None
         if is_open and shape_of(maker) == other.meta.get("shape") and other is not maker and _is_float(other):
-            new = graph.call_function(maker.target, (), maker.kwargs | _named("residual", other))
-            new.meta = dict(maker.meta)
-            return _put(node, new)
+            return _put(node, _ended(graph, maker, _named("residual", other)))
     return False
 
 
@@ -152,7 +170,7 @@ def quantize_into_its_maker(graph: fx.Graph, node: fx.Node, constants: Constants
     if not is_call(node, QUANTIZE) or not _takes_end(node.args[0]) or not only_user(node.args[0], node):
         return False
     maker, step, zero, bits = node.args
-    maker.kwargs = maker.kwargs | {"out_step": step, "out_zero": zero, "out_bits": bits}
+    _end(maker, out_step=step, out_zero=zero, out_bits=bits)
     return _put(node, maker)
 
 

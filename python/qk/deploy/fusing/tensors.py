@@ -27,8 +27,8 @@ from qk.deploy.fusing.graph import (
     CAT,
     CONV2D,
     DEQUANTIZE,
+    ENDS,
     FUNCTIONS,
-    LAYERS,
     MOVES,
     MUL,
     POOLS,
@@ -59,7 +59,7 @@ class Roles:
         self.wanted: set[fx.Node] = set()  # read, in the end, by an integer layer
         nodes = list(graph.nodes)
         for node in nodes:
-            if is_call(node, *LAYERS, DEQUANTIZE) or (
+            if is_call(node, *ENDS, DEQUANTIZE) or (
                 is_known(node) and all(n in self.supplied for n in operands_of(node))
             ):
                 self.supplied.add(node)
@@ -207,12 +207,12 @@ def _fused_edges(graph: fx.Graph, roles: Roles) -> set[tuple[fx.Node, fx.Node]]:
             continue
         if is_call(node, ADD):
             # A sum belongs to the layer that makes one of its operands.
-            maker = next((n for n in node.args[:2] if is_call(n, *LAYERS) and only_user(n, node)), None)
+            maker = next((n for n in node.args[:2] if is_call(n, *ENDS) and only_user(n, node)), None)
             if maker is not None:
                 fused.add((maker, node))
         elif activation_of(node) is not None:
             maker = node.args[0]
-            ends = is_call(maker, *LAYERS, ADD, MUL, nhwc.batch_norm)
+            ends = is_call(maker, *ENDS, ADD, MUL, nhwc.batch_norm)
             if only_user(maker, node) and (ends or _on_codes(maker)):
                 fused.add((maker, node))
         elif _on_codes(node) and only_user(node.args[0], node) and _on_codes(node.args[0]):

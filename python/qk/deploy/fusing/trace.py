@@ -18,6 +18,7 @@ from qk.deploy.fusing.graph import (
     DEQUANTIZE,
     FUNCTIONS,
     HARDTANH,
+    INDEX_PUT,
     LAYERS,
     MUL,
     QUANTIZE,
@@ -159,7 +160,8 @@ class _Canonical:
             SPARQ: self._sparq,
             LAYERS[0]: self._layer,
             LAYERS[1]: self._layer,
-            qk.pool.default: self._pool_of_codes,
+            qk.pool.default: self._named,
+            INDEX_PUT: self._named,
             CAT: self._cat,
             aten.concat.default: self._cat,
             aten.permute.default: self._permute,
@@ -229,7 +231,7 @@ class _Canonical:
         self.plain[node].meta["module"] = given["weight"].target.rpartition(".")[0]
         return True
 
-    def _pool_of_codes(self, node: fx.Node) -> bool:
+    def _named(self, node: fx.Node) -> bool:
         self._by_names(node)
         return True
 
@@ -239,7 +241,7 @@ class _Canonical:
         given = {a.name: a.default_value for a in node.target._schema.arguments if a.has_default_value()}
         given |= dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
         kwargs = {name: self._plain(v) if isinstance(v, fx.Node) else v for name, v in given.items()}
-        if given["x_step"].op == "get_attr":  # else those of dynamic rows
+        if "x_step" in given and given["x_step"].op == "get_attr":  # else there is none, or those of dynamic rows
             kwargs["x_step"], kwargs["x_zero"] = self._grid(given["x_step"], given["x_zero"])
         self.plain[node] = self.graph.call_function(node.target, (), kwargs)
         return given
