@@ -96,9 +96,14 @@ def test_bad_input_is_named():
         (lambda: pack_table(x.int(), 4), r"weight must be a float table"),
         (lambda: pack_table(x / 0, 4), "weight must be finite, got NaN or Inf"),
         (lambda: pack_table(x * 1e6, 4), "weight must be within the range of float16"),
+        (lambda: pack_table(x * 1e-7, 4), "weight must be with a value of at least 1e-06 for scales of float16, got"),
+        (lambda: pack_table(x * 1e-7, 4, "float16", "kmeans"), "weight must be with a value of at least 1e-06"),
         (lambda: QEmbedding.from_float(nn.Embedding(3, 4, max_norm=1.0), 4), "max_norm must be None, got 1.0"),
     ]:
         with pytest.raises(QkError, match=message):
             run()
+    small = torch.cat([x, x * 1e-7, x * 0])
+    for table, dtype in ((small, "float16"), (x * 1e-7, "bfloat16"), (x * 1e-7, "float32"), (x * 0, "float16")):
+        assert pack_table(table, 4, dtype).shape[0] == len(table)
     with pytest.raises(RuntimeError, match="indices must be from 0 to 3"):
         QEmbedding.from_float(nn.Embedding(4, 6), 4)(torch.tensor([4]))

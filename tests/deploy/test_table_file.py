@@ -114,6 +114,15 @@ def test_a_value_that_is_not_finite_leaves_nothing(x, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_values_too_small_for_float16_leave_nothing_unless_others_are_larger(x, tmp_path):
+    small = x * 1e-8
+    with pytest.raises(QkError, match=r"qk.quantize_table_file: weight must be with a value of at least 1e-06"):
+        quantize_table_file(small, tmp_path / "q", chunk_rows=100)
+    assert not list(tmp_path.iterdir())
+    small[-1] = x[-1]
+    quantize_table_file(small, tmp_path / "q", chunk_rows=100)
+
+
 def test_bad_arguments_are_named(x, npy, tmp_path):
     save_file({"a": x, "b": x + 1}, tmp_path / "two.safetensors")
     (tmp_path / "x.bin").write_bytes(b"")

@@ -24,6 +24,7 @@ from qk.prepare.lookup import QuantTable
 AT_ONCE = 1 << 22  # values of a piece of a table, so that a search needs no second table
 SAMPLE = 1 << 16  # rows to which the books of two-tier are fitted
 BOOKS = 1024  # of two-tier, at most, unless asked for
+SMALLEST = 2.0**-20  # of a table's largest value: float16 holds it to 5 bits, and a fifteenth of it to one
 STAGE = "qk.quantize_embedding"
 
 
@@ -93,6 +94,7 @@ class Packer:
         self.stage, self.bits, self.cols, self.method, self.dtype = stage, bits, shape[1], method, dtype
         self.kind = row_kind(method)
         self.options = _checked(options, method, stage)
+        self.largest = 0.0  # of the values seen
         self.middles = self.books = None
         if method == "two-tier":
             count = self.options.pop("books", None) or max(1, min(shape[0] // 32, BOOKS))
@@ -112,6 +114,7 @@ class Packer:
         x, dtype = self._finite(piece), DTYPES[self.dtype]
         if len(x) == 0:
             return torch.zeros(0, self.row_bytes, dtype=torch.uint8, device=x.device)
+        self.largest = max(self.largest, float(x.abs().max()))
         if self.kind == "affine":
             coded = methods.by_range(x, self.bits, dtype, self.method, **self.options)
             numbers = torch.stack([coded.scale, coded.offset], 1)
@@ -126,6 +129,12 @@ class Packer:
             raise fail(self.stage, "weight", f"within the range of {self.dtype}", got, "Use scale_dtype float32.")
         packed = ops.pack(coded.codes, self.bits)[:, : -(-self.cols * self.bits // 8)]
         return torch.cat([packed, numbers.to(dtype).contiguous().view(torch.uint8)], 1)
+
+    def check_size(self) -> None:
+        """After the last piece. Raises QkError where all values are too small for numbers of the rows' dtype."""
+        if self.dtype == "float16" and self.kind != "shared" and 0 < self.largest < SMALLEST:
+            expected = f"with a value of at least {SMALLEST:.1g} for scales of float16"
+            raise fail(self.stage, "weight", expected, f"{self.largest:.1g} at most", "Use scale_dtype bfloat16.")
 
     def _finite(self, piece: Tensor) -> Tensor:
         x = piece.float()
@@ -184,6 +193,7 @@ def quantize_table(
             stage,
         )
         rows = torch.cat([pack(piece) for piece in weight.split(rows_at_once(pack.cols))])
+        pack.check_size()
     return Table(rows, bits, weight.shape[1], pack.kind, pack.dtype, pack.books, method)
 
 

@@ -72,6 +72,7 @@ def quantize_table_file(
                     piece = _tensor(table[begin : begin + step])
                     _write(file, pack(piece))
                     advance(len(piece))
+                pack.check_size()
         except OSError as error:
             raise fail(WRITE, str(out), "a file that can be written", error.strerror or error) from error
     return Path(out)
