@@ -310,6 +310,10 @@ def test_inspect_names_folds(run):
             "tuning.epochs must",
         ),
         (["tune", "--model", "MODEL", "--data", "DATA", "--out", "o", "--set", "tuning.rate=1"], "rate"),
+        (
+            ["tune", "--model", "MODEL", "--data", "DATA", "--out", "o", "--set", "method=brecq"],
+            "--set method must be lsq, or left out, got brecq",
+        ),
     ],
 )
 def test_bad_input_is_one_plain_line(run, words, message):

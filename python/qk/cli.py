@@ -119,7 +119,10 @@ def tune(
     as_json: Json = False,
 ) -> None:
     """Trains a model for its widths on labelled data (LSQ), saves it, and reports what that changed."""
-    wanted = recipe_of(recipe, [*(change or []), "method=lsq"])
+    changes = change or []
+    if other := [item for item in changes if item.startswith("method=") and item != "method=lsq"]:
+        raise fail("tune", "--set method", "lsq, or left out", other[0].removeprefix("method="), "See qk quantize.")
+    wanted = recipe_of(recipe, [*changes, "method=lsq"])
     _quantize(model, data, out, weights, wanted, report, batch_size, as_json)
 
 
