@@ -1,23 +1,29 @@
-"""Plans of mixed widths on the drawn pictures: accuracy by what estimated the losses, beside controls and one width.
+"""Plans of mixed widths: accuracy by what estimated the losses, beside controls and one width.
 
-Weights have 2, 3, 4 or 8 bits, activations 8. A budget is a part of the way from all narrowest to all widest, in bit
-operations; one third of it is what 4 bits everywhere cost, one sixth what 3 do. The seed draws the pictures that losses
-are estimated on, and what is random in that. All plans are rounded and calibrated alike, on the same pictures. Rows are
-kept; a study goes on where it was.
+On the drawn pictures, or of MiniLM, whose score is the cosine of its embeddings to the float model's. Weights have 2,
+3, 4 or 8 bits, activations 8. A budget is a part of the way from all narrowest to all widest, in bit operations; one
+third of it is what 4 bits everywhere cost, one sixth what 3 do. The seed draws the data that losses are estimated on,
+and what is random in that. All plans are rounded and calibrated alike, on the same data. Rows are kept; a study goes on
+where it was.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
+
+from torch import nn
 
 import qk
 from pages import fill
 from proof import networks
 from proof.ledger import Ledger, Row, said
 from proof.pictures import network
+from proof.retrieval import Retrieval
 from proof.shapes import draw
 from qk.spec import Budget, Plan, Recipe
 from qk.tables import Table
@@ -35,12 +41,49 @@ METHODS = {
     "cost only": ("cost_only", "exact"),
 }
 SAMPLES, FIRST_SEED = 256, 1000  # of the pictures that losses are estimated on
+TEXTS = 2  # batches of them, of those that calibrate
+
+
+class Pictures:
+    """One of proof.networks; scored by the share of test pictures that it names."""
+
+    measured_by = "accuracy %"
+
+    def __init__(self, name: str) -> None:
+        self.network, self.calibration = network(name), networks.calibration()
+
+    def estimates(self, seed: int) -> list[Any]:
+        return list(draw(SAMPLES, FIRST_SEED + seed).images.split(64))
+
+    def score(self, model: nn.Module) -> float:
+        return networks.accuracy(model)
+
+
+class Texts:
+    """MiniLM on docstrings."""
+
+    measured_by = "cosine to float, %"
+
+    def __init__(self) -> None:
+        self.task = Retrieval()
+        self.network, self.calibration = self.task.model, self.task.calibration
+
+    def estimates(self, seed: int) -> list[Any]:
+        return random.Random(seed).sample(self.calibration, TEXTS)
+
+    def score(self, model: nn.Module) -> float:
+        return 1 - self.task.scores(model)["turned"]
+
+
+@cache
+def task(name: str) -> Pictures | Texts:
+    return Texts() if name == "minilm" else Pictures(name)
 
 
 @cache
 def searched(name: str, seed: int) -> qk.Search:
-    batches = list(draw(SAMPLES, FIRST_SEED + seed).images.split(64))
-    return qk.Search(qk.prepare(network(name), batches[0]), batches, weights=WEIGHTS)
+    batches = task(name).estimates(seed)
+    return qk.Search(qk.prepare(task(name).network, batches[0]), batches, weights=WEIGHTS)
 
 
 def limit(search: qk.Search, part: float) -> float:
@@ -60,15 +103,16 @@ def plan(name: str, method: str, part: float, seed: int) -> Plan:
 
 
 def measure(name: str, chosen: Plan, recipe: Recipe) -> Row:
-    images = networks.calibration()
-    result = qk.quantize(network(name), images, recipe, plan=chosen, measure=False, fused=False, progress=False)
-    widths = [spec.weights for spec in chosen.layers.values()]
-    return {"accuracy": networks.accuracy(result.model), "widths": widths}
+    given = task(name)
+    result = qk.quantize(
+        given.network, given.calibration, recipe, plan=chosen, measure=False, fused=False, progress=False
+    )
+    return {"accuracy": given.score(result.model), "widths": [spec.weights for spec in chosen.layers.values()]}
 
 
 def study(ledger: Ledger, name: str, recipe: Recipe, seeds: int) -> Table:
     """Accuracies, mean over seeds with the standard error of the mean."""
-    facts = {"network": name, "weights": networks.fingerprint(network(name)), "recipe": said(recipe)}
+    facts = {"network": name, "weights": networks.fingerprint(task(name).network), "recipe": said(recipe)}
     rows = []
     for method in (*METHODS, "uniform"):
         cells = [method]
@@ -94,11 +138,11 @@ def main() -> None:
     ledger = Ledger(ROOT / "benchmarks" / "results" / f"proof-widths-{options.network}.json")
     table = study(ledger, options.network, Recipe(method=options.method), options.seeds)
     facts = ledger.rows[-1]["machine"]
-    base = 100 * networks.accuracy(network(options.network))
+    base = 100 * task(options.network).score(task(options.network).network)
     note = (
-        f"Weights rounded by {options.method}; {networks.TESTED_ON} test pictures, {SAMPLES} others for each seed of "
+        f"{task(options.network).measured_by}; weights rounded by {options.method}; seeds 0 to {options.seeds - 1} of "
     )
-    note += f"the estimates, seeds 0 to {options.seeds - 1}; float {base:.2f} %. "
+    note += f"the data of the estimates; float {base:.2f}. "
     note += f"Machine: {facts['cpu']}, threads {facts['threads']}.\n\n"
     fill(ROOT / "docs" / "results.md", f"widths {options.network}", note + table.markdown())
     print(table.markdown())

@@ -242,6 +242,28 @@ def test_the_hessian_of_a_softmax_layer():
     assert found.losses == [[0.0, pytest.approx(expected, rel=0.27)]]
 
 
+class Attends(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.query, self.value, self.last = (nn.Linear(8, n) for n in (8, 8, 8, 3))
+
+    def forward(self, x):
+        x = self.first(x)
+        q, v = (layer(x).unflatten(-1, (2, 4)).transpose(1, 2) for layer in (self.query, self.value))
+        y = nn.functional.scaled_dot_product_attention(q, q, v)
+        return self.last(y.transpose(1, 2).flatten(2).mean(1))
+
+
+def test_the_hessian_goes_through_attention():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Attends().eval()
+    x = torch.randn(2, 40, 8, generator=torch.Generator().manual_seed(0))
+    bank = bank_of(model=model, example=x, batches=[x])
+    found = hessian(bank, [x])
+    assert all(row[0] == 0 and row[-1] > 0 for row in found.losses)
+
+
 def test_controls():
     items = bank_of(activations=(4, 8)).items
     assert cost_only(items).losses[0] == [-16.0, -12.0, -12.0, -8.0, -10.0, -6.0]

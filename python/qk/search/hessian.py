@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qk.calibrate.batches import call
 from qk.calibrate.objective import first_tensor, task_loss
@@ -37,7 +38,7 @@ def hessian(bank: Bank, batches: list, draws: int = DRAWS, seed: int = 0, parts:
         traces = [0.0] * len(layers)
         with frozen(p.model), p.quantized(set()):
             weights = [layer.weight.requires_grad_() for layer in layers.values()]
-            with torch.enable_grad():
+            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
                 output = first_tensor(call(p, batches[index], index, STAGE), STAGE)
                 loss = task_loss(output, output.detach(), batches[index])
                 slopes = torch.autograd.grad(loss, weights, create_graph=True)
