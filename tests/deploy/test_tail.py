@@ -16,6 +16,7 @@ from deploy.checkpoints import edit, tensor_file
 from deploy.small import small_images, small_model, small_prepared, tensors_for
 from deploy.test_modules import CONVS, image
 from qk import ops
+from qk.bench.networks import Network
 from qk.deploy import QConv2d, QLinear, convert, definition, fuse, load, save, unfused
 from qk.deploy.convert import deployed_weight
 from qk.deploy.modules import integer_layers
@@ -312,3 +313,17 @@ def test_flattened_images_are_read_right():
     assert model.get_submodule("3").tail_owners is not None
     with torch.no_grad():
         assert torch.equal(fuse(model, x, tensors=None)(x), model(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "regnet_x_400mf", "mobilenet_v2", "mobilenet_v3_small"])
+def test_networks_with_several_points_are_one_region(name):
+    network = Network(f"torchvision:{name}", 2, 64)
+    x = network.inputs[0]
+    recipe = qk.Recipe(method="nearest", symmetric=True, points=3, points_budget=0.1)
+    model = qk.quantize(network.model, [x], recipe, measure=False, fused=False, progress=False).model
+    fused = fuse(model, x)
+    with torch.no_grad():
+        assert torch.equal(fused(x), unfused(model, x)(x))
+    assert len(fused.regions) == 1
+    assert fused.steps["index_put"] > 10
