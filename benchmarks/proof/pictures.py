@@ -92,6 +92,10 @@ STUDIES: dict[str, Study] = {
         "Training on labels, three epochs",
         widths(4, 4, brecq=LEARNED, lsq=TUNED) | widths(3, 3, brecq=LEARNED, lsq=TUNED) | widths(2, 2, lsq=TUNED),
     ),
+    "long": Study(
+        "Training on labels, ten epochs",
+        widths(3, 3, lsq=Recipe(method="lsq", tuning=Tuning(epochs=10))),
+    ),
     "additions": Study(
         "What shortcuts take",
         widths(4, 4, float_sums=LEARNED, quantized_sums=replace(LEARNED, additions="quantized"))
