@@ -67,7 +67,7 @@ def test_processes_share_the_work_and_one_that_is_killed_leaves_its_part_to_othe
     assert killed.stdout.readline().strip() == "0"
     others = [started(tmp_path, kind, 0.3) for _ in range(2)]
     first = [other.stdout.readline().strip() for other in others]  # both are at work, on other parts
-    assert sorted(first) == ["1", "2"]
+    assert len({"0", *first}) == 3
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     rest = [other.communicate(timeout=120)[0].split() for other in others]

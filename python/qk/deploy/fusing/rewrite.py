@@ -92,15 +92,8 @@ def _is_max(node: fx.Node) -> bool:
     return is_call(node, POOL) and node.kwargs["mode"] == "max"
 
 
-def _end(maker: fx.Node, **end: Any) -> None:
-    """Gives it an end; columns that are put, and what they are put into, end alike."""
-    maker.kwargs = maker.kwargs | end
-    if is_call(maker, INDEX_PUT):
-        _end(maker.kwargs["x"], **end)
-
-
-def _ended(graph: fx.Graph, maker: fx.Node, end: dict[str, fx.Node | None]) -> fx.Node:
-    """As _end, on a copy at the place of now."""
+def _ended(graph: fx.Graph, maker: fx.Node, end: dict[str, Any]) -> fx.Node:
+    """A copy with an end. Columns that are put, and what they are put into, end alike."""
     kwargs = maker.kwargs | end
     if is_call(maker, INDEX_PUT):
         kwargs |= {"x": _ended(graph, maker.kwargs["x"], end)}
@@ -119,8 +112,7 @@ def activation_into_its_maker(graph: fx.Graph, node: fx.Node, constants: Constan
         return False
     if not _takes_end(maker) or maker.kwargs["activation"] != "none":
         return False
-    _end(maker, activation=name)
-    return _put(node, maker)
+    return _put(node, _ended(graph, maker, {"activation": name}))
 
 
 def sum_into_a_layer(graph: fx.Graph, node: fx.Node, constants: Constants) -> bool:
@@ -170,8 +162,7 @@ def quantize_into_its_maker(graph: fx.Graph, node: fx.Node, constants: Constants
     if not is_call(node, QUANTIZE) or not _takes_end(node.args[0]) or not only_user(node.args[0], node):
         return False
     maker, step, zero, bits = node.args
-    _end(maker, out_step=step, out_zero=zero, out_bits=bits)
-    return _put(node, maker)
+    return _put(node, _ended(graph, maker, {"out_step": step, "out_zero": zero, "out_bits": bits}))
 
 
 def codes_to_codes(graph: fx.Graph, node: fx.Node, constants: Constants) -> bool:
