@@ -266,7 +266,7 @@ def index_select(rnd, schema):
 
 
 def index_put(rnd, schema):
-    base, others, terms = shape(rnd, range(1, 5)), rnd.choice(SIZES), rnd.choice((1, 2, 3))
+    base, others, terms = shape(rnd, range(1, 5)), rnd.choice(SIZES), rnd.choice((0, 1, 2, 3))
     end = result_scale(rnd)
     x = values(rnd, base, torch.float32 if end["out_step"] is None else torch.uint8)
     index = rnd.sample(range(base[-1]), rnd.randint(0, base[-1]))

@@ -23,11 +23,11 @@ QK_INLINE void terms_of(const IndexPutArgs& a, const float* added, float* y) {
 }
 #else
 QK_INLINE void terms_of(const IndexPutArgs& a, const float* added, float* y) {
-  for (int64_t u = 0; u < a.count; ++u) y[u] = a.source[u] < 0 ? 0.0f : added[a.source[u]];
-  for (int64_t p = 1; p < a.terms; ++p) {
+  for (int64_t u = 0; u < a.count; ++u) y[u] = 0.0f;
+  for (int64_t p = 0; p < a.terms; ++p) {
     const int32_t* const source = a.source + p * a.count;
     for (int64_t u = 0; u < a.count; ++u)
-      if (source[u] >= 0) y[u] += added[source[u]];
+      if (source[u] >= 0) y[u] = p ? y[u] + added[source[u]] : added[source[u]];
   }
 }
 #endif

@@ -50,7 +50,8 @@ def test_values_that_are_not_finite_and_zeros_with_a_sign(device):
     index, none = torch.arange(9, dtype=torch.int32, device=device), torch.full((1, 9), -1, dtype=torch.int32)
     source = torch.cat([torch.arange(9)[None].int(), none, torch.tensor([[-1, 2, 1, 3, 4, 5, 6, 6, 8]]).int()])
     x = torch.zeros(1, 9, device=device)
-    for rows in (source[:2], source):
+    behind = torch.tensor([[-1] * 9, [6] * 9]).int()  # 0 + -0 = 0
+    for rows in (source[:2], source, behind, source[:0]):
         found, expected = (f(x, odd, index, rows.to(device)) for f in (index_put, reference))
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
         assert torch.equal(found.signbit() & (found == 0), expected.signbit() & (expected == 0))

@@ -53,12 +53,12 @@ def reference(
     """The definition."""
     out = x.clone(memory_format=torch.contiguous_format)
     for u, column in enumerate(index.tolist()):
-        terms = [added[..., s] for s in source[:, u].tolist() if s >= 0]
-        y = terms[0].clone() if terms else torch.zeros(x.shape[:-1], device=x.device)
-        for term in terms[1:]:
-            y += term
+        y = torch.zeros(x.shape[:-1], device=x.device)
+        for p, s in enumerate(source[:, u].tolist()):
+            if s >= 0:
+                y = y + added[..., s] if p else added[..., s]
         if residual is not None:
-            y += value(residual, residual_step, residual_zero)[..., column]
+            y = y + value(residual, residual_step, residual_zero)[..., column]
         out[..., column] = result(y, activation, out_step, out_zero, out_bits)
     return out
 
