@@ -45,7 +45,7 @@ class Net(Builder):
         out = super().step(op, *inputs, **named)
         step = self._steps[-1]
         self.shape[out] = step_shape(step, [self.shape[v] for v in inputs])
-        self.scales[out] = self.scales[inputs[0]] if keeps_scale(step) else step.scale
+        self.scales[out] = self.scales[inputs[0]] if keeps_scale(step.op, step.attributes) else step.scale
         return out
 
     def new_scale(self, bits=8, step=None) -> Scale:

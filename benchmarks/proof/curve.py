@@ -7,10 +7,8 @@ of 6 and 8, rounded by GPTQ, judged on 5,000 pictures. Both go on in the cache f
 from __future__ import annotations
 
 import argparse
-from functools import cache
 from pathlib import Path
 
-import torch
 from torch import nn
 
 import qk
@@ -27,17 +25,8 @@ SAMPLES, LOSE = 256, 0.005
 JUDGED_ON = 5000
 
 
-@cache
-def judged() -> tuple[torch.Tensor, torch.Tensor]:
-    data = networks.test_set()
-    return data.images[:JUDGED_ON], data.labels[:JUDGED_ON]
-
-
-@torch.no_grad()
 def accuracy(model: nn.Module) -> float:
-    images, labels = judged()
-    found = torch.cat([model(part).argmax(1) for part in images.split(networks.EVALUATED)])
-    return (found == labels).float().mean().item()
+    return networks.accuracy(model, JUDGED_ON)
 
 
 def main() -> None:

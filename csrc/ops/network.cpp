@@ -304,11 +304,10 @@ void check_numbers(const Plan& plan, const std::vector<Tensor>& inputs, const Th
     for (int64_t i = 0; i < n; ++i) all |= codes[i];
     return all <= top_code(bits);
   };
-  for (const Step& s : program.steps)
+  for (const Step& s : program.steps) {
     if (s.table >= 0 && s.scale.codes() && s.scale.bits < 8)
       check(below(c.bytes + s.table, 256, s.scale.bits), s.where.c_str(), "table", "codes below 2^out_bits",
             "a larger one");
-  for (const Step& s : program.steps) {
     if (s.index >= 0)
       check_inside(s.where.c_str(), "index", c.columns(s.index), s.count, 0, plan.sizes[s.in[0]].back());
     if (s.source >= 0)

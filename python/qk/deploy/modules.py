@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from qk import ops
 from qk.deploy.pages import in_huge_pages
-from qk.deploy.tail import TAIL, check_tail, slots_for
+from qk.deploy.tail import OF_TAIL, TAIL, check_tail, tail_product
 from qk.errors import fail
 from qk.ops.conv2d import reference as conv2d_definition
 from qk.ops.dequantize import reference as dequantize_definition
@@ -105,7 +105,9 @@ class IntegerLayer(nn.Module):
     def prepack(self) -> Tensor:
         """Makes the kernel's layout from `packed`, and that of the tail."""
         if self.tail_packed is not None and not self.tail_packed.is_meta:
-            self._prepack_tail()
+            nothing = 2 ** (self.spec.weights - 1)
+            made, self.tail_groups = tail_product(self._buffers, self.shape, self.bits, nothing, self.groups)
+            self._buffers.update(made)
         algorithm = self.algorithm if self.packed.device.type == "cpu" else "direct"
         packed, shape = self.packed, self.shape
         sparq = self.spec.sparq
@@ -118,30 +120,6 @@ class IntegerLayer(nn.Module):
             packed, shape = ops.pack(codes.reshape(len(codes), -1), self.bits), tuple(codes.shape)
         self.prepacked = in_huge_pages(ops.prepack(packed, self.weight_zero, self.bits, shape, self.groups, algorithm))
         return self.prepacked
-
-    def _prepack_tail(self) -> None:
-        """All rows of the channels of several points as one product, and which of its results make a channel."""
-        owners, codes = self.tail_owners, self.weight_codes()
-        parts = parts_of(owners)
-        first = owners[parts[0]]  # the channels, as whoever has a third point has a second one
-        slots = slots_for(torch.cat([first, owners]), self.out_features, self.groups, self.shape[-1])
-        nothing = 2 ** (self.spec.weights - 1)
-        zero = torch.cat([self.weight_zero[first], self.weight_zero.new_full(owners.shape, nothing)])
-        zero = slots.filled(zero, nothing)
-        codes = slots.filled(torch.cat([codes[first], self.tail_codes()]), nothing)
-        packed = ops.pack(codes.reshape(len(codes), -1), self.bits)
-        self.tail_prepacked = ops.prepack(packed, zero, self.bits, tuple(codes.shape), slots.groups)
-        self.tail_steps = slots.filled(torch.cat([self.weight_step[first], self.tail_step]), 1)
-        bias = None if self.bias is None else torch.cat([self.bias[first], torch.zeros_like(self.tail_step)])
-        self.tail_bias = None if bias is None else slots.filled(bias, 0)
-        self.tail_reads = None if slots.reads is None else slots.reads.int()
-        self.tail_groups, self.tail_index = slots.groups, first.int()
-        source = owners.new_full((1 + len(parts), len(first)), -1)
-        rows = slots.rows_of_owners(owners.device)
-        source[0] = rows[: len(first)]
-        for number, part in enumerate(parts, 1):
-            source[number, torch.searchsorted(first, owners[part])] = rows[len(first) :][part]
-        self.tail_source = source.int()
 
     def weight_codes(self) -> Tensor:
         """uint8 in kernel order."""
@@ -378,7 +356,7 @@ def integer_layers(model: nn.Module) -> dict[str, IntegerLayer]:
 
 TENSORS = ("packed", "weight_step", "weight_zero", "bias", "input_step", "input_zero", "input_scale", *TAIL)
 # By prepack, never stored.
-MADE = ("prepacked", *(f"tail_{name}" for name in ("prepacked", "steps", "bias", "reads", "index", "source")))
+MADE = ("prepacked", *OF_TAIL)
 
 
 def _widths(spec: QuantSpec) -> str:

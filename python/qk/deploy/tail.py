@@ -8,17 +8,22 @@ groups that own a row.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from qk import ops
 from qk.errors import fail
 from qk.ops.pack import row_bytes
-from qk.prepare.points import check_owners
+from qk.prepare.points import check_owners, parts_of
 from qk.spec import QuantSpec
 
 TAIL = ("tail_packed", "tail_step", "tail_owners")
+# Made by tail_product.
+OF_TAIL = ("tail_prepacked", "tail_steps", "tail_bias", "tail_reads", "tail_index", "tail_source")
 
 
 class Slots(NamedTuple):
@@ -33,16 +38,14 @@ class Slots(NamedTuple):
     reads: Tensor | None = None
     places: Tensor | None = None
 
-    def filled(self, tensor: Tensor, nothing: float) -> Tensor:
+    def filled(self, tensor: Tensor, nothing: float | Tensor) -> Tensor:
         """What belongs to the rows [count, ...], at their places; `nothing` where there is none."""
         if self.places is None:
             return tensor
-        all_rows = tensor.new_full((self.rows, *tensor.shape[1:]), nothing)
+        all_rows = tensor.new_empty(self.rows, *tensor.shape[1:])
+        all_rows[:] = nothing
         all_rows[self.places] = tensor
         return all_rows
-
-    def rows_of_owners(self, device: torch.device) -> Tensor:
-        return torch.arange(self.rows, device=device) if self.places is None else self.places
 
 
 def slots_for(owners: Tensor, n: int, groups: int, channels: int) -> Slots:
@@ -61,6 +64,31 @@ def slots_for(owners: Tensor, n: int, groups: int, channels: int) -> Slots:
     earlier = (index[:, None] == index[None]).tril(-1).sum(1)  # rows of the same group that come before
     reads = (active[:, None] * channels + torch.arange(channels, device=owners.device)).flatten()
     return Slots(len(active), len(active) * rows, reads if len(active) < groups else None, index * rows + earlier)
+
+
+def tail_product(
+    tensors: Mapping[str, Tensor | None], shape: tuple[int, ...], bits: int, nothing: int, groups: int
+) -> tuple[dict[str, Tensor | None], int]:
+    """All rows of the channels of several points as one product, and which of its results make a channel: OF_TAIL, and
+    the product's groups. tensors, shape, groups: of an IntegerLayer. nothing: the code of 0."""
+    owners, zero, bias = tensors["tail_owners"], tensors["weight_zero"], tensors["bias"]
+    parts = parts_of(owners)
+    first = owners[parts[0]]  # the channels, as whoever has a third point has a second one
+    slots = slots_for(torch.cat([first, owners]), shape[0], groups, shape[-1])
+    zero = slots.filled(torch.cat([zero[first], zero.new_full(owners.shape, nothing)]), nothing)
+    empty = ops.pack(torch.full((1, prod(shape[1:])), nothing, dtype=torch.uint8, device=owners.device), bits)
+    packed = slots.filled(torch.cat([tensors["packed"][first], tensors["tail_packed"]]), empty)
+    steps = slots.filled(torch.cat([tensors["weight_step"][first], tensors["tail_step"]]), 1)
+    if bias is not None:
+        bias = slots.filled(torch.cat([bias[first], torch.zeros_like(tensors["tail_step"])]), 0)
+    source = owners.new_full((1 + len(parts), len(first)), -1)
+    rows = torch.arange(slots.rows, device=owners.device) if slots.places is None else slots.places
+    source[0] = rows[: len(first)]
+    for number, part in enumerate(parts, 1):
+        source[number, torch.searchsorted(first, owners[part])] = rows[len(first) :][part]
+    prepacked = ops.prepack(packed, zero, bits, (len(packed), *shape[1:]), slots.groups)
+    reads = None if slots.reads is None else slots.reads.int()
+    return dict(zip(OF_TAIL, (prepacked, steps, bias, reads, first.int(), source.int()), strict=True)), slots.groups
 
 
 def check_tail(stage: str, tensors: dict[str, Tensor | None], spec: QuantSpec, n: int, k: int) -> None:

@@ -93,7 +93,7 @@ class Program:
         values = {value.id: value for value in self.inputs}
         for step in self.steps:
             scale = step.scale
-            if keeps_scale(step):
+            if keeps_scale(step.op, step.attributes):
                 scale = values[step.inputs[0]].scale
             values[step.out] = Value(step.out, scale)
         return values
@@ -171,11 +171,9 @@ def score_scale(bits: int) -> float:
     return struct.unpack("<f", struct.pack("<i", bits))[0]
 
 
-def keeps_scale(step: Step) -> bool:
-    """Whether the result has the scale of the first input."""
-    return step.op in ("reshape", "sparq", "index_select") or (
-        step.op == "pool" and step.attributes.get("mode") == "max"
-    )
+def keeps_scale(op: str, attributes: Mapping[str, Any]) -> bool:
+    """Whether a step's result has the scale of its first input."""
+    return op in ("reshape", "sparq", "index_select") or (op == "pool" and attributes.get("mode") == "max")
 
 
 # --- text -----------------------------------------------------------------------------------------------------------
@@ -323,7 +321,7 @@ def check(program: Program) -> None:
             demand(name in step.attributes, f"{step.op} needs the attribute {name}")
             _check_attribute(demand, name, kind, step.attributes[name])
         _check_kinds(demand, step, signature, scales)
-        define(step.out, scales[step.inputs[0]] if keeps_scale(step) else step.scale)
+        define(step.out, scales[step.inputs[0]] if keeps_scale(step.op, step.attributes) else step.scale)
         roots[step.out] = roots[step.inputs[0]] if step.op == "reshape" else step.out
     seen = set()
     for output in program.outputs:
@@ -373,7 +371,7 @@ def _check_kinds(demand: Any, step: Step, signature: Signature, scales: dict[int
         demand(codes[0], f"the first input of {step.op} must be codes")
     if signature.scale == "codes":
         demand(step.scale is not None, f"{step.op} needs out_scale and out_bits")
-    elif signature.scale == "none" or keeps_scale(step):
+    elif signature.scale == "none" or keeps_scale(step.op, step.attributes):
         demand(step.scale is None, f"{step.op} takes no out_scale here")
     if step.op == "pool" and step.attributes["mode"] == "max":
         demand(step.attributes["count_include_pad"] == 0, "count_include_pad must be 0 for max")

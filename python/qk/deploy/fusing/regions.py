@@ -30,7 +30,7 @@ from qk.deploy.fusing.graph import (
     shape_of,
 )
 from qk.deploy.program import Builder, encode
-from qk.ops._program import score_bits
+from qk.ops._program import keeps_scale, score_bits
 from qk.ops.sparq import FAMILIES
 
 LOOKUP, POOL, CONCAT = qk.lookup.default, qk.pool.default, qk.concat.default
@@ -167,8 +167,7 @@ class _Writer:
             inputs.append(self._mask(node.kwargs["mask"]))
         op, named = self._step(node)
         grid = grid_of(node)
-        keeps = op in ("reshape", "sparq", "index_select") or (op == "pool" and named["mode"] == "max")
-        scale = None if grid is None or keeps else self._scale(grid)
+        scale = None if grid is None or keeps_scale(op, named) else self._scale(grid)
         self.ids[node] = self.builder.step(op, *inputs, scale=scale, **named)
         self.steps.append((op, node.meta.get("module", "")))
         if is_call(node, *LAYERS):
