@@ -18,10 +18,11 @@ STABLE_TORCH_LIBRARY(qk, m) {
 
   // weight [...], v [...] float32, step and zero by rows -> [...]:
   // step * (clamp(floor(weight / step) + h(v) + zero, 0, 2^bits - 1) - zero), h(v) = clamp(1.2 sigmoid(v) - 0.1, 0, 1).
+  // Backward with penalty float32 [2], a weight and a beta, adds weight times the gradient of rounding_penalty.
   m.def("soft_round(Tensor weight, Tensor v, Tensor step, Tensor zero, int bits) -> Tensor");
   m.def(
-      "soft_round_backward(Tensor grad, Tensor weight, Tensor v, Tensor step, Tensor zero, int bits, float penalty=0., "
-      "float beta=2.) -> Tensor");
+      "soft_round_backward(Tensor grad, Tensor weight, Tensor v, Tensor step, Tensor zero, int bits, "
+      "Tensor? penalty=None) -> Tensor");
 
   // v [...] float32 -> []: sum of 1 - |2 h(v) - 1|^beta.
   m.def("rounding_penalty(Tensor v, float beta) -> Tensor");

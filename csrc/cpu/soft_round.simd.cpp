@@ -46,13 +46,14 @@ void soft_round(const SoftRoundArgs& a) {
 }
 
 void soft_round_backward(const SoftRoundBackwardArgs& a) {
-  const float scale = -2.0f * a.beta * a.penalty;
+  const float weight = a.penalty ? a.penalty[0] : 0.0f, beta = a.penalty ? a.penalty[1] : 1.0f;
+  const float scale = -2.0f * beta * weight;
   each_chunk(a.rows, a.cols, [&](int64_t row, int64_t at, int64_t n, int64_t) {
     const Row r(a.step[row], a.zero[row], a.bits);
-    if (a.penalty == 0) {
+    if (weight == 0) {
       gradients(a.grad + at, a.weight + at, a.v + at, a.grad_v + at, n, r);
     } else {
-      gradients_and_penalty(a.grad + at, a.weight + at, a.v + at, a.grad_v + at, n, r, scale, a.beta);
+      gradients_and_penalty(a.grad + at, a.weight + at, a.v + at, a.grad_v + at, n, r, scale, beta);
     }
   });
 }

@@ -30,7 +30,8 @@ __global__ void soft_round_kernel(SoftRoundArgs a) {
 
 template <int team, bool penalized>
 __global__ void soft_round_backward_kernel(SoftRoundBackwardArgs a) {
-  const float scale = -2.0f * a.beta * a.penalty;
+  const float beta = penalized ? a.penalty[1] : 1.0f;
+  const float scale = penalized ? -2.0f * beta * a.penalty[0] : 0.0f;
   each_chunk<team>(a.rows, a.cols, [&](int64_t row, int64_t at, int64_t count, int64_t) {
     const Row r = row_of(a.step[row], a.zero[row], a.bits);
     const float *grad = a.grad + at, *weight = a.weight + at, *v = a.v + at;
@@ -42,7 +43,7 @@ __global__ void soft_round_backward_kernel(SoftRoundBackwardArgs a) {
       for (int j = 0; j < width; ++j) {
         const float u = soft_sign(vs.v[j]), t = units(weights.v[j], u, r), slope = soft_slope(u);
         const float own = t >= r.low && t <= r.high ? grads.v[j] * r.step * slope : 0.0f;
-        grads.v[j] = penalized ? own + scale * penalty_slope(u, slope, a.beta) : own;
+        grads.v[j] = penalized ? own + scale * penalty_slope(u, slope, beta) : own;
       }
       store(grad_v + i, grads);
     });
@@ -58,7 +59,7 @@ void soft_round(const SoftRoundArgs& a) {
 
 void soft_round_backward(const SoftRoundBackwardArgs& a) {
   with_chunks(a.rows, a.cols, [&](int64_t blocks, auto team) {
-    if (a.penalty == 0) {
+    if (!a.penalty) {
       launch("soft_round_backward", soft_round_backward_kernel<team, false>, blocks, a);
     } else {
       launch("soft_round_backward", soft_round_backward_kernel<team, true>, blocks, a);

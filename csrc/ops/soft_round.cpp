@@ -1,5 +1,7 @@
 #include "ops/soft_round.h"
 
+#include <optional>
+
 #include "core/check.h"
 #include "core/register.h"
 #include "core/result.h"
@@ -17,6 +19,22 @@ Rows check_soft_round(const char* op, const Tensor& weight, const Tensor& v, con
   return check_rows(op, weight, step, zero, bits, "weight");
 }
 
+// As with steps, the values are checked where reading them does not wait for a device.
+std::optional<Tensor> check_penalty(const Tensor& weight, const std::optional<Tensor>& penalty) {
+  constexpr const char* op = "soft_round_backward";
+  if (!penalty) return std::nullopt;
+  check_device(op, weight, {{"penalty", &*penalty}});
+  check_dtype(op, "penalty", *penalty, ScalarType::Float);
+  check_tensor(penalty->dim() == 1 && penalty->numel() == 2, op, "penalty", "[2], a weight and an exponent", *penalty);
+  const Tensor values = dense(*penalty);
+  if (values.is_cpu()) {
+    const float* p = values.const_data_ptr<float>();
+    check(std::isfinite(p[0]), op, "penalty[0]", "finite", p[0]);
+    check(p[1] >= 1 && std::isfinite(p[1]), op, "penalty[1]", "finite and at least 1", p[1]);
+  }
+  return values;
+}
+
 }  // namespace
 
 template <void (*kernel)(const SoftRoundArgs&)>
@@ -32,20 +50,18 @@ Tensor soft_round(const Tensor& weight, const Tensor& v, const Tensor& step, con
 
 template <void (*kernel)(const SoftRoundBackwardArgs&)>
 Tensor soft_round_backward(const Tensor& grad, const Tensor& weight, const Tensor& v, const Tensor& step,
-                           const Tensor& zero, int64_t bits, double penalty, double beta) {
+                           const Tensor& zero, int64_t bits, const std::optional<Tensor>& penalty) {
   const auto [rows, cols, steps, zeros] = check_soft_round("soft_round_backward", weight, v, step, zero, bits);
-  check(finite_float(penalty), "soft_round_backward", "penalty", "a number, finite in float32", penalty);
-  check(beta >= 1 && finite_float(beta), "soft_round_backward", "beta", "a number of at least 1, finite in float32",
-        beta);
   check_device("soft_round_backward", weight, {{"grad", &grad}});
   check_dtype("soft_round_backward", "grad", grad, ScalarType::Float);
   check_same_shape("soft_round_backward", "grad", grad, "weight", weight);
+  const std::optional<Tensor> added = check_penalty(weight, penalty);
   const Tensor grads = dense(grad), weights = dense(weight), vs = dense(v);
   Tensor grad_v = result_like(weights);
   QK_DEVICE_GUARD(weight);
   kernel({grads.const_data_ptr<float>(), weights.const_data_ptr<float>(), vs.const_data_ptr<float>(),
           steps.const_data_ptr<float>(), zeros.const_data_ptr<int32_t>(), grad_v.mutable_data_ptr<float>(), rows, cols,
-          static_cast<int>(bits), static_cast<float>(penalty), static_cast<float>(beta)});
+          static_cast<int>(bits), added ? added->const_data_ptr<float>() : nullptr});
   return grad_v;
 }
 

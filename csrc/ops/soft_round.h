@@ -24,7 +24,7 @@ struct SoftRoundBackwardArgs {
   float* grad_v;        // [rows, cols]
   int64_t rows, cols;
   int bits;
-  float penalty, beta;  // penalty times the gradient of rounding_penalty is added; 0: nothing is
+  const float* penalty;  // [2], weight and exponent: that much of the gradient of rounding_penalty is added; or none is
 };
 
 }  // namespace qk

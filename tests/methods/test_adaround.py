@@ -78,6 +78,6 @@ def test_the_gradient_reaches_v_in_either_layout():
         by_autograd = rounding.v.grad + torch.ops.qk.rounding_penalty_backward(torch.tensor(0.1), rounding.v, 3.0)
         rounding.begin()
         rounding.value.square().sum().backward()
-        rounding.end(0.1, 3.0)
+        rounding.end(torch.tensor([0.1, 3.0]))
         assert torch.equal(rounding.v.grad, by_autograd)
         assert ops.rounding_penalty(rounding.v, 2.0) > 0

@@ -61,9 +61,9 @@ def test_with_the_penalty_it_is_the_sum_of_both_gradients(beta, device):
         weight, v, step, zero, grad = problem(shape, 4, device)
         own = torch.ops.qk.soft_round_backward(grad, weight, v, step, zero, 4)
         penalty = torch.ops.qk.rounding_penalty_backward(torch.tensor(0.3, device=device), v, beta)
-        got = torch.ops.qk.soft_round_backward(grad, weight, v, step, zero, 4, 0.3, beta)
+        got = torch.ops.qk.soft_round_backward(grad, weight, v, step, zero, 4, torch.tensor([0.3, beta], device=device))
         assert torch.equal(got, own + penalty), shape
-        want = reference_backward(grad, weight, v, step, zero, 4, 0.3, beta)
+        want = reference_backward(grad, weight, v, step, zero, 4, torch.tensor([0.3, beta], device=device))
         assert torch.equal(want, reference_backward(grad, weight, v, step, zero, 4) + 0.3 * penalty_slope(v, beta))
 
 
@@ -140,7 +140,7 @@ def test_threads_and_instruction_sets_change_no_bit(each_isa_and_threads):
         lambda: (
             qk.ops.soft_round(weight, v, step, zero, 4),
             torch.ops.qk.soft_round_backward(grad, weight, v, step, zero, 4),
-            torch.ops.qk.soft_round_backward(grad, weight, v, step, zero, 4, 0.01, 7.3),
+            torch.ops.qk.soft_round_backward(grad, weight, v, step, zero, 4, torch.tensor([0.01, 7.3])),
         )
     )
 
@@ -148,8 +148,8 @@ def test_threads_and_instruction_sets_change_no_bit(each_isa_and_threads):
 def test_registration(device):
     weight, v, step, zero, grad = problem((5, 67), 4, device)
     torch.library.opcheck(torch.ops.qk.soft_round.default, (weight, v.clone().requires_grad_(), step, zero, 4))
-    for penalty in ((), (0.01, 7.3)):
-        args = (grad, weight, v, step, zero, 4, *penalty)
+    for penalty in (None, torch.tensor([0.01, 7.3], device=device)):
+        args = (grad, weight, v, step, zero, 4, penalty)
         torch.library.opcheck(torch.ops.qk.soft_round_backward.default, args)
 
 
@@ -179,7 +179,23 @@ def test_zero_that_is_no_code_has_no_gradient(zero):
         torch.ops.qk.soft_round_backward(W, W, W, STEP, torch.full_like(ZERO, zero), 4)
 
 
-@pytest.mark.parametrize(("penalty", "beta", "name"), [(float("nan"), 2.0, "penalty"), (0.1, 0.5, "beta")])
-def test_a_penalty_that_is_none_is_refused(penalty, beta, name):
-    with pytest.raises(RuntimeError, match=rf"qk::soft_round_backward: {name} must be a number"):
-        torch.ops.qk.soft_round_backward(W, W, W, STEP, ZERO, 4, penalty, beta)
+@pytest.mark.parametrize(
+    ("penalty", "message"),
+    [
+        (torch.tensor([torch.nan, 2.0]), r"penalty\[0\] must be finite, got nan"),
+        (torch.tensor([0.1, 0.5]), r"penalty\[1\] must be finite and at least 1, got 0.5"),
+        (torch.tensor([0.1, torch.inf]), r"penalty\[1\] must be finite and at least 1, got inf"),
+        (torch.tensor([0.1]), r"penalty must be \[2\], a weight and an exponent, got Float \[1\]"),
+        (torch.tensor([[0.1, 2.0]]), r"penalty must be \[2\], a weight and an exponent, got Float \[1, 2\]"),
+        (torch.tensor([1, 2]), r"penalty must be Float, got Long \[2\]"),
+    ],
+)
+def test_a_penalty_that_is_none_is_refused(penalty, message):
+    with pytest.raises(RuntimeError, match=rf"qk::soft_round_backward: {message}"):
+        torch.ops.qk.soft_round_backward(W, W, W, STEP, ZERO, 4, penalty)
+
+
+def test_a_penalty_of_weight_0_adds_nothing(device):
+    weight, v, step, zero, grad = problem((5, 67), 4, device)
+    none = torch.ops.qk.soft_round_backward(grad, weight, v, step, zero, 4)
+    assert torch.equal(torch.ops.qk.soft_round_backward(grad, weight, v, step, zero, 4, v.new_tensor([0, 9])), none)

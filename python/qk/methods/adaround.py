@@ -48,15 +48,16 @@ class Rounding:
         self.value = self.soft().requires_grad_()
 
     @torch.no_grad()
-    def end(self, penalty: float, beta: float) -> None:
-        """Takes the gradient of `value` on to v, with that of penalty * rounding_penalty(v, beta) added: one kernel."""
+    def end(self, penalty: Tensor) -> None:
+        """Takes the gradient of `value` on to v, with that of penalty[0] * rounding_penalty(v, penalty[1]) added: one
+        kernel."""
         assert self.value is not None
         grad = torch.zeros_like(self.value) if self.value.grad is None else self.value.grad  # no call of the layer
         grad = to_kernel_order(grad) if self.kernel_order else grad
         if self.stays_zero is not None:
             grad = grad.masked_fill(self.stays_zero, 0.0)
         quantizer = self.step, self.zero, self.bits
-        self.v.grad = torch.ops.qk.soft_round_backward(grad, self.weight, self.v, *quantizer, penalty, beta)
+        self.v.grad = torch.ops.qk.soft_round_backward(grad, self.weight, self.v, *quantizer, penalty)
         self.value = None
 
     def soft(self) -> Tensor:

@@ -36,6 +36,7 @@ from qk.methods.engine import (
     weighted_square,
 )
 from qk.methods.lsq import ANEW, is_trainable
+from qk.methods.replay import CudaGraphs, Replay
 from qk.methods.resume import Finished, steps_digest
 from qk.prepare.insert import ActQuantizer, QuantLayer
 from qk.prepare.prepared import Prepared, Unit, check_learnable, float_activations
@@ -179,7 +180,7 @@ class _Run:
     ) -> list[dict]:
         """Learns one unit; returns its history. Its cache goes before the next one takes its room."""
         generator = part_generator(self.recipe.seed, number)
-        room = Room(self.recipe.memory_mb)
+        room = Room(self.recipe.memory_mb, device_of(self.p.model))
         cache = fill_cache(self.p, unit, finished, self.batches, room, self.outputs, mixed=phase.drop < 1)
         return _Unit(self.p, unit, learned, phase, self.recipe, generator).reconstruct(cache, self.shown)
 
@@ -201,7 +202,7 @@ def learn_unit(
 
 class Learner:
     """The inner loop: v of every layer and the steps of `quantizers`, together, by Adam. Inside `with` the layers take
-    their weights from v. generator: of dropping inside the unit."""
+    their weights from v. generator: of dropping inside the unit. graphs: to replay iterations by."""
 
     def __init__(
         self,
@@ -211,10 +212,12 @@ class Learner:
         recipe: Recipe,
         phase: Phase | None = None,
         generator: torch.Generator | None = None,
+        graphs: CudaGraphs | None = None,
     ) -> None:
         self.module, self.layers, self.recipe, self.generator = module, layers, recipe, generator
         self.phase = phase or phases_of(recipe)[0]
-        self.narrow = narrow_of(recipe, device_of(module))
+        device = device_of(module)
+        self.narrow = narrow_of(recipe, device)
         self.roundings = [Rounding(layer) for layer in layers if self.phase.rounding]
         self.steps = [q.step for q in quantizers] if self.phase.steps and recipe.act_lr > 0 else []
         self.floors = [step.detach() * SMALLEST for step in self.steps]
@@ -222,7 +225,15 @@ class Learner:
         groups: list[dict] = [
             {"params": [s], "start": min(recipe.act_lr, FASTEST * float(s.detach()))} for s in self.steps
         ]
-        self.optimizer = torch.optim.Adam([*groups, rounding] if self.roundings else groups, fused=True)
+        self.penalty = torch.zeros(2, device=device)  # weight and exponent, now
+        self.drops_inside = recipe.drop_inside and 0 < self.phase.drop < 1
+        self.replay = Replay(self._iterate, graphs) if graphs and not self.drops_inside else None
+        if self.replay:
+            for group in groups:
+                group["lr"] = torch.zeros((), device=device)  # where a graph reads it
+        self.optimizer = torch.optim.Adam(
+            [*groups, rounding] if self.roundings else groups, fused=True, capturable=device.type == "cuda"
+        )
 
     def __enter__(self) -> Learner:
         for layer in self.layers:
@@ -231,7 +242,7 @@ class Learner:
             rounding.layer.rounding = lambda rounding=rounding: rounding.value
         for step in self.steps:
             step.requires_grad_(True)
-        if self.recipe.drop_inside and 0 < self.phase.drop < 1:
+        if self.drops_inside:
             for layer in self.layers:
                 layer.input.mix = self._mix
         return self
@@ -244,18 +255,26 @@ class Learner:
             step.grad = None
 
     def step(self, sample: Sample, iteration: int) -> Tensor:
-        """One iteration; returns the loss before it, without the penalty."""
+        """One iteration; returns the loss before it, without the penalty, which the next one may write over."""
+        recipe, groups = self.recipe, self.optimizer.param_groups
+        exponent = beta(iteration, recipe.iterations, recipe.warmup, recipe.beta)
+        self.penalty[0] = 0.0 if iteration < recipe.warmup * recipe.iterations else recipe.penalty
+        self.penalty[1] = exponent
+        left = 0.5 * (1 + math.cos(math.pi * iteration / self.phase.iterations))  # a cosine to 0
+        for group in groups[: len(self.steps)]:
+            rate = left * group["start"]
+            group["lr"] = group["lr"].fill_(rate) if self.replay else rate
+        return self.replay(sample) if self.replay else self._iterate(sample)
+
+    def _iterate(self, sample: Sample) -> Tensor:
+        """An iteration with the rates and the penalty of now."""
         for rounding in self.roundings:
             rounding.begin()
         output, loss, slope = unit_loss(self.module, sample, self.layers, self.phase.loss)
         self.optimizer.zero_grad()
         output.backward(slope)
-        penalty = self._penalty(iteration)
         for rounding in self.roundings:
-            rounding.end(*penalty)
-        left = 0.5 * (1 + math.cos(math.pi * iteration / self.phase.iterations))  # a cosine to 0
-        for group in self.optimizer.param_groups[: len(self.steps)]:
-            group["lr"] = left * group["start"]
+            rounding.end(self.penalty)
         self.optimizer.step()
         with torch.no_grad():
             for step, floor in zip(self.steps, self.floors, strict=True):
@@ -264,13 +283,7 @@ class Learner:
 
     def _mix(self, x: Tensor, quantized: Tensor) -> Tensor:
         """Each value quantized with probability drop, else in float."""
-        return torch.lerp(x, quantized, drop_mask(x, self.phase.drop, self.generator).to(x.device))
-
-    def _penalty(self, iteration: int) -> tuple[float, float]:
-        """Weight and exponent."""
-        recipe = self.recipe
-        exponent = beta(iteration, recipe.iterations, recipe.warmup, recipe.beta)
-        return (0.0 if iteration < recipe.warmup * recipe.iterations else recipe.penalty), exponent
+        return torch.lerp(x, quantized, drop_mask(x, self.phase.drop, self.generator))
 
 
 class _Unit:
@@ -314,7 +327,8 @@ class _Unit:
     def _learn(self, cache: Cache, shown: Progress) -> list[dict]:
         history = []
         phase, iterations = self.phase, self.phase.iterations
-        with Learner(self.module, self.layers, self.quantizers, self.recipe, phase, self.generator) as learner:
+        graphs = CudaGraphs() if device_of(self.module).type == "cuda" else None
+        with Learner(self.module, self.layers, self.quantizers, self.recipe, phase, self.generator, graphs) as learner:
             for i in range(iterations):
                 fit = learner.step(cache.sample(self.recipe.batch_size, phase.drop, self.generator), i)
                 if i % max(1, iterations // RECORDS) == 0:

@@ -1,4 +1,4 @@
-"""What a unit saw and gave, row by row, in bounded memory: in RAM up to a budget, beyond it in a temporary file."""
+"""What a unit saw and gave, row by row, in bounded memory: on a device up to a budget, then in temporary files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,10 +17,10 @@ from qk.errors import QkError
 
 
 class Room:
-    """Memory for tensors: `memory_mb` in RAM, then memory-mapped files that vanish with the process or the tensor."""
+    """Memory for tensors: `memory_mb` on the device, then mapped files that vanish with the process or the tensor."""
 
-    def __init__(self, memory_mb: float) -> None:
-        self.left = int(memory_mb * 2**20)
+    def __init__(self, memory_mb: float, device: torch.device | str = "cpu") -> None:
+        self.left, self.device = int(memory_mb * 2**20), device
         self.in_files = 0  # bytes
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -29,7 +29,7 @@ class Room:
         size = count * dtype.itemsize
         if size <= self.left or size == 0:
             self.left -= size
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device=self.device)
         handle, path = tempfile.mkstemp(prefix="qk-")
         try:
             # Reserved now: a full disk would otherwise kill the process at the first write to the mapping.
@@ -79,6 +79,7 @@ class Sample:
     kwargs: dict
     target: Tensor
     weight: Tensor | None  # squared gradients, mean 1 over the cache
+    part: int = 0  # of the cache; all of one have the same shapes
 
     @property
     def rows(self) -> int:
@@ -128,7 +129,7 @@ class Cache:
             at = int(torch.multinomial(shares, 1, generator=generator))
         part = self.parts[at]
         chosen = torch.randperm(part.rows, generator=generator)[:rows]
-        return part.pick(chosen, drop, generator, self.device)
+        return replace(part.pick(chosen, drop, generator, self.device), part=at)
 
     def chunks(self, rows: int) -> Iterator[Sample]:
         """Everything in order, from the quantized prefix."""
@@ -192,25 +193,29 @@ class _Part:
             if store is None:
                 continue
             if plain is None or drop == 1 or not store.is_floating_point():
-                leaves[i] = store.index_select(0, chosen)
+                leaves[i] = _rows(store, chosen)
             elif drop == 0:
-                leaves[i] = plain.index_select(0, chosen)
+                leaves[i] = _rows(plain, chosen)
             else:
-                rows = store.index_select(0, chosen)
+                rows = _rows(store, chosen)
                 # lerp is exact at 0 and 1, and seven times as fast as where.
-                leaves[i] = torch.lerp(plain.index_select(0, chosen), rows, drop_mask(rows, drop, generator))
+                leaves[i] = torch.lerp(_rows(plain, chosen).to(rows.device), rows, drop_mask(rows, drop, generator))
             leaves[i] = leaves[i].to(device)
         args, kwargs = tree_unflatten(leaves, self.spec)
-        weight = None if self.weight is None else self.weight.index_select(0, chosen).to(device)
-        return Sample(args, kwargs, self.target.index_select(0, chosen).to(device), weight)
+        weight = None if self.weight is None else _rows(self.weight, chosen).to(device)
+        return Sample(args, kwargs, _rows(self.target, chosen).to(device), weight)
+
+
+def _rows(store: Tensor, chosen: Tensor) -> Tensor:
+    return store.index_select(0, chosen.to(store.device))
 
 
 def drop_mask(like: Tensor, drop: float, generator: torch.Generator | None) -> Tensor:
-    """Like a tensor on the CPU, 1 with probability drop and else 0, in steps of 1 / 256: eight bytes cost one draw."""
+    """Like a tensor, 1 with probability drop and else 0, in steps of 1 / 256: eight bytes cost one draw, by the CPU."""
     count = like.numel()
     words = torch.empty((count + 7) // 8, dtype=torch.int64).random_(-(2**63), None, generator=generator)
     mask = torch.empty(count, dtype=like.dtype)
-    return torch.lt(words.view(torch.uint8)[:count], round(drop * 256), out=mask).view(like.shape)
+    return torch.lt(words.view(torch.uint8)[:count], round(drop * 256), out=mask).view(like.shape).to(like.device)
 
 
 def _by_row(leaf: Any, target: Tensor) -> bool:

@@ -84,7 +84,7 @@ class LearnedActivation(ActQuantizer):
     def forward(self, x: Tensor, cut: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None) -> Tensor:
         """cut: as of ActQuantizer."""
         n = x.numel() if self.count == "values" else x.numel() // max(1, x.shape[0])
-        scale = grad_scale_for(max(1, n), top(self.bits, int(self.zero)))
+        scale = grad_scale_for(max(1, n), top(self.bits, self.zero_point))
         x = x.float()  # whatever autocast made of it
         quantized = ops.lsq(x, self.step, self.zero, self.bits, scale)
         return quantized if cut is None else cut(x, quantized)[1]
@@ -159,7 +159,7 @@ def trainable(p: Prepared, tuning: Tuning | None = None, first: Any = None) -> n
     learned = {quantizer: LearnedActivation(quantizer, tuning.count) for quantizer in static}
     for quantizer, activation in learned.items():
         if means is not None:
-            q_p = top(activation.bits, int(activation.zero))
+            q_p = top(activation.bits, activation.zero_point)
             activation.raw_step.copy_(first_step(means[quantizer], q_p))
     specs = {name: replace(layer.spec, symmetric=True) for name, layer in layers.items()}
     for name, layer in layers.items():

@@ -49,17 +49,16 @@ def reference_backward(
     step: Tensor,
     zero: Tensor,
     bits: int,
-    penalty: float = 0.0,
-    beta: float = 2.0,
+    penalty: Tensor | None = None,
 ) -> Tensor:
-    """The definition of the gradient of v, with that of penalty * rounding_penalty(v, beta) added."""
+    """The definition of the gradient of v, with that of penalty[0] * rounding_penalty(v, beta=penalty[1]) added."""
     low = -zero.reshape(-1, 1).to(torch.float32)
     rows = as_rows(v, step)
     code = torch.floor(units(weight, step)) + fraction(rows)
     inside = (code >= low) & (code <= low + (2**bits - 1))
     grads = as_rows(grad, step) * step.reshape(-1, 1) * slope_of(rows)
     found = torch.where(inside, grads, 0.0).reshape(v.shape)
-    return found + penalty * penalty_slope(v, beta) if penalty else found
+    return found if penalty is None else found + penalty[0] * penalty_slope(v, penalty[1])
 
 
 def slope_of(v: Tensor) -> Tensor:
@@ -69,7 +68,7 @@ def slope_of(v: Tensor) -> Tensor:
     return torch.where((h > 0) & (h < 1), (HIGH - LOW) * sigmoid * (1 - sigmoid), 0.0)
 
 
-def penalty_slope(v: Tensor, beta: float) -> Tensor:
+def penalty_slope(v: Tensor, beta: float | Tensor) -> Tensor:
     """d/dv (1 - |2 h(v) - 1|^beta)."""
     u = 2 * fraction(v) - 1
     return -beta * u.abs().pow(beta - 1) * u.sign() * 2 * slope_of(v)
@@ -82,8 +81,8 @@ def _(weight, v, step, zero, bits):
 
 
 @torch.library.register_fake("qk::soft_round_backward")
-def _(grad, weight, v, step, zero, bits, penalty=0.0, beta=2.0):
-    on_one_device("soft_round_backward", grad, weight, v, step, zero)
+def _(grad, weight, v, step, zero, bits, penalty=None):
+    on_one_device("soft_round_backward", grad, weight, v, step, zero, *([] if penalty is None else [penalty]))
     return torch.empty_like(v, memory_format=torch.contiguous_format)
 
 

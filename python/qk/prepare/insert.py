@@ -46,6 +46,7 @@ class ActQuantizer(nn.Module):
     zero: Tensor
     passes: bool = False
     mix: Callable[[Tensor, Tensor], Tensor] | None = None
+    _known: tuple[Tensor, int, int] | None = None
 
     def __init__(self, bits: int) -> None:
         super().__init__()
@@ -61,12 +62,22 @@ class ActQuantizer(nn.Module):
             self.zero.copy_(zero.reshape(1))
         self.calibrated = True
 
+    @property
+    def zero_point(self) -> int:
+        """zero as a number, fetched where it has changed: each time would be a wait for a GPU."""
+        zero = self.zero
+        if zero.is_inference():  # it does not count its changes
+            return int(zero)
+        if self._known is None or self._known[0] is not zero or self._known[1] != zero._version:
+            self._known = zero, zero._version, int(zero)
+        return self._known[2]
+
     def forward(self, x: Tensor, cut: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None) -> Tensor:
         """cut: what SPARQ makes of the input and the quantized input before they are mixed."""
         if self.passes:
             return x
         features = max(1, x.numel() // max(1, x.shape[0]))
-        top = 2**self.bits - 1 - int(self.zero)
+        top = 2**self.bits - 1 - self.zero_point
         quantized = ops.lsq(x, self.step, self.zero, self.bits, grad_scale_for(features, max(1, top)))
         if cut is not None:
             x, quantized = cut(x, quantized)
@@ -216,7 +227,7 @@ class QuantLayer(nn.Module):
     def cuts(self) -> Sparq | None:
         """How the codes of the input are cut, with the range that it has now; None where they stay whole."""
         sparq = self.spec.sparq
-        whole = sparq is None or why_whole(sparq, int(self.input.zero), self.weight.shape[1])
+        whole = sparq is None or why_whole(sparq, self.input.zero_point, self.weight.shape[1])
         return None if whole else sparq
 
     @property
