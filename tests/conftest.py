@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import qk
 from qk import _native
 from threads import threads
 
+prepack = import_module("qk.ops.prepack")  # the name in qk.ops is its function
 _ISAS = ("generic", "avx2", "avx512vnni", "amx")
 
 
@@ -24,6 +26,10 @@ class _Emulated:
             torch.ops.load_library(str(self.library))
 
     def __enter__(self):
+        self.layout = prepack.packed_layout
+        prepack.packed_layout = lambda shape, bits, groups, k_groups, _, winograd: self.layout(
+            shape, bits, groups, k_groups, True, winograd
+        )
         self.overrides = torch.library.Library("qk", "IMPL")
         for name in torch._C._dispatch_get_all_op_names():
             if name.startswith("qk_emulated::"):
@@ -32,6 +38,7 @@ class _Emulated:
 
     def __exit__(self, *_):
         self.overrides._destroy()
+        prepack.packed_layout = self.layout
 
 
 @pytest.fixture(scope="module")

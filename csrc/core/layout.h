@@ -95,9 +95,8 @@ struct PackedLayout {
   QK_HD constexpr int64_t tap_at(int64_t tap) const { return tap % segments * segment_padded + tap / segments; }
 };
 
-namespace cpu {
-
-QK_HD constexpr PackedLayout packed_layout(const WeightShape& w) {
+// What a layout has besides segments, codes_at to bytes included.
+QK_HD constexpr PackedLayout with_segments(const WeightShape& w, int64_t segments, int64_t unit) {
   PackedLayout p{};
   const bool depthwise = w.depthwise(), winograd = w.algorithm == Algorithm::winograd;
   p.stored_bits = depthwise ? 8 : w.bits;
@@ -106,11 +105,9 @@ QK_HD constexpr PackedLayout packed_layout(const WeightShape& w) {
   p.blocks_per_outer = ceil_div(p.n_per_outer, PackedLayout::block);
   p.k = w.k();
   p.k_groups = w.k_groups;
-  p.segments = depthwise ? w.kw : winograd ? w.taps() : w.k_groups == 1 ? w.kh : w.k_groups;
+  p.segments = segments;
   p.segment_k = p.k / p.segments;
-  const int64_t whole_vectors = PackedLayout::step * (8 / p.stored_bits);
-  p.segment_padded = round_up(
-      p.segment_k, depthwise || winograd || w.k_groups > 1 ? whole_vectors : int64_t{PackedLayout::segment_unit});
+  p.segment_padded = round_up(p.segment_k, unit);
   p.k_padded = p.segment_padded * p.segments;
   p.block_bytes = p.k_padded * PackedLayout::block * p.stored_bits / 8;
   p.codes_at = sizeof(PackedHeader);
@@ -120,11 +117,51 @@ QK_HD constexpr PackedLayout packed_layout(const WeightShape& w) {
   return p;
 }
 
+namespace cpu {
+
+QK_HD constexpr PackedLayout packed_layout(const WeightShape& w) {
+  const bool depthwise = w.depthwise(), winograd = w.algorithm == Algorithm::winograd;
+  const int64_t whole_vectors = PackedLayout::step * (8 / (depthwise ? 8 : w.bits));
+  return with_segments(w,
+                       depthwise         ? w.kw
+                       : winograd        ? w.taps()
+                       : w.k_groups == 1 ? w.kh
+                                         : w.k_groups,
+                       depthwise || winograd || w.k_groups > 1 ? whole_vectors : int64_t{PackedLayout::segment_unit});
+}
+
 }  // namespace cpu
 
-// The CUDA kernels read the same layout until they have their own.
+// A depthwise weight on CUDA lies as on the CPU. Of any other the segments are the groups of K, filled up to whole
+// tiles of 16 channels x 64 codes: two steps of the matrix instruction m16n8k32, whose first factor they are. In a
+// step, lane 4 g + t has in byte b of register i the code of channel g + 8 (i & 1) at 16 (i >> 1) + 4 t + b of K. 8-bit
+// codes: the four registers of a lane, then the next lane, then the next step. 4 bits: word 2 s + p of a lane has
+// register 2 p of step s in the low halves of its bytes and 2 p + 1 in the high ones. 2 bits: word s has register i in
+// bits 2 i.
 namespace cuda {
-using cpu::packed_layout;
+
+constexpr int tile_k = 64, step_k = 32;
+
+QK_HD constexpr PackedLayout packed_layout(const WeightShape& w) {
+  if (w.depthwise() || w.algorithm == Algorithm::winograd) return cpu::packed_layout(w);
+  return with_segments(w, w.k_groups, tile_k);
 }
+
+QK_HD constexpr int tile_bytes(int bits) { return PackedLayout::block * tile_k * bits / 8; }
+
+struct TilePlace {
+  int channel, k;
+};
+
+// What part `part` (of 8 / bits) of a byte of a tile is the code of.
+QK_HD constexpr TilePlace tile_place(int bits, int byte, int part) {
+  const int words = bits == 8 ? 4 : bits;  // of a lane, in a row of memory
+  const int lane = byte / (4 * words) % 32, word = byte / 4 % words, b = byte % 4;
+  const int step = bits == 8 ? byte / 512 : bits == 4 ? word / 2 : word;
+  const int i = bits == 8 ? word : bits == 4 ? 2 * (word % 2) + part : part;
+  return {lane / 4 + 8 * (i & 1), step * step_k + 16 * (i >> 1) + 4 * (lane % 4) + b};
+}
+
+}  // namespace cuda
 
 }  // namespace qk

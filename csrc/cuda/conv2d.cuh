@@ -1,10 +1,37 @@
 // A convolution of codes, and a Linear as the 1 x 1 convolution of its rows: the sums of conv2d and gemm.
 #pragma once
+#include "cuda/launch.cuh"
 #include "ops/conv2d.h"
 
 namespace qk::cuda {
 
-// Launches for `op`; the weight must not be depthwise. epilogue.per_row means one x_step and x_zero for each image.
+// Launches for `op`; the weight must not be depthwise. epilogue.per_row means one x_step and x_zero for each
+// image, which then is one pixel.
 void convolve(const char* op, const Conv2dArgs& args);
+
+// An output pixel's window: x[first + (row * w + col) * pixel_bytes] is its tap (row, col); row, col: of the image
+// where the window starts, negative in the padding.
+struct Window {
+  int64_t first, row, col;
+};
+
+// channel: the first of x that the output reads.
+__device__ inline Window window_of(const Conv2dArgs& a, int64_t token, int64_t channel) {
+  return {token / (a.ow * a.oh) * a.h * a.w * (a.shape.c * a.shape.groups) + channel,
+          token / a.ow % a.oh * a.stride_h - a.pad_h, token % a.ow * a.stride_w - a.pad_w};
+}
+
+// Where k of K lies in x for a window, or null in the padding.
+__device__ inline const uint8_t* source_of(const Conv2dArgs& a, const Window& window, uint32_t k) {
+  uint32_t c = k;
+  int64_t row = window.row, col = window.col;
+  if (a.shape.taps() > 1) {  // K is below 2^31; 64-bit divisions are calls
+    const uint32_t channels = a.shape.c, kw = a.shape.kw, tap = k / channels, tap_row = tap / kw;
+    c = k - tap * channels;
+    row += tap_row * a.dilation_h, col += (tap - tap_row * kw) * a.dilation_w;
+  }
+  if (row < 0 || row >= a.h || col < 0 || col >= a.w) return nullptr;
+  return a.x + window.first + (row * a.w + col) * (a.shape.c * a.shape.groups) + c;
+}
 
 }  // namespace qk::cuda

@@ -16,24 +16,40 @@ __device__ int code_at_rest(const PrepackArgs& a, int64_t n, int64_t k) {
   return a.packed[n * a.row_bytes + k / per_byte] >> (k % per_byte * bits) & top_code(bits);
 }
 
+struct Place {
+  int64_t channel, k;  // of a block, padded
+};
+
+// What part `part` of a byte of a block's codes holds.
+__device__ Place place_of(const PrepackArgs& a, int64_t byte, int part) {
+  const int bits = a.layout.stored_bits;
+  if (a.shape.depthwise()) {
+    const int64_t in_vector = byte % PackedLayout::vector;
+    return {in_vector / PackedLayout::step,
+            byte / PackedLayout::vector * PackedLayout::step + in_vector % PackedLayout::step};
+  }
+  const int64_t tile = byte / tile_bytes(bits);
+  const TilePlace found = tile_place(bits, static_cast<int>(byte % tile_bytes(bits)), part);
+  return {found.channel, tile * tile_k + found.k};
+}
+
 // A thread makes one byte of codes.
 __global__ void codes_kernel(PrepackArgs a) {
   const PackedLayout& layout = a.layout;
   const int per_byte = 8 / layout.stored_bits;
   const int64_t all = layout.sums_at - layout.codes_at, step = int64_t{gridDim.x} * block_threads;
   for (int64_t at = int64_t{blockIdx.x} * block_threads + threadIdx.x; at < all; at += step) {
-    const int64_t block = at / layout.block_bytes, in_block = at % layout.block_bytes;
-    const int64_t vector = in_block / PackedLayout::vector, place = in_block % PackedLayout::vector;
-    const int64_t n = channel_of(layout, block, place / PackedLayout::step);
     int byte = 0;
-    for (int j = 0; j < per_byte && n >= 0; ++j) {
-      const int64_t k = (vector * per_byte + j) * PackedLayout::step + place % PackedLayout::step;
-      const int64_t segment = k / layout.segment_padded, in_segment = k % layout.segment_padded;
-      if (in_segment >= layout.segment_k) continue;
-      const int zero = a.zero[n * layout.k_groups + segment / layout.group_segments()];
+    for (int j = 0; j < per_byte; ++j) {
+      const Place place = place_of(a, at % layout.block_bytes, j);
+      const int64_t n = channel_of(layout, at / layout.block_bytes, place.channel);
+      const int64_t segment = place.k / layout.segment_padded, in_segment = place.k % layout.segment_padded;
+      if (n < 0 || in_segment >= layout.segment_k) continue;
       // The segments of a depthwise weight are columns of the kernel.
+      const bool columns = a.shape.depthwise();
+      const int zero = a.zero[n * layout.k_groups + (columns ? 0 : segment)];
       const int code = code_at_rest(
-          a, n, a.shape.depthwise() ? in_segment * layout.segments + segment : segment * layout.segment_k + in_segment);
+          a, n, columns ? in_segment * layout.segments + segment : segment * layout.segment_k + in_segment);
       byte |= layout.stored_bits == 8 ? code - zero : code << (j * layout.stored_bits);
     }
     a.out[layout.codes_at + at] = static_cast<uint8_t>(byte);

@@ -44,6 +44,14 @@ void check_launch(const char* op) {
   if (error != cudaSuccess) refuse(op, std::string("refused the kernel: ") + cudaGetErrorString(error), advice(error));
 }
 
+int processors(const char* op) {
+  int device = 0, count = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess || cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
+    refuse(op, std::string("gave no device: ") + cudaGetErrorString(error), advice(error));
+  return count;
+}
+
 void check_aligned(const char* op, const char* argument, const void* address, int bytes) {
   if (reinterpret_cast<uintptr_t>(address) % bytes == 0) return;
   throw std::runtime_error(std::string("qk::") + op + ": " + argument + " must start at a multiple of " +

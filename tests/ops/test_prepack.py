@@ -6,18 +6,43 @@ from qk import _core
 from qk.ops.prepack import reference
 
 
-def read_back(prepacked, shape, bits, groups=1, k_groups=1):
+def parts(codes, bits):
+    """[...] -> [..., 8 / bits] codes of a byte."""
+    return torch.stack([codes >> (i * bits) & (2**bits - 1) for i in range(8 // bits)], -1)
+
+
+def rows_of_vectors(codes, bits):
+    """Vectors of 16 channels x 4 codes: [blocks, bytes] -> [blocks, 16, K]."""
+    steps = parts(codes.reshape(len(codes), -1, 16, 4), bits)  # [block, vector, channel, 4, step]
+    return steps.permute(0, 2, 1, 4, 3).flatten(2)
+
+
+def rows_of_tiles(codes, bits):
+    """Tiles of 16 channels x 64 codes in the registers of CUDA's lanes: [blocks, bytes] -> [blocks, 16, K]."""
+    blocks = len(codes)
+    if bits == 8:
+        found = codes.reshape(blocks, -1, 2, 8, 4, 2, 2, 4)  # tile, step, g, t, half of K, half of channels, byte
+    elif bits == 4:
+        found = parts(codes.reshape(blocks, -1, 8, 4, 2, 2, 4), 4).permute(0, 1, 4, 2, 3, 5, 7, 6)
+    else:
+        found = parts(codes.reshape(blocks, -1, 8, 4, 2, 4), 2).unflatten(-1, (2, 2)).permute(0, 1, 4, 2, 3, 6, 7, 5)
+    return found.permute(0, 6, 3, 1, 2, 5, 4, 7).reshape(blocks, 16, -1)
+
+
+@pytest.fixture
+def cuda_layout(request):
+    return request.node.callspec.params["device"] in ("emulated", "cuda")
+
+
+def read_back(prepacked, shape, bits, groups=1, k_groups=1, cuda=False):
     """code - zero of a weight without depthwise groups, from the layout's own description (core/layout.h)."""
-    layout = _core.packed_layout(shape, bits, groups, k_groups)
+    layout = _core.packed_layout(shape, bits, groups, k_groups, cuda)
     n, k = shape[0], torch.Size(shape[1:]).numel()
-    per_vector = 8 // bits
     blocks, k_padded = layout["blocks"], layout["k_padded"]
-    codes = prepacked[layout["codes_at"] : layout["sums_at"]].reshape(blocks, -1, 16, 4)
-    steps = torch.stack(
-        [codes >> (i * bits) & (2**bits - 1) for i in range(per_vector)], 2
-    )  # [b, vectors, step, 16, 4]
+    codes = prepacked[layout["codes_at"] : layout["sums_at"]].reshape(blocks, -1)
     segments, segment_k, padded = layout["segments"], layout["segment_k"], layout["segment_padded"]
-    rows = steps.permute(0, 3, 1, 2, 4).reshape(blocks * 16, k_groups, segments // k_groups, padded)
+    rows = (rows_of_tiles if cuda else rows_of_vectors)(codes, bits)
+    rows = rows.reshape(blocks * 16, k_groups, segments // k_groups, padded)
     assert not rows[..., segment_k:].any()  # what fills a segment up is bytes of 0
     rows = rows[..., :segment_k].to(torch.int32)
     if bits == 8:
@@ -38,6 +63,7 @@ def read_back(prepacked, shape, bits, groups=1, k_groups=1):
     [
         ((1, 1), 1, 1),
         ((17, 20), 1, 1),
+        ((40, 200), 1, 1),
         ((33, 96), 1, 3),
         ((16, 35), 1, 7),
         ((5, 3, 3, 7), 1, 1),
@@ -45,10 +71,10 @@ def read_back(prepacked, shape, bits, groups=1, k_groups=1):
         ((12, 1, 5, 3), 4, 5),
     ],
 )
-def test_layout_holds_the_weight(shape, groups, k_groups, bits, device, make_weight):
+def test_layout_holds_the_weight(shape, groups, k_groups, bits, device, cuda_layout, make_weight):
     w = make_weight(shape, bits, device, groups=groups, k_groups=k_groups)
     want = reference(w.codes.reshape(shape[0], -1), w.zero, bits, shape, groups)
-    assert torch.equal(read_back(w.prepacked.cpu(), shape, bits, groups, k_groups), want.cpu())
+    assert torch.equal(read_back(w.prepacked.cpu(), shape, bits, groups, k_groups, cuda_layout), want.cpu())
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

@@ -1,8 +1,6 @@
 // Stands in for the CUDA header when the kernels are compiled for the host: blocks run one after another, the threads
-// of a block as fibers of one host thread. It proves indexing, barriers, shuffles and arithmetic, not speed.
+// of a block as fibers of one host thread, on x86-64. It proves indexing, barriers, shuffles and arithmetic, not speed.
 #pragma once
-#include <ucontext.h>
-
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -28,11 +26,19 @@ struct Dim {
 
 inline thread_local Dim thread_index, block_index, grid_size;
 
+// Keeps the registers that a call must keep on this stack, whose end goes to *from, and goes on where `to` is the end of
+// one that was left so. As swapcontext, which also asks the system for signal masks, twice for every value shuffled.
+__attribute__((naked, noinline)) inline void switch_stack(void** /*from*/, void* /*to*/) {
+  asm("pushq %rbp\n\tpushq %rbx\n\tpushq %r12\n\tpushq %r13\n\tpushq %r14\n\tpushq %r15\n\t"
+      "movq %rsp, (%rdi)\n\tmovq %rsi, %rsp\n\t"
+      "popq %r15\n\tpopq %r14\n\tpopq %r13\n\tpopq %r12\n\tpopq %rbx\n\tpopq %rbp\n\tret");
+}
+
 struct Fiber {
-  ucontext_t context;
+  void* left;  // the end of its stack while another runs
   std::unique_ptr<char[]> stack;
   enum { ready, at_barrier, at_shuffle, done } state;
-  uint64_t slots[2];  // what it gives to shuffles, by turns: the next one may come before all have read the last
+  char slots[2][32];  // what it gives to its warp, by turns: the next one may come before all have read the last
   int turn;
 };
 
@@ -40,7 +46,7 @@ constexpr size_t stack_bytes = 65536;
 
 struct Block {
   std::vector<Fiber> fibers;
-  ucontext_t scheduler;
+  void* scheduler;
   const std::function<void()>* kernel;
 };
 
@@ -49,7 +55,7 @@ inline thread_local Block block;
 inline void wait(decltype(Fiber::state) state) {
   const unsigned self = thread_index.x;
   block.fibers[self].state = state;
-  swapcontext(&block.fibers[self].context, &block.scheduler);
+  switch_stack(&block.fibers[self].left, block.scheduler);
   thread_index.x = self;
 }
 
@@ -62,11 +68,13 @@ inline void enter() {
 inline void run_block(unsigned threads) {
   for (unsigned i = 0; i < threads; ++i) {
     Fiber& f = block.fibers[i];
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack.get();
-    f.context.uc_stack.ss_size = stack_bytes;
-    f.context.uc_link = nullptr;
-    makecontext(&f.context, enter, 0);
+    // As if it had been left when `enter` was to be called: six registers, its address, and one above for alignment.
+    const auto top = reinterpret_cast<uintptr_t>(f.stack.get() + stack_bytes) / 16 * 16;
+    void** at = reinterpret_cast<void**>(top);
+    *--at = nullptr;
+    *--at = reinterpret_cast<void*>(&enter);
+    for (int i = 0; i < 6; ++i) *--at = nullptr;
+    f.left = at;
     f.state = Fiber::ready;
     f.turn = 0;
   }
@@ -77,7 +85,7 @@ inline void run_block(unsigned threads) {
       for (unsigned i = first; i < first + 32; ++i) {
         if (block.fibers[i].state != Fiber::ready) continue;
         thread_index.x = i;
-        swapcontext(&block.scheduler, &block.fibers[i].context);
+        switch_stack(&block.scheduler, block.fibers[i].left);
         warp_ran = true;
       }
       int shuffling = 0;
@@ -109,17 +117,26 @@ inline void run(unsigned blocks, unsigned threads, const std::function<void()>& 
   }
 }
 
-template <class T>
-T shuffle(T value, unsigned from) {
+// What every lane of the warp gave: f(lane) reads it.
+template <class T, class F>
+auto together(const T& value, const F& f) {
+  static_assert(sizeof value <= sizeof Fiber::slots[0]);
   Fiber& self = block.fibers[thread_index.x];
   const unsigned warp = thread_index.x / 32 * 32;
   const int turn = self.turn;
   self.turn = 1 - turn;
   std::memcpy(&self.slots[turn], &value, sizeof value);
   wait(Fiber::at_shuffle);
-  if (from >= 32) return value;
-  std::memcpy(&value, &block.fibers[warp + from].slots[turn], sizeof value);
-  return value;
+  return f([warp, turn](unsigned lane) {
+    T found;
+    std::memcpy(&found, &block.fibers[warp + lane].slots[turn], sizeof found);
+    return found;
+  });
+}
+
+template <class T>
+T shuffle(T value, unsigned from) {
+  return together(value, [&](const auto& of) { return from < 32 ? of(from) : value; });
 }
 
 }  // namespace emulated
@@ -132,6 +149,10 @@ inline void __syncthreads() { emulated::wait(emulated::Fiber::at_barrier); }
 template <class T>
 T __shfl_down_sync(unsigned, T value, unsigned apart) {
   return emulated::shuffle(value, threadIdx.x % 32 + apart);
+}
+template <class T>
+T __shfl_sync(unsigned, T value, unsigned from) {
+  return emulated::shuffle(value, from);
 }
 template <class T>
 T __shfl_xor_sync(unsigned, T value, unsigned apart) {
