@@ -100,7 +100,7 @@ def like_any(rnd, schema):
         "codes": values(rnd, base, torch.uint8),
         "boundary": rnd.choice(("paper", "torch")),
         "beta": 2.0,
-        "penalty": rnd.choice((0.0, 0.01)),
+        "penalty": rnd.choice((None, torch.tensor([0.01, 7.3]), torch.tensor([0.0, 2.0]))),
         "power": rnd.choice((1.0, 2.0, 2.4)),
         "scale": 0.5,
         "grad_scale": 1.0,

@@ -121,7 +121,7 @@ struct Sums {
   int32_t x_sum[T::token_tiles] = {};  // of codes of token g, this lane's part
   float y[grouped ? T::row_tiles : 1][grouped ? T::token_tiles : 1][4];
 
-  // codes: the lane's. stage: of the warp's first token.
+  // codes: the lane's. stage: of the block. first_token: the warp's.
   __device__ void add(const Codes<bits> (&codes)[T::row_tiles], const uint8_t* stage, int first_token) {
     uint32_t factors[T::row_tiles][tile_k / step_k][4];
 #pragma unroll

@@ -225,12 +225,12 @@ class Learner:
         groups: list[dict] = [
             {"params": [s], "start": min(recipe.act_lr, FASTEST * float(s.detach()))} for s in self.steps
         ]
-        self.penalty = torch.zeros(2, device=device)  # weight and exponent, now
+        self.penalty = torch.zeros(2, dtype=torch.float32, device=device)  # weight and exponent, now
         self.drops_inside = recipe.drop_inside and 0 < self.phase.drop < 1
         self.replay = Replay(self._iterate, graphs) if graphs and not self.drops_inside else None
         if self.replay:
             for group in groups:
-                group["lr"] = torch.zeros((), device=device)  # where a graph reads it
+                group["lr"] = torch.zeros((), dtype=torch.float32, device=device)  # where a graph reads it
         self.optimizer = torch.optim.Adam(
             [*groups, rounding] if self.roundings else groups, fused=True, capturable=device.type == "cuda"
         )
