@@ -144,7 +144,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
     """One for each unit; the unit is ready to run only while its case is the current one."""
     from tests.models import vision_model  # where torchvision's own operators need not load
 
-    recipe = Recipe(weights=4, activations=4, iterations=TOTAL)
+    recipe = Recipe(weights=4, activations=4, iterations=TOTAL, batch_size=32)
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(32, 3, args.size, args.size, generator=generator) for _ in range(2)]
     p = prepare(vision_model("resnet18"), batches[0][:2], recipe)

@@ -53,7 +53,7 @@ SOLVERS = {
     "gptq, columns as they lie": Recipe(method="gptq", act_order=False),
     "gptq": Recipe(method="gptq"),
     "gptq, float prefix": Recipe(method="gptq", prefix="float"),
-    "brecq, 500 iterations": Recipe(method="brecq", iterations=500),
+    "brecq, 500 iterations": Recipe(method="brecq", iterations=500, batch_size=32),
 }
 
 

@@ -13,13 +13,15 @@ from qk.files import replace_file
 from qk.spec import Recipe
 
 Row = dict[str, Any]
-SAID = ("iterations", "weight_lr", "act_lr", "drop", "seed")  # of a recipe in every row, as their defaults may change
+# Of a recipe that learns by reconstruction, in every row, as their defaults may change.
+LEARNING = ("iterations", "batch_size", "weight_lr", "act_lr", "drop")
 
 
 def said(recipe: Recipe) -> Row:
-    """A recipe as a row's fact: what differs from the defaults, and SAID. A field that is new changes no old row."""
-    plain = Recipe().to_dict()
-    return {name: x for name, x in recipe.to_dict().items() if name in SAID or x != plain[name]}
+    """A recipe as a row's fact: what differs from the defaults, the seed, and LEARNING. A field that is new changes no
+    old row."""
+    plain, always = Recipe().to_dict(), ("seed", *(LEARNING if recipe.method == "brecq" else ()))
+    return {name: x for name, x in recipe.to_dict().items() if name in always or x != plain[name]}
 
 
 class Ledger:

@@ -48,7 +48,7 @@ RECIPES = {
     ),
     "W4A8 gptq": Recipe(weights=4, activations=8, method="gptq"),
     "W4A8 groups of 64, gptq": Recipe(weights=4, activations=8, method="gptq", group_size=64),
-    "W4A8 brecq": Recipe(weights=4, activations=8, iterations=400, act_lr=4e-5),
+    "W4A8 brecq": Recipe(weights=4, activations=8, iterations=400, batch_size=32, act_lr=4e-5),
 }
 
 

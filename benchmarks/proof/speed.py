@@ -27,10 +27,11 @@ from qk.tables import Table
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache"
 DEFAULT = Recipe(weights=2, activations=4)
-PLAIN = replace(DEFAULT, iterations=20_000, weight_lr=1e-3, act_lr=4e-5)
+RATES = {"weight_lr": 1e-3, "act_lr": 4e-5}
+PLAIN = replace(DEFAULT, iterations=20_000, batch_size=32, **RATES)
 CASES = {
     "20,000 plain iterations": PLAIN,
-    "as many as the default, at plain rates": replace(PLAIN, iterations=DEFAULT.iterations),
+    "those of the default, at plain rates": replace(DEFAULT, **RATES),
     "the default": DEFAULT,
 }
 
@@ -103,7 +104,8 @@ def main() -> None:
     ledger = Ledger(ROOT / "benchmarks" / "results" / "proof-speed.json")
     tables = [table(ledger, name, options.seeds).markdown() for name in options.tasks]
     facts = ledger.rows[-1]["machine"]
-    note = f"The default: {DEFAULT.iterations} iterations, weight_lr {DEFAULT.weight_lr}, act_lr {DEFAULT.act_lr}; "
+    note = f"The default: {DEFAULT.iterations} iterations of {DEFAULT.batch_size} samples, plain ones of "
+    note += f"{PLAIN.batch_size}; weight_lr {DEFAULT.weight_lr}, act_lr {DEFAULT.act_lr}; "
     note += f"seeds 0 to {options.seeds - 1}. Machine: {facts['cpu']}, threads {facts['threads']}.\n\n"
     fill(ROOT / "docs" / "results.md", "speed", note + "\n\n".join(tables))
     print("\n\n".join(tables))

@@ -250,8 +250,8 @@ class Recipe:
     granularity: Literal["layer", "block", "stage", "net"] = "block"
     loss: Literal["mse", "fisher", "fisher_full"] = "mse"
     order: Literal["joint", "weights_first"] = "joint"
-    iterations: int = Field(default=2000, ge=1)
-    batch_size: int = Field(default=32, ge=1)
+    iterations: int = Field(default=4000, ge=1)
+    batch_size: int = Field(default=16, ge=1)
     weight_lr: float = Field(default=1e-2, gt=0)
     act_lr: float = Field(default=4e-4, ge=0)
     penalty: float = Field(default=0.01, ge=0)

@@ -26,7 +26,7 @@ from qk.search.parts import Parts
 from qk.search.sensitivity import Sensitivity
 from qk.spec import Recipe
 
-LEARNED = Recipe(iterations=200)  # of rounding, for each layer
+LEARNED = Recipe(iterations=200, batch_size=32)  # of rounding, for each layer
 TRAINED = Recipe(method="lsq")
 SMALL = 1e-3  # rate of an epoch from a network that is trained
 
