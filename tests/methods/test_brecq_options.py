@@ -232,7 +232,7 @@ def test_a_mixed_value_is_the_quantized_or_the_float_one(digits, batches):
 
 def test_products_of_bfloat16_learn_as_well_and_judge_in_float32(digits, batches, monkeypatch):
     monkeypatch.setattr(product, "MACS", 0)  # the layers of this network are too small otherwise
-    recipe = Recipe(weights=3, activations=4, iterations=100)
+    recipe = Recipe(weights=3, activations=4, iterations=100, batch_size=32)
     expected = digits.model(digits.test_images).detach()
     errors, codes = {}, {}
     for precision in ("float32", "bfloat16"):
