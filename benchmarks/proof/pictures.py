@@ -187,8 +187,8 @@ def main() -> None:
 
     text = section(ledger, options.studies.split(","), change, options.network, options.seeds)
     facts = ledger.rows[-1]["machine"]
-    note = f"Iterations {options.iterations}, of 32 pictures; of the default recipe {DEFAULT.iterations}, of "
-    note += f"{DEFAULT.batch_size}; {networks.TESTED_ON} test "
+    note = f"Iterations {options.iterations}, of {LEARNED.batch_size} pictures; of the default recipe "
+    note += f"{DEFAULT.iterations}, of {DEFAULT.batch_size}; {networks.TESTED_ON} test "
     note += f"pictures, {PICTURES} others to calibrate where not said; seeds 0 to {options.seeds - 1}. "
     note += f"Machine: {facts['cpu']}, threads {facts['threads']}.\n\n"
     fill(ROOT / "docs" / "results.md", f"pictures {options.network}", note + text)

@@ -102,7 +102,7 @@ class _Counts:
         self.power = self.moved = 0.0
 
     def see(self, x: Tensor) -> None:
-        layer, zero = self.layer, int(self.layer.input.zero)
+        layer, zero = self.layer, self.layer.input.zero_point
         groups = 1 if layer.conv_args is None else layer.conv_args["groups"]
         taken = layer.taken(x)
         last = taken if layer.conv_args is None else taken.movedim(-3, -1)
@@ -129,7 +129,7 @@ class _Counts:
 
     def shares(self) -> InputStatistics:
         some = max(1, self.values - self.zeros)
-        reason = why_whole(self.sparq, int(self.layer.input.zero), self.layer.weight.shape[1])
+        reason = why_whole(self.sparq, self.layer.input.zero_point, self.layer.weight.shape[1])
         return InputStatistics(
             window="whole" if reason else self.sparq.window,
             reason=reason,
@@ -219,7 +219,7 @@ def choose_windows(
     layers = {name: layer for name, layer in _with_windows(p).items() if layer.cuts is not None}
     if not layers:
         reasons = {
-            name: why_whole(layer.spec.sparq, int(layer.input.zero), layer.weight.shape[1])
+            name: why_whole(layer.spec.sparq, layer.input.zero_point, layer.weight.shape[1])
             for name, layer in _with_windows(p).items()
         }
         got = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "no layer with sparq in its plan"
