@@ -14,9 +14,10 @@ __global__ void depthwise_kernel(Conv2dArgs a, int64_t all) {
     const int64_t n = i % a.shape.n, token = i / a.shape.n;
     const Window window = window_of(a, token, n);
     uint32_t sum = 0;
-    for (int64_t k = 0; k < a.shape.taps(); ++k) {
+    Place tap;
+    for (int64_t k = 0; k < a.shape.taps(); ++k, tap.advance(a, 1)) {
       const int64_t at = a.layout.code_at(n / PackedLayout::block, a.layout.tap_at(k), n % PackedLayout::block);
-      const uint8_t* x = source_of(a, window, k);  // padding has the code zero and adds nothing
+      const uint8_t* x = source_of(a, window, tap);  // padding has the code zero and adds nothing
       if (x) sum += static_cast<uint32_t>((*x - x_zero) * static_cast<int8_t>(a.weight[at]));
     }
     float y = add_group(-0.0f, static_cast<int32_t>(sum), *a.epilogue.x_step, a.epilogue.weight_step[n]);

@@ -21,17 +21,25 @@ __device__ inline Window window_of(const Conv2dArgs& a, int64_t token, int64_t c
           token / a.ow % a.oh * a.stride_h - a.pad_h, token % a.ow * a.stride_w - a.pad_w};
 }
 
-// Where k of K lies in x for a window, or null in the padding.
-__device__ inline const uint8_t* source_of(const Conv2dArgs& a, const Window& window, uint32_t k) {
-  uint32_t c = k;
-  int64_t row = window.row, col = window.col;
-  if (a.shape.taps() > 1) {  // K is below 2^31; 64-bit divisions are calls
-    const uint32_t channels = a.shape.c, kw = a.shape.kw, tap = k / channels, tap_row = tap / kw;
-    c = k - tap * channels;
-    row += tap_row * a.dilation_h, col += (tap - tap_row * kw) * a.dilation_w;
+// A place along K, that moves on without divisions: a channel of a tap.
+struct Place {
+  uint32_t channel = 0, row = 0, col = 0;  // row, col: of the tap in the kernel
+
+  // There must be channels.
+  __device__ void advance(const Conv2dArgs& a, uint32_t by) {
+    const auto channels = static_cast<uint32_t>(a.shape.c), kw = static_cast<uint32_t>(a.shape.kw);
+    for (channel += by; channel >= channels;) {
+      channel -= channels;
+      if (++col == kw) col = 0, ++row;
+    }
   }
+};
+
+// Where a place lies in x for a window, or null in the padding.
+__device__ inline const uint8_t* source_of(const Conv2dArgs& a, const Window& window, const Place& place) {
+  const int64_t row = window.row + place.row * a.dilation_h, col = window.col + place.col * a.dilation_w;
   if (row < 0 || row >= a.h || col < 0 || col >= a.w) return nullptr;
-  return a.x + window.first + (row * a.w + col) * (a.shape.c * a.shape.groups) + c;
+  return a.x + window.first + (row * a.w + col) * (a.shape.c * a.shape.groups) + place.channel;
 }
 
 }  // namespace qk::cuda

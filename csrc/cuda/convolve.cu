@@ -33,7 +33,8 @@ struct Loader {
   Window windows[each];
   bool present[each];
   uint32_t zeros;  // four codes zero
-  int64_t group = 0, k = 0;
+  Place place;     // of this thread's chunk in the next stage
+  int32_t left;    // codes of the group in the next stage and after
 
   __device__ Loader(const Conv2dArgs& args, int64_t token0, int count, int64_t channel) : a(args) {
 #pragma unroll
@@ -44,37 +45,44 @@ struct Loader {
     }
     // Where steps differ by rows there is no padding.
     zeros = static_cast<uint32_t>(a.epilogue.per_row ? 0 : *a.epilogue.x_zero) * 0x01010101u;
+    if (a.shape.c) place.advance(a, threadIdx.x % chunks * chunk);
+    left = static_cast<int32_t>(a.layout.segment_k);
   }
 
   // The next stage, to `stage`. What lies past the group's end, or is no token, is 0.
   __device__ void next(uint8_t* stage) {
-    const int64_t first = k + threadIdx.x % chunks * chunk, base = group * a.layout.segment_k;
+    // Codes of the group in this thread's chunk, or more.
+    const int32_t mine = left - static_cast<int32_t>(threadIdx.x % chunks * chunk);
 #pragma unroll
     for (int i = 0; i < each; ++i) {
       const int token = threadIdx.x / chunks + i * apart;
       if (token >= T::tokens) break;
       uint8_t* to = stage + place_in_stage(token, threadIdx.x % chunks);
+      Place at = place;
       if constexpr (word == 1) {
         Values<uint8_t, chunk> bytes{};
-        for (int j = 0; j < chunk && present[i] && first + j < a.layout.segment_k; ++j) {
-          const uint8_t* from = source_of(a, windows[i], base + first + j);
+        for (int j = 0; j < chunk && present[i] && j < mine; ++j, at.advance(a, 1)) {
+          const uint8_t* from = source_of(a, windows[i], at);
           bytes.v[j] = from ? *from : static_cast<uint8_t>(zeros);
         }
         store(to, bytes);
       } else {
 #pragma unroll
         for (int j = 0; j < chunk; j += word) {
-          const bool inside = present[i] && first + j < a.layout.segment_k;
-          const uint8_t* from = inside ? source_of(a, windows[i], base + first + j) : nullptr;
+          const bool inside = present[i] && j < mine;
+          const uint8_t* from = inside ? source_of(a, windows[i], at) : nullptr;
           if (from)
             copy_async<word>(to + j, from);
           else
             fill(to + j, inside ? zeros : 0);
+          if (j + word < chunk) at.advance(a, word);
         }
       }
     }
-    k += tile_k;
-    if (k >= a.layout.segment_k) k = 0, ++group;
+    const int32_t by = left < tile_k ? left : tile_k;  // groups follow each other without gaps
+    place.advance(a, by);
+    left -= by;
+    if (!left) left = static_cast<int32_t>(a.layout.segment_k);
   }
 
   __device__ static void fill(uint8_t* to, uint32_t value) {

@@ -52,7 +52,8 @@ __device__ inline bool read(const EmbeddingBagArgs& a, const uint8_t* row, int64
   return true;
 }
 
-// A thread makes a column of a bag. Offsets out of order or range end where the indices end.
+// A thread makes a column of a bag. One whose offsets fall or leave the indices, or that names no row, is NaN where
+// nobody waits to be told of it.
 __global__ void embedding_bag_kernel(EmbeddingBagArgs a) {
   each_item(a.bags * a.cols, [&](int64_t i) {
     const int64_t bag = i / a.cols, col = i % a.cols;
@@ -60,9 +61,9 @@ __global__ void embedding_bag_kernel(EmbeddingBagArgs a) {
     if (a.offsets) {
       begin = number_at(a.offsets, a.wide_offsets, bag);
       end = bag + 1 < a.bags ? number_at(a.offsets, a.wide_offsets, bag + 1) : a.count;
-      begin = begin < 0 ? 0 : begin;
-      end = least(end, a.count);
     }
+    bool wrong = begin < 0 || end < begin || end > a.count;
+    if (wrong) begin = end;
     float total = 0;
     int64_t count = 0;
     for (int64_t at = begin; at < end; ++at) {
@@ -72,6 +73,7 @@ __global__ void embedding_bag_kernel(EmbeddingBagArgs a) {
       float value = 0;
       if (!there || !read(a, a.rows + index * a.row_stride, col, &value)) {
         if (a.bad) *a.bad = at;
+        wrong = true;
         continue;
       }
       if (a.mode == BagMode::max) {
@@ -82,7 +84,7 @@ __global__ void embedding_bag_kernel(EmbeddingBagArgs a) {
       ++count;
     }
     if (a.mode == BagMode::mean && count > 1) total = __fdiv_rn(total, static_cast<float>(count));
-    a.out[i] = total;
+    a.out[i] = wrong ? float_of(0x7fc00000u) : total;
   });
 }
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from models import import_torchvision, vision_model
 from qk.calibrate import calibrate, lapq
+from qk.calibrate.observe import Observer
 from qk.calibrate.prefix import PrefixCache
 from qk.deploy import convert, definition
 from qk.errors import QkError
@@ -77,7 +78,24 @@ def same(a, b):
 # --- pieces -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("part", "least", "most"), [(1.0, 0.5, 1.2), (0.08, 0.625, 2.0), (0.9, 0.5, 4 / 3)])
+def test_a_step_stays_within_parts_of_the_one_that_clips_nothing(part, least, most):
+    """Moves by a factor of 2 at most, and not below 0.05 or above 1.2 of it."""
+    layer = prepared().quant_layers()["stem"]
+    steps = lapq.Steps({"stem": layer})
+    observers = {layer.input: Observer("stem")}
+    observers[layer.input].see(images()[0])
+    steps.begin(
+        {owner: (step * part, zero) for owner in steps.owners for step, zero in [lapq.widest(owner, observers)]}
+    )
+    lower, upper = (np.exp(ends) for ends in steps.bounds(observers))
+    assert lower.tolist() == pytest.approx([least] * 2, rel=1e-6)
+    assert upper.tolist() == pytest.approx([most] * 2, rel=1e-6)
+
+
 def test_worked_parabola():
+    fitted = np.polyfit((2, 2.5, 3, 3.5, 4), (1.9, 1.6, 1.5, 1.58, 1.85), 2)
+    assert fitted.tolist() == pytest.approx([0.377143, -2.286857, 4.963714], abs=5e-7)
     assert lapq.lowest_of_parabola((2, 2.5, 3, 3.5, 4), (1.9, 1.6, 1.5, 1.58, 1.85)) == pytest.approx(3.0318182)
 
 

@@ -61,6 +61,25 @@ def test_worked_row(bits, method, options, low, scale, codes, loss):
     near(row_loss(X, *RANGES[method](X, bits, HALF, **options), bits, HALF), [loss])
 
 
+@pytest.mark.parametrize(("ratio", "positions"), [(0.16, 33), (0.5, 101)])
+def test_as_many_ranges_are_tried_as_published(ratio, positions, monkeypatch):
+    tried = []
+    counted = rows._loss
+    monkeypatch.setattr(rows, "_loss", lambda *args: tried.append(args) or counted(*args))
+    greedy_range(X, 4, HALF, ratio=ratio)
+    assert len(tried) == 1 + 2 * positions  # the whole range, then both moves from each position
+
+
+def test_a_range_too_small_for_float16_is_one_code():
+    """Where the step rounds to 0: below 15 * 2^-25, as the least number of float16 is 2^-24."""
+    least = 15 * 2.0**-25
+    for length, steps in ((0.99 * least, [1.0]), (1.01 * least, [2.0**-24])):
+        x = torch.linspace(0, length, 9).reshape(1, 9)
+        found = by_range(x, 4, HALF, "asymmetric")
+        assert found.scale.tolist() == steps
+        assert int(found.codes.max()) == (0 if steps == [1.0] else 8)
+
+
 @pytest.mark.parametrize(("bits", "high"), [(4, 2.96), (2, 2.78)])
 def test_worked_ranges(bits, high):
     low, found = greedy_range(X, bits, HALF, ratio=0.16)

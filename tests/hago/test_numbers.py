@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from hago.nets import build
 from qk.hago import hago, integers
@@ -63,23 +64,49 @@ def test_powers_of_two_are_shifts():
     assert steps.tolist() == [0.5, 0.25, 0.5]
 
 
-def test_steps_of_the_sheet():
+class Sum(nn.Module):
+    """A sum of `length` channels, all with the weight 1, after a layer that makes it a network."""
+
+    def __init__(self, length):
+        super().__init__()
+        self.first, self.sum = nn.Conv2d(1, length, 1, bias=False), nn.Conv2d(length, 1, 1, bias=False)
+        nn.init.ones_(self.sum.weight)
+
+    def forward(self, x):
+        return self.sum(self.first(x))
+
+
+@pytest.mark.parametrize(("bits", "step", "limit"), [(8, 0.01953125, 127), (4, 0.3125, 7)])
+def test_steps_of_the_sheet(bits, step, limit):
     net, batches = build("flat")
     batches = [b.clamp(-2.5, 2.5) for b in batches]
     batches[0][0, 0, 0, 0] = 2.5
     found = hago(net, batches, "arm_neon_dotprod", tuner="default", ranges="minmax")
     first = found.topology.dimensions[0]
-    assert found.strategy.steps[first.name] == (0.01953125, 0)  # 2.5 / 2^7
-    grids = found.topology
-    assert grids.hardware.name == "arm_neon_dotprod"
+    grid = found.grids.of(first, {d.name: bits for d in found.topology.dimensions})
+    assert (float(grid.step), int(grid.zero), grid.limit) == (step, 0, limit)  # 2.5 / 2^(bits - 1)
+
+
+def test_ranges_can_be_means_of_those_of_batches():
+    net, batches = build("flat")
+    batches = [batches[0].clamp(-2.5, 1), batches[1].clamp(-1.5, 3)]
+    for batch, low, high in zip(batches, (-2.5, -1.5), (1, 3), strict=True):
+        batch.view(-1)[:2] = torch.tensor([low, high])
+    found = hago(net, batches, "arm_neon_dotprod", tuner="default", ranges="average")
+    first = found.topology.dimensions[0]
+    assert found.strategy.steps[first.name] == (0.015625, 0)  # -2 to 2: 2 / 2^7
 
 
 @pytest.mark.parametrize(
-    ("activation", "weight", "accumulator", "longest"), [(8, 8, 16, 2), (4, 4, 16, 668), (8, 8, 32, 133144)]
+    ("bits", "accumulator", "longest"),
+    [(8, "int16", 2), (4, "int16", 668), (8, "int32", 133144)],
 )
-def test_lengths_of_sums_of_the_sheet(activation, weight, accumulator, longest):
-    largest = (2 ** (activation - 1) - 1) * (2 ** (weight - 1) - 1)
-    assert longest * largest <= 2 ** (accumulator - 1) - 1 < (longest + 1) * largest
+def test_lengths_of_sums_of_the_sheet(bits, accumulator, longest):
+    for length, wraps in ((longest, False), (longest + 1, True)):
+        device = "int16_accumulator" if accumulator == "int16" else "arm_neon_dotprod"
+        found = hago(Sum(length).eval(), [torch.ones(1, 1, 1, 1)], device, tuner="default", ranges="minmax")
+        *_, node = found.topology.integer
+        assert found.grids.may_wrap(node, {d.name: bits for d in found.topology.dimensions}) == wraps
 
 
 def trials(limit):

@@ -25,6 +25,23 @@ def test_learning_starts_at_the_worked_numbers():
     torch.testing.assert_close(v, expected, atol=2e-6, rtol=0)
 
 
+def test_learning_ends_at_the_worked_numbers():
+    """The sheet's row in a layer of 4 bits with step 0.25: floors, fractions, and codes by the sign of v."""
+    row = torch.tensor([[0.83, -0.37, 0.05, -1.1, 0.5]])
+    found = quant_layer(nn.Linear(5, 1, bias=False))
+    with torch.no_grad():
+        found.weight.copy_(row)
+    found.weight_step.fill_(0.25)
+    found.weight_zero.fill_(8)
+    rounding = Rounding(found)
+    assert (rounding.codes().int() - 8).tolist() == [[3, -1, 0, -4, 2]]
+    with torch.no_grad():
+        fractions = 1.2 * torch.sigmoid(rounding.v) - 0.1
+        torch.testing.assert_close(fractions.reshape(-1), torch.tensor([0.32, 0.52, 0.2, 0.6, 0.0]), atol=2e-6, rtol=0)
+        rounding.v.fill_(-3)
+    assert (rounding.codes().int() - 8).tolist() == [[3, -2, 0, -5, 2]]
+
+
 def test_beta_falls_linearly_after_the_warmup():
     values = [beta(i, 20000, 0.2, (20.0, 2.0)) for i in (0, 4000, 8000, 12000, 16000, 20000)]
     assert values == pytest.approx([20, 20, 15.5, 11, 6.5, 2])

@@ -269,3 +269,27 @@ def test_auto_asks_for_bfloat16_where_there_are_tiles(monkeypatch, precision, is
     assert brecq.narrow_of(Recipe(precision=precision), torch.device("cpu")) is expected
     if precision == "auto":
         assert brecq.narrow_of(Recipe(precision=precision), torch.device("meta")) is None
+
+
+# --- decided roundings ------------------------------------------------------------------------------------------------
+
+
+def test_what_is_decided_leaves_no_subnormal_averages_and_no_other_codes(digits, batches, monkeypatch):
+    recipe = Recipe(weights=3, activations=4, iterations=1000, warmup=0, weight_lr=0.1, act_lr=0)
+    found = {}
+    for every in (brecq.SWEEP, 10**9):
+        monkeypatch.setattr(brecq, "SWEEP", every)
+        p = quantized_digits(digits, batches, recipe)
+        layer = p.quant_layers()["fc"]
+        x = torch.randn(16, layer.weight.shape[1], generator=torch.Generator().manual_seed(0)).relu()
+        sample = Sample((x,), {}, x @ layer.weight.detach().t(), None)
+        with p.quantized({"fc"}), frozen(p.model), brecq.Learner(layer, [layer], [], recipe) as learner:
+            for iteration in range(recipe.iterations):
+                learner.step(sample, iteration)
+            (average,) = (state["exp_avg"] for state in learner.optimizer.state.values())
+            (rounding,) = learner.roundings
+            tiny = (average != 0) & (average.abs() < torch.finfo(torch.float32).tiny)
+            found[every] = int(tiny.sum()), rounding.codes()
+    swept, left = found.values()
+    assert swept[0] == 0 < left[0]
+    assert torch.equal(swept[1], left[1])

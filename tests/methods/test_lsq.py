@@ -31,7 +31,7 @@ from qk.methods.lsq import (
 from qk.ops.lsq import grad_scale_for, reference, reference_backward
 from qk.options import Tuning
 from qk.prepare import prepare
-from qk.prepare.insert import from_kernel_order, to_kernel_order
+from qk.prepare.insert import ActQuantizer, from_kernel_order, to_kernel_order
 from qk.spec import Recipe
 
 PAPER = Tuning(start="paper")
@@ -77,34 +77,50 @@ class Definition(torch.autograd.Function):
     does: a function that is smooth off its limits. Backward: the definition's."""
 
     @staticmethod
-    def forward(ctx, v, s, at, zero, bits):
+    def forward(ctx, v, s, at, zero, bits, boundary):
         ctx.save_for_backward(v, s, zero)
-        ctx.bits = bits
+        ctx.bits, ctx.boundary = bits, boundary
         t = at[0] / at[1].unsqueeze(-1)
         added = t.round() - t
         low = -zero.double().unsqueeze(-1)
         high = low + 2**bits - 1
-        inside = (low < t) & (t < high)
-        limit = torch.where(t <= low, low, high)
+        held = t if boundary == "paper" else t.round()
+        inside = (low < t) & (t < high) if boundary == "paper" else (low <= held) & (held <= high)
+        limit = torch.where(held <= low, low, high)
         steps = s.unsqueeze(-1)
         return torch.where(inside, v + steps * added, steps * limit)
 
     @staticmethod
     def backward(ctx, grad):
         v, s, zero = ctx.saved_tensors
-        grad_v, grad_s = reference_backward(grad, v, s, zero, ctx.bits)
-        return grad_v, grad_s.double(), None, None, None
+        grad_v, grad_s = reference_backward(grad, v, s, zero, ctx.bits, 1.0, ctx.boundary)
+        return grad_v, grad_s.double(), None, None, None, None
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_the_definitions_gradient_is_that_of_its_straight_through_function(bits):
+@pytest.mark.parametrize("boundary", ["paper", "torch"])
+def test_the_definitions_gradient_is_that_of_its_straight_through_function(bits, boundary):
     random = torch.Generator().manual_seed(bits)
     v = torch.randn(4, 23, generator=random, dtype=torch.float64).requires_grad_()
     s = (0.2 + torch.rand(4, generator=random, dtype=torch.float64)).requires_grad_()
     zero = torch.tensor([middle(bits), 0, 1, 2**bits - 1], dtype=torch.int32)
     at = v.detach().clone(), s.detach().clone()
     # reference_backward rounds the step's gradient to float32: sums below 2^8 * 23, half an ulp is below 3e-4
-    assert torch.autograd.gradcheck(Definition.apply, (v, s, at, zero, bits), atol=3e-4)
+    assert torch.autograd.gradcheck(Definition.apply, (v, s, at, zero, bits, boundary), atol=3e-4)
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 3, 5), (6, 7)])
+def test_an_activations_step_has_the_papers_gradient(shape):
+    """Scaled by 1 / sqrt(features * largest code), the features those of one sample."""
+    quantizer = ActQuantizer(4)
+    quantizer.set_range(torch.tensor([0.1]), torch.tensor([0], dtype=torch.int32))
+    quantizer.step.requires_grad_()
+    random = torch.Generator().manual_seed(0)
+    x, grad = torch.randn(shape, generator=random), torch.randn(shape, generator=random)
+    quantizer(x).backward(grad)
+    _, wanted = reference_backward(grad.reshape(1, -1), x.reshape(1, -1), torch.tensor([0.1]), quantizer.zero, 4)
+    features = x[0].numel()
+    torch.testing.assert_close(quantizer.step.grad, wanted.float() / (features * 15) ** 0.5, rtol=1e-5, atol=1e-6)
 
 
 def test_a_step_is_positive_and_equals_its_parameter():

@@ -54,6 +54,15 @@ def test_a_budget_is_kept_and_spent(cost):
     assert 2 < found.bits <= 6
 
 
+def test_a_fifth_of_the_channels_with_two_points_of_4_bits_has_4_8_bits_a_weight():
+    model, x = nn.Linear(6, 10), torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
+    p = prepare(model, x, Recipe(weights=4, points=3, first_last=None))
+    calibrate(p, [x])
+    multipoint(p, [x], budget=0.2, cost="rows")
+    found = overhead(p)
+    assert (found.rows, found.extra_rows, found.extra_macs, found.bits) == (10, 2, pytest.approx(0.2), 4.8)
+
+
 def test_the_error_of_every_layer_falls_with_its_rows():
     errors = []
     for budget in (1e-9, 0.3, 1.0, 9.0):

@@ -49,11 +49,21 @@ def test_the_worked_numbers_of_three_bits():
     w = torch.tensor([[1.0, 0.4, -0.3, 0.05]])
     codes, steps = decompose(w, 3, 3, grid_step)
     assert codes[:, 0].tolist() == [[3, 1, -1, 0], [0, 3, 2, 2], [-1, 0, -1, 1]]
-    torch.testing.assert_close(3 * steps[:, 0], torch.tensor([1.008, 0.06432, 0.0220]), rtol=1e-3, atol=0)
+    torch.testing.assert_close(3 * steps[:, 0], torch.tensor([1.008, 0.06432, 0.022008]), rtol=1e-5, atol=0)
     found = lengths(left_after(w, codes, steps))[1:, 0]
-    torch.testing.assert_close(found, torch.tensor([0.0891964, 0.0127331, 0.00089]).double(), rtol=1e-2, atol=0)
+    torch.testing.assert_close(found[:2], torch.tensor([0.0891964, 0.0127331]).double(), rtol=1e-5, atol=0)
+    assert found[2].item() == pytest.approx(0.00089, abs=5e-6)  # as many digits as the sheet has
     exact = lengths(left_after(w, *decompose(w, 3, 1)))
     assert exact[1] < found[0]
+
+
+@pytest.mark.parametrize(("bits", "top"), [(2, 1), (3, 3), (4, 7)])
+def test_codes_are_symmetric_and_a_step_too_long_makes_them_zero(bits, top):
+    assert top_of(bits) == top
+    w = rows(3, 9)
+    longest = w.abs().amax(1)
+    assert not nearest(w, 2 * top * longest * 1.0001 / top, bits).any()
+    assert nearest(w, longest / top, bits).abs().amax(1).tolist() == [top] * 3
 
 
 @pytest.mark.parametrize("bits", [2, 3])

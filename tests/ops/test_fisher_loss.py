@@ -43,6 +43,24 @@ def test_gradient_is_the_definition_and_target_and_weight_have_none(weighted, de
         assert got[1:] == (None,) * (len(leaves) - 1)
 
 
+@pytest.mark.parametrize("weighted", [True, False])
+def test_the_definitions_slope_is_that_of_its_loss(weighted):
+    output, target, weight = (None if t is None else t.double() for t in problem((5, 17), weighted))
+
+    class Definition(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, output):
+            loss, slope = reference(output, target, weight, 0.25)
+            ctx.save_for_backward(slope)
+            return loss
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * ctx.saved_tensors[0]
+
+    assert torch.autograd.gradcheck(Definition.apply, output.requires_grad_())
+
+
 def test_worked_numbers(device):
     g = torch.tensor([[0.2, -0.1], [0.05, 0.4]], device=device)
     difference = torch.tensor([[1, 2], [-1, 0.5]], device=device)

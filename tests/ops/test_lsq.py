@@ -68,26 +68,41 @@ SIGNED = {"x": [-1.5, -0.6, -0.2, 0.1, 0.3, 0.9], "zero": 2, "out": [-1, -0.5, 0
 UNSIGNED = {"x": [0, 0.05, 0.26, 0.74, 0.76, 1.9], "zero": 0, "out": [0, 0, 0.5, 0.5, 1, 1.5], "top": 3}
 
 
+UPSTREAM = [0.5, 0.1, 0.2, -0.1, 0.2, -0.4]
+
+
 @pytest.mark.parametrize(
-    ("case", "slopes", "passes", "grad_step"),
+    ("case", "boundary", "slopes", "passes", "total", "grad_step"),
     [
-        (SIGNED, [-2, 0.2, 0.4, -0.2, 0.4, 1], [0, 1, 1, 1, 1, 0], -0.08164966),
-        (UNSIGNED, [0, -0.1, 0.48, -0.48, 0.48, 3], [0, 1, 1, 1, 1, 0], 0.79667364),
+        (SIGNED, "paper", [-2, 0.2, 0.4, -0.2, 0.4, 1], [0, 1, 1, 1, 1, 0], -0.2, -0.08164966),
+        (SIGNED, "torch", [-2, 0.2, 0.4, -0.2, 0.4, 1], [0, 1, 1, 1, 1, 0], -0.2, -0.08164966),
+        (UNSIGNED, "paper", [0, -0.1, 0.48, -0.48, 0.48, 3], [0, 1, 1, 1, 1, 0], 3.38, 0.79667364),
+        (UNSIGNED, "torch", [0, -0.1, 0.48, -0.48, 0.48, 3], [1, 1, 1, 1, 1, 0], 3.38, 0.79667364),
     ],
 )
-def test_worked_numbers_of_the_paper(case, slopes, passes, grad_step, device):
+def test_worked_numbers_of_the_paper(case, boundary, slopes, passes, total, grad_step, device):
     x = torch.tensor(case["x"], dtype=torch.float32, device=device)
     step = torch.tensor([0.5], device=device)
     zero = torch.tensor([case["zero"]], dtype=torch.int32, device=device)
     assert qk.ops.lsq(x, step, zero, 2).tolist() == case["out"]
     ones = torch.ones_like(x)
     scale = grad_scale_for(x.numel(), case["top"])
-    got_x, got_step = torch.ops.qk.lsq_backward(ones, x, step, zero, 2, scale, "paper")
+    got_x, got_step = torch.ops.qk.lsq_backward(ones, x, step, zero, 2, scale, boundary)
     assert got_x.tolist() == passes
     assert got_step.item() == pytest.approx(grad_step, rel=1e-6)
+    plain = torch.ops.qk.lsq_backward(ones, x, step, zero, 2, 1.0, boundary)[1]
+    assert plain.item() == pytest.approx(total, rel=2e-6)  # six sums of numbers up to 3.4, each half an ulp off
     for i, slope in enumerate(slopes):
-        one = torch.ops.qk.lsq_backward(ones[:1], x[i : i + 1], step, zero, 2, 1.0, "paper")[1]
+        one = torch.ops.qk.lsq_backward(ones[:1], x[i : i + 1], step, zero, 2, 1.0, boundary)[1]
         assert one.item() == pytest.approx(slope, abs=1e-6)
+
+
+def test_worked_numbers_with_gradients_from_above(device):
+    x, above = torch.tensor(SIGNED["x"], device=device), torch.tensor(UPSTREAM, device=device)
+    step, zero = torch.tensor([0.5], device=device), torch.tensor([2], dtype=torch.int32, device=device)
+    got_x, got_step = torch.ops.qk.lsq_backward(above, x, step, zero, 2, 1.0, "paper")
+    assert got_x.tolist() == pytest.approx([0, 0.1, 0.2, -0.1, 0.2, 0])
+    assert got_step.item() == pytest.approx(-1.2, rel=2e-6)
 
 
 def test_step_gradient_of_the_papers_own_error(device):
@@ -106,7 +121,14 @@ def test_ties_go_to_even(device):
 
 @pytest.mark.parametrize(
     ("x", "boundary", "slope", "passes"),
-    [(0.65, "paper", 1, 0), (0.65, "torch", -0.3, 1), (-1.0, "paper", -2, 0), (-1.0, "torch", 0, 1)],
+    [
+        (0.65, "paper", 1, 0),
+        (0.65, "torch", -0.3, 1),
+        (0.5, "paper", 1, 0),
+        (0.5, "torch", 0, 1),
+        (-1.0, "paper", -2, 0),
+        (-1.0, "torch", 0, 1),
+    ],
 )
 def test_the_two_boundaries_differ_where_rounding_leaves_the_limits(x, boundary, slope, passes, device):
     one, step = torch.ones(1, device=device), torch.tensor([0.5], device=device)

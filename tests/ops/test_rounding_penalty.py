@@ -49,6 +49,21 @@ def test_the_definitions_gradient_is_its_autograd():
     torch.testing.assert_close(reference_backward(torch.ones(()), v.detach(), 3.7), want)
 
 
+@pytest.mark.parametrize("beta", [2.0, 3.7, 20.0])
+def test_the_definitions_gradient_is_that_of_the_definition(beta):
+    class Definition(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, v):
+            ctx.save_for_backward(v)
+            return reference(v, beta)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return reference_backward(grad, *ctx.saved_tensors, beta)
+
+    assert torch.autograd.gradcheck(Definition.apply, problem((5, 17)).double().requires_grad_())
+
+
 @pytest.mark.parametrize(("beta", "penalty"), [(20, 4.834752), (11, 4.625453), (2, 3.463353)])
 def test_worked_numbers(beta, penalty, device):
     v = torch.tensor([-3, -2.397895, -1, 0, 0.5, 1, 2, 2.397895, 3], device=device)

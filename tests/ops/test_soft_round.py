@@ -87,6 +87,42 @@ def test_worked_numbers(device):
     assert got.tolist() == pytest.approx(SLOPES, abs=5e-7)
 
 
+def test_a_value_that_is_decided_has_no_gradient(device):
+    args = one_value([-2.397896, -2.397894, 2.397894, 2.397896], device)  # h ends at ln 11 = 2.3978953
+    got = torch.ops.qk.soft_round_backward(torch.ones_like(args[1]), *args)
+    assert got.tolist() == pytest.approx([0, 0.0916668, 0.0916668, 0], abs=1e-6)  # 1.2 sigmoid (1 - sigmoid) there
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("beta", [None, 2.0, 3.7, 20.0])
+def test_the_definitions_gradient_is_that_of_the_definition(bits, beta):
+    """By finite differences, in float64, of soft codes and of the penalty beside them."""
+    random = torch.Generator().manual_seed(bits)
+    weight, v = (torch.randn(4, 23, generator=random, dtype=torch.float64) for _ in range(2))
+    step = (0.2 + torch.rand(4, generator=random)).double()
+    zero = torch.tensor([2 ** (bits - 1), 0, 1, 2**bits - 1], dtype=torch.int32)
+    penalty = None if beta is None else torch.tensor([0.3, beta], dtype=torch.float64)
+
+    class Definition(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, v):
+            ctx.save_for_backward(v)
+            h = fraction(v)
+            return reference(weight, v, step, zero, bits), 0.3 * (1 - (2 * h - 1).abs().pow(beta or 1)).sum()
+
+        @staticmethod
+        def backward(ctx, grad, grad_penalty):
+            (v,) = ctx.saved_tensors
+            given = None if penalty is None else penalty * torch.stack([grad_penalty, torch.ones_like(grad_penalty)])
+            return reference_backward(grad, weight, v, step, zero, bits, given)
+
+    def call(v):
+        codes, summed = Definition.apply(v)
+        return codes if beta is None else (codes, summed)
+
+    assert torch.autograd.gradcheck(call, v.requires_grad_())
+
+
 def test_h_stays_within_its_bound_of_float64(device):
     v = torch.linspace(-6, 6, 1_000_001)
     exact = torch.clamp(1.2 * torch.sigmoid(v.double()) - 0.1, 0, 1)

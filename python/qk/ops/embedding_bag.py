@@ -42,7 +42,8 @@ def embedding_bag(
     number of rows that took part. An empty bag gives 0.
     Returns float32 [bags, cols].
     Raises RuntimeError for another dtype, device or shape, and on the CPU, naming the first that it meets, for an index
-    that is no row, a number that is no book, and offsets that fall or leave the indices. CUDA leaves such rows out.
+    that is no row, a number that is no book, and offsets that fall or leave the indices. On CUDA, where raising would
+    wait for the device, such bags are NaN.
     """
     return torch.ops.qk.embedding_bag(
         rows,
