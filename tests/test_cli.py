@@ -380,6 +380,26 @@ def test_a_folder_of_images_is_split_into_calibration_and_evaluation(run, tmp_pa
         load_data("imagefolder:images?calibration=11")
 
 
+def test_classes_have_one_number_in_all_splits(run, tmp_path):
+    image_module = pytest.importorskip("PIL.Image")
+    from qk.sources import load_data
+
+    def folder(split, name):
+        (tmp_path / "images" / split / name).mkdir(parents=True)
+        image_module.new("RGB", (16, 16), name).save(tmp_path / "images" / split / name / "0.png")
+
+    for name in ("blue", "green", "red"):
+        folder("train", name)
+    (tmp_path / "images" / "train" / ".cache").mkdir()  # no images: no class
+    for name in ("blue", "red"):
+        folder("val", name)
+    data = load_data("imagefolder:images?size=16&resize=16")
+    assert [labels.tolist() for _, labels in data.evaluation] == [[0, 2]]
+    folder("val", "yellow")
+    with pytest.raises(qk.QkError, match="val must be the classes blue, green, red, got yellow, which the images to"):
+        load_data("imagefolder:images?size=16&resize=16")
+
+
 def test_images_to_train_on_are_shuffled_moved_and_mirrored(run, tmp_path):
     image_module = pytest.importorskip("PIL.Image")
     from qk.sources import load_data

@@ -21,11 +21,7 @@ __global__ void depthwise_kernel(Conv2dArgs a, int64_t all) {
       if (x) sum += static_cast<uint32_t>((*x - x_zero) * static_cast<int8_t>(a.weight[at]));
     }
     float y = add_group(-0.0f, static_cast<int32_t>(sum), *a.epilogue.x_step, a.epilogue.weight_step[n]);
-    y = ending.completed(y, ending.bias_of(n), i);
-    if (a.epilogue.out_step)
-      static_cast<uint8_t*>(a.out)[i] = code_of(y, ending.out);
-    else
-      static_cast<float*>(a.out)[i] = y;
+    ending.put(a.out, i, ending.completed(y, ending.bias_of(n), i));
   }
 }
 

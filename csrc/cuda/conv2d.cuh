@@ -25,21 +25,30 @@ __device__ inline Window window_of(const Conv2dArgs& a, int64_t token, int64_t c
 struct Place {
   uint32_t channel = 0, row = 0, col = 0;  // row, col: of the tap in the kernel
 
-  // There must be channels.
-  __device__ void advance(const Conv2dArgs& a, uint32_t by) {
+  // Whether that is another tap. There must be channels.
+  __device__ bool advance(const Conv2dArgs& a, uint32_t by) {
     const auto channels = static_cast<uint32_t>(a.shape.c), kw = static_cast<uint32_t>(a.shape.kw);
-    for (channel += by; channel >= channels;) {
+    channel += by;
+    const bool another = channel >= channels;
+    while (channel >= channels) {
       channel -= channels;
       if (++col == kw) col = 0, ++row;
     }
+    return another;
   }
 };
 
-// Where a place lies in x for a window, or null in the padding.
-__device__ inline const uint8_t* source_of(const Conv2dArgs& a, const Window& window, const Place& place) {
+// Where the channels of a place's tap begin in x for a window, or null in the padding.
+__device__ inline const uint8_t* pixel_of(const Conv2dArgs& a, const Window& window, const Place& place) {
   const int64_t row = window.row + place.row * a.dilation_h, col = window.col + place.col * a.dilation_w;
   if (row < 0 || row >= a.h || col < 0 || col >= a.w) return nullptr;
-  return a.x + window.first + (row * a.w + col) * (a.shape.c * a.shape.groups) + place.channel;
+  return a.x + window.first + (row * a.w + col) * (a.shape.c * a.shape.groups);
+}
+
+// Where a place lies in x for a window, or null in the padding.
+__device__ inline const uint8_t* source_of(const Conv2dArgs& a, const Window& window, const Place& place) {
+  const uint8_t* pixel = pixel_of(a, window, place);
+  return pixel ? pixel + place.channel : nullptr;
 }
 
 }  // namespace qk::cuda

@@ -1,8 +1,7 @@
 // Products of codes on tensor cores: rows of the result are output channels, columns are tokens (output pixels), so
 // that weights go from memory to the registers of the instruction and no further, and one token wastes 7 of 8 columns.
 #include "cuda/conv2d.cuh"
-#include "cuda/epilogue.cuh"
-#include "cuda/warp.cuh"
+#include "cuda/product.cuh"
 
 namespace qk::cuda {
 namespace {
@@ -25,16 +24,18 @@ struct Tile {
 // Byte of a chunk of a token's codes in a stage. Eight tokens lie in eight groups of banks, whatever the chunk.
 QK_HD constexpr int place_in_stage(int token, int at) { return token * tile_k + (at ^ (token / 2 % chunks)) * chunk; }
 
-// Copies of x: each thread has one chunk of every 64th token, the same windows for all stages.
+// Copies of x: each thread has one chunk of every 64th token, the same windows for all stages. word: bytes that are
+// copied together.
 template <class T, int word>
 struct Loader {
   static constexpr int apart = block_threads / chunks, each = (T::tokens + apart - 1) / apart;
   const Conv2dArgs& a;
   Window windows[each];
   bool present[each];
-  uint32_t zeros;  // four codes zero
-  Place place;     // of this thread's chunk in the next stage
-  int32_t left;    // codes of the group in the next stage and after
+  const uint8_t* pixels[each];  // of the next stage's tap, where a chunk is of one
+  uint32_t zeros;               // four codes zero
+  Place place;                  // of this thread's chunk in the next stage
+  int32_t left;                 // codes of the group in the next stage and after
 
   __device__ Loader(const Conv2dArgs& args, int64_t token0, int count, int64_t channel) : a(args) {
 #pragma unroll
@@ -45,8 +46,9 @@ struct Loader {
     }
     // Where steps differ by rows there is no padding.
     zeros = static_cast<uint32_t>(a.epilogue.per_row ? 0 : *a.epilogue.x_zero) * 0x01010101u;
-    if (a.shape.c) place.advance(a, threadIdx.x % chunks * chunk);
     left = static_cast<int32_t>(a.layout.segment_k);
+    if (a.shape.c) place.advance(a, threadIdx.x % chunks * chunk);
+    find();
   }
 
   // The next stage, to `stage`. What lies past the group's end, or is no token, is 0.
@@ -56,69 +58,43 @@ struct Loader {
 #pragma unroll
     for (int i = 0; i < each; ++i) {
       const int token = threadIdx.x / chunks + i * apart;
-      if (token >= T::tokens) break;
+      if (T::tokens % apart && token >= T::tokens) break;
       uint8_t* to = stage + place_in_stage(token, threadIdx.x % chunks);
-      Place at = place;
-      if constexpr (word == 1) {
-        Values<uint8_t, chunk> bytes{};
-        for (int j = 0; j < chunk && present[i] && j < mine; ++j, at.advance(a, 1)) {
-          const uint8_t* from = source_of(a, windows[i], at);
-          bytes.v[j] = from ? *from : static_cast<uint8_t>(zeros);
-        }
-        store(to, bytes);
+      if constexpr (word == chunk) {
+        copy(to, mine > 0 && present[i], pixels[i] ? pixels[i] + place.channel : nullptr);
       } else {
+        Place at = place;
+        Values<uint8_t, chunk> bytes{};
 #pragma unroll
-        for (int j = 0; j < chunk; j += word) {
+        for (int j = 0; j < chunk; j += word, at.advance(a, word)) {
           const bool inside = present[i] && j < mine;
           const uint8_t* from = inside ? source_of(a, windows[i], at) : nullptr;
-          if (from)
-            copy_async<word>(to + j, from);
+          if constexpr (word > 1)
+            copy(to + j, inside, from);
           else
-            fill(to + j, inside ? zeros : 0);
-          if (j + word < chunk) at.advance(a, word);
+            bytes.v[j] = from ? *from : static_cast<uint8_t>(inside ? zeros : 0);
         }
+        if constexpr (word == 1) store(to, bytes);
       }
     }
     const int32_t by = left < tile_k ? left : tile_k;  // groups follow each other without gaps
-    place.advance(a, by);
+    if (place.advance(a, by)) find();
     left -= by;
     if (!left) left = static_cast<int32_t>(a.layout.segment_k);
   }
 
-  __device__ static void fill(uint8_t* to, uint32_t value) {
+  __device__ void find() {
+    if constexpr (word == chunk)
+#pragma unroll
+      for (int i = 0; i < each; ++i) pixels[i] = present[i] ? pixel_of(a, windows[i], place) : nullptr;
+  }
+
+  // A word, from memory or of the code zero where it is inside, else 0.
+  __device__ void copy(uint8_t* to, bool inside, const uint8_t* from) const {
+    if (inside && from) return copy_async<word>(to, from);
     Values<uint32_t, word / 4> values;
-    for (uint32_t& one : values.v) one = value;
+    for (uint32_t& one : values.v) one = inside ? zeros : 0;
     store(reinterpret_cast<uint32_t*>(to), values);
-  }
-};
-
-// A lane's part of a tile of weights: `bits` words.
-template <int bits>
-struct Codes {
-  static constexpr int words = bits;
-  uint32_t word[words];
-
-  // tile: of the lane.
-  __device__ static Codes at(const uint8_t* tile) {
-    constexpr int together = bits < 4 ? bits : 4;
-    Codes codes;
-#pragma unroll
-    for (int i = 0; i < words; i += together) {
-      const auto found = load<together>(reinterpret_cast<const uint32_t*>(tile + i / together * 512));
-#pragma unroll
-      for (int j = 0; j < together; ++j) codes.word[i + j] = found.v[j];
-    }
-    return codes;
-  }
-
-  // The first factor of step `step` of the tile.
-  __device__ void factor(int step, uint32_t (&a)[4]) const {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (bits == 8) a[i] = word[4 * step + i];
-      if constexpr (bits == 4) a[i] = word[2 * step + i / 2] >> (4 * (i % 2)) & 0x0f0f0f0fu;
-      if constexpr (bits == 2) a[i] = word[step] >> (2 * i) & 0x03030303u;
-    }
   }
 };
 
@@ -167,25 +143,6 @@ struct Sums {
   }
 };
 
-// A channel of the result, and what its sums need.
-struct Channel {
-  int64_t n;  // or -1
-  uint32_t zero, weight_sum;
-  float weight_step, bias;
-};
-
-template <int bits>
-__device__ Channel channel_at(const Conv2dArgs& a, const Ending& ending, int64_t block, int64_t in_outer, int64_t outer,
-                              int64_t group) {
-  const PackedLayout& layout = a.layout;
-  if (in_outer >= layout.n_per_outer) return {-1, 0, 0, 0, 0};
-  const int64_t n = outer * layout.n_per_outer + in_outer;
-  const int64_t at = (block * layout.k_groups + group) * rows + in_outer % rows;
-  return {n, bits < 8 ? a.weight[layout.zeros_at + at] : 0u,
-          static_cast<uint32_t>(reinterpret_cast<const int32_t*>(a.weight + layout.sums_at)[at]),
-          a.epilogue.weight_step[n * layout.k_groups + group], ending.bias_of(n)};
-}
-
 template <class T, int bits, int word, bool grouped>
 __global__ void __launch_bounds__(block_threads, grouped || T::row_tiles * T::token_tiles > 8 ? 1 : 2)
     convolve_kernel(Conv2dArgs a, int64_t all_tokens, int64_t tiles) {
@@ -199,7 +156,7 @@ __global__ void __launch_bounds__(block_threads, grouped || T::row_tiles * T::to
   const int lane = threadIdx.x % 32, row_warp = threadIdx.x / 32 % T::row_warps;
   const int first_token = threadIdx.x / 32 / T::row_warps * (8 * T::token_tiles);  // of the warp
   const int64_t parts = ceil_div(layout.blocks_per_outer, T::blocks);              // of an outer group's channels
-  const int64_t group_tiles = layout.segment_padded / tile_k, all_tiles = group_tiles * layout.k_groups;
+  const int group_tiles = layout.segment_padded / tile_k, all_tiles = group_tiles * static_cast<int>(layout.k_groups);
 
   each_job<block_threads>(tiles * layout.outer * parts, [&](int64_t job) {
     const int64_t outer = job / parts % layout.outer, part = job % parts;
@@ -255,14 +212,14 @@ __global__ void __launch_bounds__(block_threads, grouped || T::row_tiles * T::to
     };
 
     int64_t group = 0;
-    for (int64_t tile = 0; tile < all_tiles; ++tile) {
+    for (int tile = 0; tile < all_tiles; ++tile) {
       wait_copies<stages - 2>();
       __syncthreads();  // the stage is there for all, and the one before it has been read by all
       if (tile + stages - 1 < all_tiles) loader.next(x + (tile + stages - 1) % stages * stage_bytes);
       end_batch();
 #pragma unroll
       for (int r = 0; r < T::row_tiles; ++r)
-        if (tile + 1 < all_tiles) next[r] = Codes<bits>::at(weights[r] + (tile + 1) * tile_bytes(bits));
+        if (tile + 1 < all_tiles) next[r] = Codes<bits>::at(weights[r] += tile_bytes(bits));
       if (works) sums.add(now, x + tile % stages * stage_bytes, first_token);
 #pragma unroll
       for (int r = 0; r < T::row_tiles; ++r) now[r] = next[r];
@@ -317,6 +274,7 @@ using Narrow = Tile<1, 1, 2>;  // 16 x 128
 
 void convolve(const char* op, const Conv2dArgs& a) {
   check_aligned(op, "weight", a.weight, 16);
+  if (convolve_few(op, a)) return;
   const int64_t tokens = a.batch * a.oh * a.ow, n = a.layout.n_per_outer;
   const auto whole = [&](int word) {
     return a.shape.c % word == 0 && a.layout.segment_k % word == 0 && reinterpret_cast<uintptr_t>(a.x) % word == 0;

@@ -36,6 +36,14 @@ struct Ending {
     if (e.activation == Activation::relu6 && y > 6) y = 6;
     return y;
   }
+
+  // A completed value to its place, as its code where codes are asked for.
+  __device__ void put(void* to, int64_t at, float y) const {
+    if (e.out_step)
+      static_cast<uint8_t*>(to)[at] = code_of(y, out);
+    else
+      static_cast<float*>(to)[at] = y;
+  }
 };
 
 }  // namespace qk::cuda

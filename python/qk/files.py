@@ -71,6 +71,8 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
 
 def writable_folder(folder: str | Path, stage: str) -> Path:
     """The folder, made where it is missing. Raises QkError when nothing can be written there."""
+    if not isinstance(folder, str | os.PathLike):
+        raise fail(stage, "folder", "a path", f"{folder!r}, {type(folder).__name__}")
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)

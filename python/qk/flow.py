@@ -16,6 +16,7 @@ from qk import machine, timing
 from qk.calibrate import calibrate, correct_bias, match_statistics
 from qk.calibrate.batches import hold
 from qk.calibrate.smooth import smooth
+from qk.calibrate.statistics import matched_layers
 from qk.deploy import (
     FusedModel,
     LayerMeasure,
@@ -125,6 +126,8 @@ def quantize(
         if plan is not None:
             apply_plan(p, plan)
     learns = bool(p.quant_layers())  # a model may have tables alone to quantize, which have nothing to learn
+    if recipe.match_statistics and learns:
+        matched_layers(p)
     if recipe.method == "lsq" and not learns:
         got = "a model whose embedding tables alone are quantized"
         raise fail(STAGE, "method", "another than lsq, which trains layers", got, "They need none: take nearest.")
@@ -250,7 +253,7 @@ def _fused(integer: nn.Module, example: Any, held: list[Any]) -> tuple[FusedMode
     by_reason: dict[str, list[str]] = {}
     for name, reason in fast.report:
         by_reason.setdefault(reason, []).append(name)
-    return fast, [f"Not fused: {', '.join(names)}: {reason}." for reason, names in by_reason.items()]
+    return fast, [f"Not fused: {', '.join(dict.fromkeys(names))}: {reason}." for reason, names in by_reason.items()]
 
 
 def _scale_channels(p: Prepared, held: list[Any], recipe: Recipe) -> list[str]:
@@ -303,9 +306,9 @@ def _check_training(recipe: Recipe, given: dict[str, Any]) -> None:
     elif given["train"] is None:
         expected = "pairs (inputs, labels) for method 'lsq', which trains on them"
         raise fail(STAGE, "train", expected, "none", "Pass train=..., or call qk.tune; 'brecq' needs no labels.")
-    elif recipe.bias_correction:
-        got = "true with method 'lsq', which trains the biases"
-        raise fail(STAGE, "recipe.bias_correction", "false", got)
+    elif recipe.bias_correction or recipe.match_statistics:
+        field = "bias_correction" if recipe.bias_correction else "match_statistics"
+        raise fail(STAGE, f"recipe.{field}", "false", "true with method 'lsq', which trains biases and steps")
 
 
 def _check_batches(model: nn.Module, example: Any, sizes: tuple[int, ...]) -> None:

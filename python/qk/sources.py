@@ -178,12 +178,13 @@ def image_folder(
     if not folder or not root.is_dir():
         raise fail("data", folder, "a folder of class folders", "none there")
     train = root / "train" if (root / "train").is_dir() else root
-    images = _images(train)
+    classes = _classes(train)
+    images = _images(train, classes)
     drawn = set(random.Random(seed).sample(range(len(images)), min(calibration, len(images))))
     held, chosen = [image for i, image in enumerate(images) if i not in drawn], [images[i] for i in sorted(drawn)]
     learned = chosen
     if (root / "val").is_dir():
-        held, learned = _images(root / "val"), images
+        held, learned = _images(root / "val", classes), images
     batches = Images(chosen, size, resize, batch_size)
     train = Images(learned, size, resize, batch_size, augmented=True)
     read = list(batches)
@@ -232,12 +233,25 @@ class Images:
         return (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(DEVIATION)[:, None, None]
 
 
-def _images(folder: Path) -> list[tuple[Path, int]]:
-    classes = sorted(d for d in folder.iterdir() if d.is_dir())
-    found = [(f, i) for i, d in enumerate(classes) for f in sorted(d.rglob("*")) if f.suffix.lower() in SUFFIXES]
+def _images_in(folder: Path) -> list[Path]:
+    return sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES)
+
+
+def _classes(folder: Path) -> list[str]:
+    """Names of the folders with images, in order: the number of a class is its place."""
+    found = sorted(d.name for d in folder.iterdir() if d.is_dir() and _images_in(d))
     if not found:
         raise fail("data", str(folder), "one folder per class with images in it", "no images")
     return found
+
+
+def _images(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
+    """Images and the numbers of their classes, all of which must be among `classes`."""
+    others = [name for name in _classes(folder) if name not in classes]
+    if others:
+        got = f"{', '.join(others[:8])}, which the images to calibrate and train on lack"
+        raise fail("data", str(folder), f"the classes {', '.join(classes[:8])}{' ...' * (len(classes) > 8)}", got)
+    return [(f, i) for i, name in enumerate(classes) for f in _images_in(folder / name)]
 
 
 # --- parts ----------------------------------------------------------------------------------------------------------

@@ -204,7 +204,7 @@ def test_training_goes_on_from_divided_inputs():
     with torch.no_grad():
         trained = torch.cat([qk.trainable(p)(x) for x in batches()])
     assert decibels(trained, before) > 30
-    assert torch.equal(outputs(convert(p)), outputs(convert(p)))
+    assert decibels(outputs(convert(p)), trained) > 60  # the same codes; sums in another order
     assert convert(p).get_submodule("0.q").input_scale is not None
 
 

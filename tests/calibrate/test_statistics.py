@@ -1,16 +1,20 @@
 """Matched statistics: layers that took up a BatchNorm give the float model's means and variances again."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 import qk
 from calibrate.test_bias import batches, net, prepared
+from qk import flow
 from qk.calibrate import correct_bias, match_statistics
 from qk.calibrate.bias import Moments, moments
 from qk.calibrate.statistics import scales
 from qk.deploy import convert, load, save
 from qk.errors import QkError
+from qk.methods import brecq
 from qk.methods.multipoint import multipoint
 from qk.prepare import prepare
 from qk.spec import Recipe
@@ -111,3 +115,30 @@ def test_bad_input_leaves_it_as_it_was():
     qk.calibrate(plain, [torch.randn(2, 4)])
     with pytest.raises(QkError, match="p must be a model with a quantized layer that took up a BatchNorm, got none"):
         match_statistics(plain, [torch.randn(2, 4)])
+    p = prepared()
+    qk.trainable(p)
+    with pytest.raises(QkError, match="p must be with codes that stay, got one in training"):
+        match_statistics(p, batches())
+
+
+def test_nothing_is_learned_where_there_is_nothing_to_match(monkeypatch, tmp_path):
+    plain, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), torch.randn(4, 8)
+    monkeypatch.setattr(flow, "reconstruct", lambda *args, **kwargs: pytest.fail("learned"))
+    with pytest.raises(QkError, match="p must be a model with a quantized layer that took up a BatchNorm, got none"):
+        qk.quantize(plain, [x], Recipe(iterations=2, match_statistics=True), measure=False, out=tmp_path)
+
+
+@pytest.mark.parametrize("field", ["match_statistics", "bias_correction"])
+def test_what_comes_after_learning_does_not_make_it_another(field, monkeypatch, tmp_path):
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    recipe = Recipe(iterations=3, batch_size=2)
+    with monkeypatch.context() as patched:
+        patched.setattr(flow, "convert", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            qk.quantize(net(), batches(), recipe, measure=False, progress=False, out=tmp_path)
+    assert list((tmp_path / "unfinished").iterdir())
+    monkeypatch.setattr(brecq._Unit, "reconstruct", lambda *_: pytest.fail("learned again"))
+    more = replace(recipe, **{field: True})
+    qk.quantize(net(), batches(), more, measure=False, progress=False, fused=False, out=tmp_path)

@@ -57,6 +57,27 @@ def test_every_kind_of_source(x, npy, tmp_path):
     same(half, quantize_table(x.half()))
 
 
+def test_bytes_of_numbers_may_come_in_either_order(x, tmp_path):
+    np.save(tmp_path / "big.npy", x.numpy().astype(">f4"))
+    same(load_table(quantize_table_file(tmp_path / "big.npy", tmp_path / "q")), quantize_table(x))
+
+
+def test_a_source_that_gives_fewer_rows_than_it_says_leaves_what_was_there(x, tmp_path):
+    class Short:
+        shape = (1100, 24)
+
+        def __getitem__(self, rows):
+            return x[rows]
+
+    quantize_table_file(x, tmp_path / "q")
+    before = (tmp_path / "q").read_bytes()
+    with pytest.raises(
+        QkError, match=r"rows 900 to 1100 of source must be as many .* \[1100, 24\], got a piece \[100, 24"
+    ):
+        quantize_table_file(Short(), tmp_path / "q", chunk_rows=300)
+    assert (tmp_path / "q").read_bytes() == before
+
+
 @pytest.mark.parametrize("rows", [0, 1])
 def test_short_tables(rows, tmp_path):
     x = torch.ones(rows, 5)

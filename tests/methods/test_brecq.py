@@ -1,5 +1,7 @@
 """BRECQ on small models: it helps, it is repeatable, and it can be interrupted."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -84,6 +86,33 @@ def test_interrupted_it_loses_one_unit_and_resumes_with_the_same_bits(digits, ba
     assert all(layer.rounding is None and not layer.quantized for layer in p.quant_layers().values())
     reconstruct(p, batches, recipe, progress="off", resume=True)
     assert same(state(p), state(whole))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"seed": 2}, r"recipe.seed 0 instead of 2"),
+        ({"granularity": "layer"}, r"recipe.granularity 'block' instead of 'layer'; other units"),
+        ({"batches": 1}, r"other batches"),
+    ],
+)
+def test_it_resumes_nothing_else(digits, batches, interrupted, changed, message):
+    recipe = Recipe(weights=4, activations=4, iterations=12)
+    p = quantized_digits(digits, batches, recipe)
+    interrupted(12 + 6, p, recipe)
+    before = state(p)
+    given = batches[: changed.pop("batches", len(batches))]
+    with pytest.raises(
+        QkError, match=f"resume must be of the run that was interrupted, got that of another: {message}"
+    ):
+        reconstruct(p, given, replace(recipe, **changed), progress="off", resume=True)
+    assert same(state(p), before)
+
+
+def test_batches_without_a_sample_are_refused(digits, batches):
+    p = quantized_digits(digits, batches, Recipe(iterations=2))
+    with pytest.raises(QkError, match="batches must be at least one sample, got none in 1 batches"):
+        reconstruct(p, [batches[0][:0]], Recipe(iterations=2), progress="off")
 
 
 def test_a_result_worse_than_nearest_is_not_kept(digits, batches):

@@ -417,6 +417,33 @@ def test_what_is_not_ready_is_refused():
     assert not any(isinstance(layer, LsqLayer) for layer in p.quant_layers().values())
 
 
+def test_what_was_learned_is_not_thrown_away():
+    p = small_prepared()
+    qk.correct_bias(p, [small_images()])
+    with pytest.raises(QkError, match=r"p must be as calibrated, .* got corrected biases in stem, left, .* lost"):
+        trainable(p)
+    qk.calibrate(p, [small_images()])
+    qk.reconstruct(p, [small_images()], Recipe(iterations=2, batch_size=2), progress="off")
+    with pytest.raises(QkError, match=r"p must be as calibrated, .* got learned codes, which would be lost"):
+        trainable(p)
+    qk.calibrate(p, [small_images()])
+    trainable(p)
+
+
+@pytest.mark.parametrize("what", ["weight", "bias", "raw_step"])
+def test_what_a_loop_has_spoilt_is_not_deployed(what):
+    p = small_prepared()
+    model = trainable(p)
+    with torch.no_grad():
+        getattr(model.left, what).view(-1)[0] = torch.nan
+    with pytest.raises(QkError, match=f"{what} of layer left must be finite, got NaN or infinity, which have codes"):
+        qk.convert(p)
+    other = small_prepared()
+    trainable(other).half()
+    with pytest.raises(QkError, match=r"weight of layer stem must be float32, got torch.float16. Call .float\(\)"):
+        qk.convert(other)
+
+
 def test_other_methods_refuse_what_is_in_training():
     p, x = small_prepared(), small_images()
     model = by_hand(p)

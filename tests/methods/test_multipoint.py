@@ -185,9 +185,10 @@ def test_what_does_not_fit_is_refused_and_changes_nothing():
     p = prepared()
     before = {name: t.clone() for name, t in p.model.state_dict().items()}
     for options, words in [
-        ({"budget": 0}, "budget must be above 0, or None, got 0"),
-        ({"error": -1.0}, "error must be above 0, or None"),
-        ({"error": math.nan}, "error must be above 0, or None"),
+        ({"budget": 0}, "budget must be a number above 0, or None, got 0"),
+        ({"error": -1.0}, "error must be a number above 0, or None"),
+        ({"error": math.nan}, "error must be a number above 0, or None"),
+        ({"budget": "a tenth"}, "budget must be a number above 0, or None, got 'a tenth'"),
         ({"cost": "time"}, "cost must be one of both, macs, rows"),
         ({"inputs": "integer"}, "inputs must be one of float, quantized"),
         ({"search": "random"}, "search must be one of exact, grid"),

@@ -117,7 +117,9 @@ def test_set_windows_changes_nothing_else():
     assert not torch.equal(output(p), before)
     assert p.plan["two"].sparq == p.quant_layers()["two"].spec.sparq == Sparq("7opt", round=False)
     assert (p.quant_layers()["one"].codes is codes, p.quant_layers()["one"].input.step.item()) == (True, step)
-    set_windows(p, {"one": Sparq("5opt"), "two": Sparq("5opt")})
+    set_windows(p, {"one": "5opt", "two": Sparq("5opt")})
+    with pytest.raises(QkError, match=r"windows\['one'\] must be a qk.Sparq, None, or one of 5opt.*, got '9opt'"):
+        set_windows(p, {"one": "9opt"})
     assert torch.equal(output(p), before)
     for windows, words in [
         ({"none": None}, "windows must be for quantized layers, got none"),

@@ -201,6 +201,7 @@ class Endless(IterableDataset):
         ([(X[:12], LABELS[:12]), X[:12]], r"batch 1 of train must be a pair"),
         ([(X[:12, :2], LABELS[:12])], r"batch 0 must be input that the model accepts"),
         ([(X[:12], LABELS[:5])], r"the labels of batch 0 must be what loss takes, got int64 \[5\]"),
+        ([*LABELLED, (X[:0], LABELS[:0])], r"batch \d must be with at least one sample, got int64 \[0\]"),
         ([(X[:12] * torch.nan, LABELS[:12])], r"the inputs of batch 0 must be finite"),
     ],
 )
@@ -253,6 +254,16 @@ def test_weights_that_are_no_numbers_are_refused_though_their_codes_are():
         QkError, match=r"the gradient of batch 0 in epoch 1 must be finite, got nan. A smaller tuning.lr"
     ):
         tuned(p)
+
+
+def test_float_tables_with_sparse_gradients_are_refused():
+    model = nn.Sequential(nn.Embedding(9, 8, sparse=True), nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
+    indices = torch.randint(0, 9, (12, 2), generator=torch.Generator().manual_seed(0))
+    p = prepare(model, indices, recipe())
+    qk.calibrate(p, [indices])
+    with pytest.raises(QkError, match=r"p must be without sparse gradients, got nn.Embedding\(sparse=True\) in 0"):
+        qk.tune(p, [(indices, LABELS[:12] % 3)], recipe(), progress="off")
+    assert not is_trainable(p)
 
 
 def test_what_is_not_ready_is_refused(tmp_path):
@@ -311,6 +322,7 @@ def test_quantize_trains_where_the_recipe_says_lsq(tmp_path):
         (Recipe(iterations=2), {"train": LABELLED}, r"train must be left out, got one with method 'brecq'"),
         (Recipe(method="nearest"), {"validate": len}, r"validate must be left out"),
         (Recipe(method="lsq", bias_correction=True), {"train": LABELLED}, r"recipe.bias_correction must be false"),
+        (Recipe(method="lsq", match_statistics=True), {"train": LABELLED}, r"recipe.match_statistics must be false"),
     ],
 )
 def test_quantize_refuses_training_that_does_not_fit(wanted, more, message):

@@ -12,6 +12,8 @@ CASES = {
     "first layer, 3 channels": (2, 13, 11, (17, 7, 7, 3), {"stride": (2, 2), "padding": (3, 3)}),
     "3x3": (2, 9, 7, (33, 3, 3, 20), {"padding": (1, 1)}),
     "3x3 on whole tiles": (1, 14, 14, (64, 3, 3, 64), {"padding": (1, 1)}),
+    "few pixels of whole tiles": (1, 5, 5, (70, 3, 3, 64), {"padding": (1, 1)}),
+    "few pixels, few channels, groups": (2, 5, 4, (20, 3, 2, 128), {"groups": 2, "stride": (2, 1), "padding": (2, 1)}),
     "1x1": (2, 5, 6, (24, 1, 1, 40), {}),
     "1x1 with stride": (1, 7, 9, (20, 1, 1, 16), {"stride": (2, 3)}),
     "dilation": (1, 12, 10, (16, 3, 2, 5), {"dilation": (2, 3), "padding": (2, 0)}),

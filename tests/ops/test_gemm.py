@@ -37,6 +37,17 @@ def test_result_is_the_definition(bits, x_bits, device, make_weight):
         assert torch.equal(got, want), (m, k, n)
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_few_rows(bits, device, make_weight):
+    """Kernels for few rows share K among their warps and keep several tiles of it on their way: less, and more."""
+    for k, n in ((64, 17), (640, 150), (2240, 40)):
+        w = make_weight((n, k), bits, device)
+        for m in (1, 8, 9, 16, 17, 31, 33):
+            inputs, bias = problem(m, k, w, device)
+            got, want = both(inputs, w, bias)
+            assert torch.equal(got, want), (m, k, n)
+
+
 @pytest.mark.parametrize("x_bits", [3, 5, 7])
 def test_any_width_of_codes(x_bits, device, make_weight):
     w = make_weight((33, 130), 4, device)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import qk
 from models import minilm, tokens
 from qk.prepare import QuantLayer, prepare
 
@@ -54,6 +55,20 @@ def test_float_mode_of_minilm_is_the_model(prepared):
         ours, theirs = prepared.model(**tokens()), minilm()(**tokens())
     assert torch.equal(ours.last_hidden_state, theirs.last_hidden_state)
     assert torch.equal(ours.pooler_output, theirs.pooler_output)
+
+
+def test_torchs_encoder_takes_masks_of_padding():
+    """Its own path for them reads weights of layers and makes nested tensors."""
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    x = torch.randn(4, 6, 16, generator=torch.Generator().manual_seed(0))
+    batch = {"src": x, "src_key_padding_mask": torch.arange(6)[None] > torch.tensor([2, 3, 4, 5])[:, None]}
+    masked = qk.quantize(encoder, [batch], qk.Recipe(method="nearest", weights=8), measure=False, progress=False)
+    plain = qk.quantize(encoder, [x], qk.Recipe(method="nearest", weights=8), measure=False, progress=False)
+    with torch.no_grad():
+        expected = encoder(**batch)
+        there = ~batch["src_key_padding_mask"]
+        for found in (masked.model(**batch), masked.fused(**batch), plain.model(**batch)):
+            assert (found - expected)[there].norm() < 0.05 * expected[there].norm()
 
 
 def test_the_fused_path_of_torchs_encoder_does_not_pass_by_the_layers():

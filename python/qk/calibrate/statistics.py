@@ -16,6 +16,7 @@ from qk.calibrate.batches import hold
 from qk.calibrate.bias import Moments, moments
 from qk.errors import fail
 from qk.inputs import evaluating
+from qk.prepare.insert import QuantLayer
 from qk.prepare.prepared import Prepared, check_calibrated
 
 STAGE = "qk.match_statistics"
@@ -34,11 +35,9 @@ def match_statistics(p: Prepared, batches: Iterable, max_batches: int | None = N
     unchanged then.
     """
     check_calibrated(p, STAGE)
-    took_up = set(p.folds.values())
-    layers = {name: layer for name, layer in p.quant_layers().items() if name in took_up}
-    if not layers:
-        advice = "qk.correct_bias matches the means of any layer."
-        raise fail(STAGE, "p", "a model with a quantized layer that took up a BatchNorm", "none", advice)
+    layers = matched_layers(p)
+    if any(layer.weight_step is None for layer in layers.values()):
+        raise fail(STAGE, "p", "with codes that stay", "one in training, which learns its steps")
     held = hold(batches, STAGE, max_batches, memory_mb)
     changed = ("weight_step", "tail_step", "corrected_bias")
     before = {name: {what: getattr(layer, what) for what in changed} for name, layer in layers.items()}
@@ -63,6 +62,16 @@ def match_statistics(p: Prepared, batches: Iterable, max_batches: int | None = N
             for what, tensor in before[name].items():
                 setattr(layer, what, tensor)
         raise
+
+
+def matched_layers(p: Prepared) -> dict[str, QuantLayer]:
+    """The layers of match_statistics. Raises QkError where there is none."""
+    took_up = set(p.folds.values())
+    layers = {name: layer for name, layer in p.quant_layers().items() if name in took_up}
+    if not layers:
+        advice = "qk.correct_bias matches the means of any layer."
+        raise fail(STAGE, "p", "a model with a quantized layer that took up a BatchNorm", "none", advice)
+    return layers
 
 
 def scales(expected: Moments, found: Moments) -> Tensor:

@@ -82,7 +82,7 @@ class Packer:
         options: dict[str, Any],
         stage: str = STAGE,
     ) -> None:
-        if bits not in (2, 4, 8):
+        if not isinstance(bits, int) or bits not in (2, 4, 8):
             raise fail(stage, "bits", "2, 4 or 8", bits)
         dtype = str(scale_dtype).removeprefix("torch.")
         if dtype not in DTYPES:

@@ -85,6 +85,12 @@ def convert(p: Prepared) -> nn.Module:
 def to_integer(name: str, layer: QuantLayer) -> IntegerLayer:
     """The integer layer that computes what `layer` simulates. Raises QkError when it would not."""
     where = f"layer {name or type(layer).__name__}"
+    for what, tensor in (*layer.named_parameters(), ("bias", layer.quantized_bias)):
+        if tensor is not None and tensor.dtype != torch.float32:
+            raise fail("qk.convert", f"{what} of {where}", "float32", tensor.dtype, "Call .float() on the model first.")
+        if tensor is not None and not torch.isfinite(tensor).all():
+            got = "NaN or infinity, which have codes like any other value"
+            raise fail("qk.convert", f"{what} of {where}", "finite", got, "Training may have diverged: lower its rate.")
     codes, step, zero = layer.integers()
     if codes is None or not layer.input.calibrated:
         raise fail("qk.convert", where, "calibrated", "no range", "Call qk.calibrate(p, batches) first.")

@@ -70,6 +70,10 @@ def quantize_table_file(
                     _write(file, pack.books)
                 for begin in range(0, shape[0], step):
                     piece = _tensor(table[begin : begin + step])
+                    if list(piece.shape) != [min(step, shape[0] - begin), shape[1]]:
+                        where = f"rows {begin} to {min(begin + step, shape[0])} of source"
+                        expected = f"as many as its shape says, {list(shape)}"
+                        raise fail(WRITE, where, expected, f"a piece {list(piece.shape)}")
                     _write(file, pack(piece))
                     advance(len(piece))
                 pack.check_size()
@@ -146,7 +150,10 @@ class _Slice:
 
 def _tensor(piece: Any) -> Tensor:
     """A piece of the source in memory."""
-    x = piece if isinstance(piece, Tensor) else torch.from_numpy(np.array(piece))
+    if not isinstance(piece, Tensor):
+        array = np.asarray(piece)
+        piece = torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
+    x = piece
     if x.dim() != 2 or not x.dtype.is_floating_point:
         raise fail(WRITE, "source", "a float table [N, cols]", f"{x.dtype} {list(x.shape)}")
     return x

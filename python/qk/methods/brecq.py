@@ -38,7 +38,7 @@ from qk.methods.engine import (
 )
 from qk.methods.lsq import ANEW, is_trainable
 from qk.methods.replay import CudaGraphs, Replay
-from qk.methods.resume import Finished, steps_digest
+from qk.methods.resume import Finished, differences, run_of, steps_digest
 from qk.prepare.insert import ActQuantizer, QuantLayer
 from qk.prepare.prepared import Prepared, Unit, check_learnable, float_activations
 from qk.progress import Progress
@@ -122,11 +122,21 @@ def reconstruct(
     passes = [(phase, units if phase.rounding else _with_steps(p, units)) for phase in phases_of(recipe)]
     entries = [replace(unit, name=unit.name + phase.suffix) for phase, those in passes for unit in those]
     held = hold(batches, STAGE, max_batches, recipe.memory_mb)
-    before = p.steps_before if resume and p.history else steps_digest(p)
-    kept = None if folder is None else Finished(folder, p, entries, held, recipe, before)
+    goes_on = resume and bool(p.history)
+    run = run_of(p, entries, held, recipe, p.learned_in["calibrated steps"] if goes_on else steps_digest(p))
+    other = differences(run, p.learned_in) if goes_on else []
+    if other:
+        raise fail(
+            STAGE,
+            "resume",
+            "of the run that was interrupted",
+            f"that of another: {'; '.join(other)}",
+            "resume=False starts anew.",
+        )
+    kept = None if folder is None else Finished(folder, p, entries, run)
     if not resume:
         p.history = {}
-    p.steps_before = before
+    p.learned_in = run
     if torch.is_inference_mode_enabled():
         raise fail(STAGE, "the call", "outside torch.inference_mode", "inside it", "Learning needs gradients.")
     total = sum(len(those) * phase.iterations for phase, those in passes)

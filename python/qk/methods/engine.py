@@ -83,6 +83,8 @@ def fill_cache(
             if (counted := counting(batch, target)) is not None:
                 weight = weight * counted[..., None]
         cache.add(quantized, plain if mixed else quantized, target, weight, more=len(batches) - index - 1)
+    if not cache.rows:
+        raise fail(STAGE, "batches", "at least one sample", f"none in {len(batches)} batches")
     cache.normalize()
     return cache
 

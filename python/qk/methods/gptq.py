@@ -23,7 +23,7 @@ from qk.inputs import device_of
 from qk.methods.cache import Call, Room
 from qk.methods.engine import frozen, units_of, watch
 from qk.methods.lsq import LsqLayer
-from qk.methods.resume import Finished, steps_digest
+from qk.methods.resume import Finished, run_of, steps_digest
 from qk.prepare.insert import QuantLayer, to_kernel_order
 from qk.prepare.prepared import Prepared, Unit, check_learnable
 from qk.progress import Progress
@@ -185,8 +185,8 @@ def gptq(
             raise fail(STAGE, "p", "with layers whose rounding alone is to be chosen", f"{name}, {reason}")
     held = hold(batches, STAGE, max_batches, recipe.memory_mb)
     units, layers = units_of(p, "layer"), p.quant_layers()
-    p.steps_before = steps_digest(p)
-    kept = None if folder is None else Finished(folder, p, units, held, recipe, p.steps_before, STAGE)
+    p.learned_in = run_of(p, units, held, recipe, steps_digest(p))
+    kept = None if folder is None else Finished(folder, p, units, p.learned_in, STAGE)
     p.history = {}
     block_of = {name: block for block in p.units for name in block.layers}
     finished = set(p.tables)

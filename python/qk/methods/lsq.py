@@ -133,8 +133,9 @@ def trainable(p: Prepared, tuning: Tuning | None = None, first: Any = None) -> n
     start="paper". Nothing is set later, at a first call: the state dict is complete, and fits the trainable model of
     any equally prepared p. Steps are named raw_step; param_groups sorts the parameters.
     A p that is trainable already is left as it is.
-    Raises QkError for p that is not calibrated, has no quantized layer, channels of several points or pairs by sparse
-    weights, and for start="paper" without a batch; p is unchanged then.
+    Raises QkError for p that is not calibrated, has no quantized layer, learned codes or corrected biases, which would
+    be lost, channels of several points or pairs by sparse weights, and for start="paper" without a batch; p is
+    unchanged then.
     """
     check_learnable(p, STAGE)
     tuning = tuning or Tuning()
@@ -143,6 +144,11 @@ def trainable(p: Prepared, tuning: Tuning | None = None, first: Any = None) -> n
         return p.model
     if not layers:
         raise fail(STAGE, "p", "a model with a quantized layer", "one whose tables alone are quantized")
+    changed = [name for name, layer in layers.items() if layer.corrected_bias is not None]
+    if p.history or changed:
+        got = "learned codes" if p.history else f"corrected biases in {', '.join(changed[:5])}"
+        expected = "as calibrated, as training starts from the float weights and biases"
+        raise fail(STAGE, "p", expected, f"{got}, which would be lost", "Call qk.calibrate(p, batches) again.")
     several = [name for name, layer in layers.items() if layer.extra_rows]
     if several:
         raise fail(STAGE, "p", "with one row for each channel", f"several points in {', '.join(several)}", ANEW)

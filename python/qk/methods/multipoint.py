@@ -269,8 +269,8 @@ def multipoint(
         if given[name] not in allowed:
             raise fail(STAGE, name, f"one of {', '.join(allowed)}", repr(given[name]))
     for name, value in (("error", error), ("budget", budget)):
-        if value is not None and not value > 0:
-            raise fail(STAGE, name, "above 0, or None", value)
+        if value is not None and not (isinstance(value, int | float) and value > 0):
+            raise fail(STAGE, name, "a number above 0, or None", repr(value))
     layers = {name: layer for name, layer in p.quant_layers().items() if layer.spec.points > 1}
     if not layers:
         advice = "Prepare with Recipe(points=3) and weights of 2 to 4 bits."

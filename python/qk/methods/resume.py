@@ -29,11 +29,12 @@ from qk.spec import Recipe
 FORMAT = 1
 ANEW = "Delete the folder to start anew, or give another one."
 NAME = re.compile(r"unit-\d{4,}\.safetensors")
-NO_MATTER = ("memory_mb", "only_faster")  # fields of a recipe on which no bit of the learning depends
+# Fields of a recipe on which no bit of the learning depends.
+NO_MATTER = ("memory_mb", "only_faster", "bias_correction", "match_statistics")
 
 
 class Finished:
-    """What a run has finished, in a folder. steps_before: digest of the steps that its learning started from.
+    """What a run has finished, in a folder. run: everything that its bits depend on (run_of).
 
     Raises QkError, before anything is learned, for a folder that cannot be written, and for one with a file that is
     damaged or of another run: another model, other data, another recipe, plan, version or number of threads.
@@ -44,14 +45,12 @@ class Finished:
         folder: str | Path,
         p: Prepared,
         units: list[Unit],
-        batches: list,
-        recipe: Recipe,
-        steps_before: str,
+        run: dict[str, Any],
         stage: str = STAGE,
     ) -> None:
         self.folder = writable_folder(folder, stage)
         self.p, self.units, self.stage = p, units, stage
-        self.run = facts(p, units, batches, recipe) | {"calibrated steps": steps_before}
+        self.run = run
         for left in self.folder.glob(f"{TEMPORARY}*"):  # of a process that was killed while it wrote
             left.unlink(missing_ok=True)
         self.found = {number: self._read(number) for number in range(len(units)) if self._path(number).exists()}
@@ -135,6 +134,11 @@ def remove(folder: str | Path) -> None:
             path.unlink(missing_ok=True)
     if not any(folder.iterdir()):
         folder.rmdir()
+
+
+def run_of(p: Prepared, units: list[Unit], batches: list, recipe: Recipe, steps: str) -> dict[str, Any]:
+    """What the bits of a reconstruction depend on. steps: digest of the activation steps that it starts from."""
+    return facts(p, units, batches, recipe) | {"calibrated steps": steps}
 
 
 def facts(p: Prepared, units: list[Unit], batches: list, recipe: Recipe | None = None) -> dict[str, Any]:

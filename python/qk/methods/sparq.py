@@ -170,9 +170,10 @@ def input_statistics(p: Prepared, batches: Iterable) -> dict[str, InputStatistic
 # --- a window for each layer -----------------------------------------------------------------------------------------
 
 
-def set_windows(p: Prepared, windows: dict[str, Sparq | None]) -> None:
+def set_windows(p: Prepared, windows: dict[str, Sparq | Window | None]) -> None:
     """Gives quantized layers of p other windows, or none, in place; steps and codes stay.
 
+    windows: by layer a Sparq, the name of a window for its other defaults, or None for whole codes.
     Raises QkError for a name that is no quantized layer, activations of another width than 8, and pairs by weights that
     are not 2:4 sparse; p is unchanged then.
     """
@@ -180,6 +181,11 @@ def set_windows(p: Prepared, windows: dict[str, Sparq | None]) -> None:
     unknown = [name for name in windows if name not in layers]
     if unknown:
         raise fail("qk.set_windows", "windows", "for quantized layers", ", ".join(unknown))
+    for name, given in windows.items():
+        if given is not None and not isinstance(given, Sparq) and given not in get_args(Window):
+            expected = f"a qk.Sparq, None, or one of {', '.join(get_args(Window))}"
+            raise fail("qk.set_windows", f"windows[{name!r}]", expected, repr(given))
+    windows = {name: Sparq(window=given) if isinstance(given, str) else given for name, given in windows.items()}
     by_weights = [name for name, sparq in windows.items() if sparq is not None and sparq.pairs == "weights"]
     check_sparse({name: to_kernel_order(layers[name].weight.detach()) for name in by_weights}, "qk.set_windows")
     specs = {name: replace(p.plan[name], sparq=sparq) for name, sparq in windows.items()}
@@ -214,6 +220,8 @@ def choose_windows(
     and when no layer can be cut.
     """
     held = _checked(p, batches, STAGE, memory_mb)
+    if not isinstance(bits, int | float):
+        raise fail(STAGE, "bits", "a number", repr(bits))
     if cost not in get_args(Cost):
         raise fail(STAGE, "cost", f"one of {', '.join(get_args(Cost))}", repr(cost))
     layers = {name: layer for name, layer in _with_windows(p).items() if layer.cuts is not None}

@@ -104,6 +104,7 @@ def tune(
     with _own_random_numbers(p.model), torch.enable_grad():
         _seed(recipe.seed, epoch=0)
         first = _pair(next(iter(train), None), 0)
+        _check_sparse(p.model)
         trainable(p, recipe.tuning, first[0])
         run = _Run(p, train, length, recipe, loss or cross_entropy, validate)
         kept = None
@@ -190,6 +191,8 @@ class _Run:
     def _step(self, batch: Any, index: int) -> float:
         """One step of the optimizer; returns the loss before it."""
         inputs, labels = _pair(batch, index)
+        if isinstance(labels, Tensor) and not labels.numel():
+            raise fail(STAGE, f"batch {index}", "with at least one sample", describe(labels), "Leave it out.")
         done = (self.place.epoch * self.length + index) / (self.epochs * self.length)
         for group in self.optimizer.param_groups:
             group["lr"] = cosine(self.lr, done)
@@ -327,6 +330,15 @@ def _name(function: Callable | None) -> str | None:
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
+
+
+def _check_sparse(model: nn.Module) -> None:
+    """Raises QkError for float tables whose gradients are sparse: they are neither decayed nor measured."""
+    tables = [name for name, module in model.named_modules() if getattr(module, "sparse", False) is True]
+    learns = [name for name in tables if any(p.requires_grad for p in model.get_submodule(name).parameters())]
+    if learns:
+        advice = "Set sparse=False, or quantize the tables: Recipe(embeddings=4)."
+        raise fail(STAGE, "p", "without sparse gradients", f"nn.Embedding(sparse=True) in {', '.join(learns)}", advice)
 
 
 def _length(train: Iterable) -> int:

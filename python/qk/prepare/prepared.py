@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -84,7 +85,7 @@ class Prepared:
     kept: module with weights -> why it stays in float, be it that no kernel runs it or that the plan says so; "" is the
     model itself. stages: the units with successive blocks at one resolution put together. all_units, all_stages: as
     they would be if no layer stayed in float. alone: each layer as a unit of its own. originals: the float modules,
-    folded, that QuantLayers stand for. steps_before: digest of the activation steps that learning started from. paths:
+    folded, that QuantLayers stand for. learned_in: the run that the learning so far is of (qk.methods.resume). paths:
     along which channels can be scaled; blocked: every other layer or norm -> why not there. unclipped: ReLU6 modules
     that became ReLU. tables: name of an embedding table to quantize -> how. joins: module at whose entry a tensor is
     quantized for all that read it -> the layers inside that do, by their names from it on (qk.prepare.joins).
@@ -105,7 +106,7 @@ class Prepared:
     originals: dict[str, nn.Module] = field(default_factory=dict, repr=False)
     calibrated: bool = False  # every step is set
     history: dict[str, list[dict]] = field(default_factory=dict)  # unit name -> [{"iteration", "loss"}], for the report
-    steps_before: str = ""
+    learned_in: dict[str, Any] = field(default_factory=dict, repr=False)
     paths: list[Path] = field(default_factory=list, repr=False)
     blocked: dict[str, str] = field(default_factory=dict, repr=False)
     unclipped: list[str] = field(default_factory=list)

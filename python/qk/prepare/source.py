@@ -80,11 +80,13 @@ def copy_of(model: nn.Module) -> nn.Module:
 
 
 def call_every_layer(model: nn.Module) -> None:
-    """Takes the fused path from torch's encoder layers: it reads the weights of linear1 and linear2, and so passes by
-    what stands in their place."""
+    """Takes the fused paths from torch's encoders: they read the weights of linear1 and linear2, and so pass by what
+    stands in their place."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            module.enable_nested_tensor = module.use_nested_tensor = False
 
 
 def run(model: nn.Module, example: Any) -> Any:

@@ -1,0 +1,135 @@
+"""What the compiler made of the products' main loops, by disassembly: nothing slow in them, and wide accesses alone.
+
+Needs cuobjdump, of the CUDA toolkit or of the package nvidia-cuda-cuobjdump with nvidia-cuda-nvdisasm.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sysconfig
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ARCHITECTURES = ("80", "90a", "120")
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
+WEIGHTS = {8: "LDG.E.128", 4: "LDG.E.128", 2: "LDG.E.64"}  # a lane's part of a tile comes by one, of 8 bits by two
+UNPACKED = {8: 0, 4: 8 + 4, 2: 8 + 6}  # masks and shifts for the 8 registers of a tile of weights
+
+
+def cuobjdump() -> str | None:
+    """Of the toolkit, or of the package, which puts it beside its own nvdisasm."""
+    packages = Path(sysconfig.get_paths()["purelib"], "nvidia").glob("*/bin/cuobjdump")
+    return shutil.which("cuobjdump") or next((str(path) for path in packages), None)
+
+
+def newest(name: str) -> Path | None:
+    builds = ROOT.glob(f"build/**/qk_cuda.dir/csrc/cuda/{name}.cu.o")
+    return max(builds, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def main_loop(body: str) -> Counter[str]:
+    """How often each instruction is in the innermost loop that holds all products."""
+    code = [(int(at, 16), op, rest) for at, op, rest in INSTRUCTION.findall(body)]
+    products = [at for at, op, _ in code if op.startswith("IMMA")]
+    ends = ((int(to[1], 16), at) for at, op, rest in code if op == "BRA" and (to := re.search(r"0x([0-9a-f]+)", rest)))
+    around = [(first, last) for first, last in ends if first <= products[0] and products[-1] <= last]
+    first, last = min(around, key=lambda loop: loop[1] - loop[0])
+    return Counter(op for at, op, _ in code if first <= at <= last)
+
+
+def loops_of(name: str, arch: str, parameters: str) -> dict[tuple[int, ...], Counter[str]]:
+    """Of every kernel of a file, by the numbers in its template parameters, which the pattern finds."""
+    tool, built = cuobjdump(), newest(name)
+    if not tool:
+        pytest.skip("cuobjdump: not installed")
+    if not built:
+        pytest.skip("cuda: no kernels were built here")
+    command = [tool, "-sass", "-arch", f"sm_{arch}", str(built)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    names, bodies = (re.split(r"Function : (\S+)", text)[i::2] for i in (1, 2))
+    readable = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
+    found = {}
+    for line, body in zip(readable.splitlines(), bodies, strict=True):
+        numbers = re.search(parameters, line.replace("false", "0").replace("true", "1")).groups()
+        found[tuple(map(int, numbers))] = main_loop(body)
+    assert len(found) == len(names) > 0
+    return found
+
+
+def of_kind(loop: Counter[str], *starts: str) -> dict[str, int]:
+    return {op: count for op, count in loop.items() if op.split(".")[0] in starts}
+
+
+def count(loop: Counter[str], *starts: str) -> int:
+    return sum(of_kind(loop, *starts).values())
+
+
+# --- many tokens ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def loops(request):
+    """By row warps, row tiles, token tiles, bits, bytes copied together, and whether K is in groups."""
+    return loops_of("convolve", request.param, r"Tile<(\d), (\d), (\d)>, (\d), (\d+), ([01])>")
+
+
+@pytest.fixture
+def whole(loops):
+    """Those of whole vectors and one group, by row tiles, token tiles and bits."""
+    return [(*key[1:4], loop) for key, loop in loops.items() if key[4:] == (16, 0)]
+
+
+def test_each_tile_multiplies_as_often_as_it_must(loops):
+    """Two steps of 32 codes for each tile of 16 channels and 8 tokens, whose tokens come by one load."""
+    for (_, rows, tokens, *_), loop in loops.items():
+        assert count(loop, "IMMA") == 2 * rows * tokens
+        assert of_kind(loop, "LDSM") == {"LDSM.16.M88.4": tokens}
+
+
+def test_nothing_of_the_loop_is_in_local_memory_converts_or_divides(loops):
+    for (*_, grouped), loop in loops.items():
+        assert not of_kind(loop, "LDL", "STL")
+        # Groups along K leave the integers once for each.
+        assert grouped or not of_kind(loop, "I2F", "I2FP", "F2I", "MUFU", "FMUL", "FADD", "FFMA")
+
+
+def test_weights_and_x_come_16_bytes_at_a_time(whole):
+    assert len(whole) == 4 * 3
+    for rows, _, bits, loop in whole:
+        assert of_kind(loop, "LDG") == {WEIGHTS[bits]: rows * (2 if bits == 8 else 1)}
+        assert set(of_kind(loop, "LDGSTS")) == {"LDGSTS.E.BYPASS.128"}
+
+
+def test_unpacking_costs_what_its_masks_and_shifts_do(whole):
+    for rows, _, bits, loop in whole:
+        assert count(loop, "LOP3", "SHF") <= rows * UNPACKED[bits] + 24  # at most so many for addresses, as seen
+
+
+def test_sums_of_codes_take_a_dot_product_for_each_word(loops):
+    for (_, _, tokens, bits, *_), loop in loops.items():
+        assert count(loop, "IDP") == (4 * tokens if bits < 8 else 0)
+
+
+# --- few tokens -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def few(request):
+    """By row tiles, token tiles, tiles of K on their way, and bits."""
+    return loops_of("few_tokens", request.param, r"Shape<(\d), (\d), (\d)>, (\d)>")
+
+
+def test_a_warps_loop_for_few_tokens_multiplies_and_reads_as_often_as_it_must(few):
+    for (rows, tokens, depth, bits), loop in few.items():
+        assert count(loop, "IMMA") == 2 * rows * tokens * depth
+        assert count(loop, "IDP") == (4 * tokens * depth if bits < 8 else 0)
+        assert of_kind(loop, "LDG") == {
+            WEIGHTS[bits]: rows * depth * (2 if bits == 8 else 1),
+            "LDG.E": 4 * tokens * depth,
+        }
+        assert not of_kind(loop, "LDL", "STL", "I2F", "I2FP", "F2I", "MUFU", "FMUL", "FADD", "FFMA")
