@@ -1,0 +1,35 @@
+"""docs/gpu.md says what the files say, and calls nothing verified that no GPU ran."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def page(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("gpu_page")
+
+
+def test_the_page_is_that_of_the_files(page):
+    text = page.PAGE.read_text()
+    assert page.kernels(page.runs()) in text, "PYTHONPATH=python:benchmarks python -m gpu_page"
+    assert all(page.measured(run) in text for run in page.runs())
+
+
+def run(failed, status=0):
+    return {"machine": {"gpu": "Some GPU"}, "check": {"status": status, "failed": failed}}
+
+
+def test_a_kernel_is_verified_where_the_tests_of_all_its_operators_passed(page):
+    assert page.verified("lsq", []) == "unverified"
+    assert page.verified("lsq", [run(["gemm"], 1), run(["gemm"], 1)]) == "Some GPU"
+    assert page.verified("convolve", [run(["gemm"], 1)]) == "unverified"
+    assert (
+        page.verified("lsq", [run([], 124), {"machine": {"gpu": "Another"}}]) == "unverified"
+    )  # cut short, never begun
