@@ -50,7 +50,8 @@ def kernels(of: list[dict[str, Any]]) -> str:
 def measured(run: dict[str, Any]) -> str:
     """One run: the machine, what its checks said, and its cases."""
     facts = run["machine"]
-    text = f"### {facts['gpu']}\n\nCompute capability {facts['cc']}, torch {facts['torch']}, commit {facts['commit'][:12]}.\n"
+    text = f"### {facts['gpu']}\n\nCompute capability {facts['cc']}, torch {facts['torch']}, "
+    text += f"commit {facts['commit'][:12]}.\n"
     for step in ("check", "memcheck"):
         text += f"{step}: {run.get(step, {}).get('summary', 'not run')}.\n"
     rows = []
