@@ -75,6 +75,7 @@ def test_learning_sees_quantized_tables_and_leaves_them_alone():
     p.model.user.register_forward_hook(lambda table, *_: seen.append(table.quantized))
     qk.reconstruct(p, [inputs()], qk.Recipe(embeddings=4, iterations=3, batch_size=4), progress="off")
     assert {True, False} == set(seen)  # the prefix quantized, the targets in float
+    qk.calibrate(p, [inputs()])
     model = qk.trainable(p)
     assert all(table.quantized for table in p.quant_tables().values())
     model(**inputs()).sum().backward()
