@@ -6,9 +6,8 @@
 namespace qk::cuda {
 namespace {
 
-constexpr int warps = block_threads / 32, rows = PackedLayout::block;  // of a tile of the weight
-constexpr int stages = 4;                                              // pieces of tile_k codes of x on their way
-constexpr int chunk = 16, chunks = tile_k / chunk;                     // bytes of x that are copied, and read, together
+constexpr int stages = 4;                           // pieces of tile_k codes of x on their way
+constexpr int chunk = 16, chunks = tile_k / chunk;  // bytes of x that are copied, and read, together
 
 // What a block makes: row_warps x token_warps warps, each row_tiles x 16 channels of token_tiles x 8 tokens.
 template <int row_warps_, int row_tiles_, int token_tiles_>
@@ -147,7 +146,7 @@ template <class T, int bits, int word, bool grouped>
 __global__ void __launch_bounds__(block_threads, grouped || T::row_tiles * T::token_tiles > 8 ? 1 : 2)
     convolve_kernel(Conv2dArgs a, int64_t all_tokens, int64_t tiles) {
   __shared__ __align__(16) uint8_t x[T::shared];
-  constexpr int stage_bytes = T::tokens * tile_k, lane_bytes = bits == 2 ? 8 : 16;
+  constexpr int stage_bytes = T::tokens * tile_k;
   const PackedLayout& layout = a.layout;
   const Epilogue& e = a.epilogue;
   const Ending ending(e);
@@ -169,7 +168,7 @@ __global__ void __launch_bounds__(block_threads, grouped || T::row_tiles * T::to
 #pragma unroll
     for (int r = 0; r < T::row_tiles; ++r)
       weights[r] =
-          a.weight + layout.codes_at + lane * lane_bytes +
+          a.weight + layout.codes_at + lane * Codes<bits>::lane_bytes +
           (outer * layout.blocks_per_outer + least(block_of(r), layout.blocks_per_outer - 1)) * layout.block_bytes;
     __syncthreads();  // the last job's stages have been read
 #pragma unroll

@@ -6,8 +6,6 @@
 namespace qk::cuda {
 namespace {
 
-constexpr int warps = block_threads / 32, rows = PackedLayout::block;
-
 // What a block makes: row_tiles x 16 channels of token_tiles x 8 tokens. depth: tiles of K that a warp has on their
 // way.
 template <int row_tiles_, int token_tiles_, int depth_>
@@ -44,7 +42,7 @@ struct Reader {
     for (int r = 0; r < S::row_tiles; ++r) {
       const int64_t block = least(block0 + r, a.layout.blocks_per_outer - 1);  // past the last one that again
       weights[r] = a.weight + a.layout.codes_at + (outer * a.layout.blocks_per_outer + block) * a.layout.block_bytes +
-                   warp * tile_bytes(bits) + lane * (bits == 2 ? 8 : 16);
+                   warp * tile_bytes(bits) + lane * Codes<bits>::lane_bytes;
     }
     if (tiles > 0) place.advance(a, warp * tile_k);
     find();

@@ -6,10 +6,12 @@
 
 namespace qk::cuda {
 
+constexpr int warps = block_threads / 32, rows = PackedLayout::block;  // of a block; of a tile of the weight
+
 // A lane's part of a tile of weights: `bits` words.
 template <int bits>
 struct Codes {
-  static constexpr int words = bits;
+  static constexpr int words = bits, lane_bytes = bits == 2 ? 8 : 16;  // lanes lie so far apart
   uint32_t word[words];
 
   // tile: of the lane.
@@ -49,7 +51,7 @@ __device__ Channel channel_at(const Conv2dArgs& a, const Ending& ending, int64_t
   const PackedLayout& layout = a.layout;
   if (in_outer >= layout.n_per_outer) return {-1, 0, 0, 0, 0};
   const int64_t n = outer * layout.n_per_outer + in_outer;
-  const int64_t at = (block * layout.k_groups + group) * layout.block + in_outer % layout.block;
+  const int64_t at = (block * layout.k_groups + group) * rows + in_outer % rows;
   return {n, bits < 8 ? a.weight[layout.zeros_at + at] : 0u,
           static_cast<uint32_t>(reinterpret_cast<const int32_t*>(a.weight + layout.sums_at)[at]),
           a.epilogue.weight_step[n * layout.k_groups + group], ending.bias_of(n)};

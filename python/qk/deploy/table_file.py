@@ -150,10 +150,11 @@ class _Slice:
 
 def _tensor(piece: Any) -> Tensor:
     """A piece of the source in memory."""
-    if not isinstance(piece, Tensor):
+    if isinstance(piece, Tensor):
+        x = piece
+    else:
         array = np.asarray(piece)
-        piece = torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
-    x = piece
+        x = torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
     if x.dim() != 2 or not x.dtype.is_floating_point:
         raise fail(WRITE, "source", "a float table [N, cols]", f"{x.dtype} {list(x.shape)}")
     return x

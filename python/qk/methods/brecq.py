@@ -126,13 +126,8 @@ def reconstruct(
     run = run_of(p, entries, held, recipe, p.learned_in["calibrated steps"] if goes_on else steps_digest(p))
     other = differences(run, p.learned_in) if goes_on else []
     if other:
-        raise fail(
-            STAGE,
-            "resume",
-            "of the run that was interrupted",
-            f"that of another: {'; '.join(other)}",
-            "resume=False starts anew.",
-        )
+        got = f"that of another: {'; '.join(other)}"
+        raise fail(STAGE, "resume", "of the run that was interrupted", got, "resume=False starts anew.")
     kept = None if folder is None else Finished(folder, p, entries, run)
     if not resume:
         p.history = {}
