@@ -21,6 +21,11 @@ __device__ inline Window window_of(const Conv2dArgs& a, int64_t token, int64_t c
           token / a.ow % a.oh * a.stride_h - a.pad_h, token % a.ow * a.stride_w - a.pad_w};
 }
 
+// Four codes of the padding. Where steps differ by rows there is none.
+__device__ inline uint32_t padding_of(const Conv2dArgs& a) {
+  return static_cast<uint32_t>(a.epilogue.per_row ? 0 : *a.epilogue.x_zero) * 0x01010101u;
+}
+
 // A place along K, that moves on without divisions: a channel of a tap.
 struct Place {
   uint32_t channel = 0, row = 0, col = 0;  // row, col: of the tap in the kernel

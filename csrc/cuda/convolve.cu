@@ -43,8 +43,7 @@ struct Loader {
       present[i] = token < count;
       windows[i] = present[i] ? window_of(a, token0 + token, channel) : Window{};
     }
-    // Where steps differ by rows there is no padding.
-    zeros = static_cast<uint32_t>(a.epilogue.per_row ? 0 : *a.epilogue.x_zero) * 0x01010101u;
+    zeros = padding_of(a);
     left = static_cast<int32_t>(a.layout.segment_k);
     if (a.shape.c) place.advance(a, threadIdx.x % chunks * chunk);
     find();
@@ -164,12 +163,9 @@ __global__ void __launch_bounds__(block_threads, grouped || T::row_tiles * T::to
     const auto block_of = [&](int r) { return part * T::blocks + row_warp * T::row_tiles + r; };  // in the outer group
     const bool works = block_of(0) < layout.blocks_per_outer;  // or there is nothing left for this warp
     Loader<T, word> loader(a, token0, count, outer * a.shape.c);
-    const uint8_t* weights[T::row_tiles];  // of the lane; a block past the last one reads that again
+    const uint8_t* weights[T::row_tiles];
 #pragma unroll
-    for (int r = 0; r < T::row_tiles; ++r)
-      weights[r] =
-          a.weight + layout.codes_at + lane * Codes<bits>::lane_bytes +
-          (outer * layout.blocks_per_outer + least(block_of(r), layout.blocks_per_outer - 1)) * layout.block_bytes;
+    for (int r = 0; r < T::row_tiles; ++r) weights[r] = weights_of<bits>(a, outer, block_of(r), lane);
     __syncthreads();  // the last job's stages have been read
 #pragma unroll
     for (int i = 0; i < stages - 1; ++i) {

@@ -32,18 +32,14 @@ struct Reader {
 
   __device__ Reader(const Conv2dArgs& args, int64_t token0, int count, int64_t outer, int64_t block0) : a(args) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    // Where steps differ by rows there is no padding.
-    zeros = static_cast<uint32_t>(a.epilogue.per_row ? 0 : *a.epilogue.x_zero) * 0x01010101u;
+    zeros = padding_of(a);
     tiles = ceil_div(a.layout.segment_padded / tile_k - warp, warps);
 #pragma unroll
     for (int c = 0; c < S::token_tiles; ++c)
       windows[c] = window_of(a, token0 + least(8 * c + lane / 4, count - 1), outer * a.shape.c);
 #pragma unroll
-    for (int r = 0; r < S::row_tiles; ++r) {
-      const int64_t block = least(block0 + r, a.layout.blocks_per_outer - 1);  // past the last one that again
-      weights[r] = a.weight + a.layout.codes_at + (outer * a.layout.blocks_per_outer + block) * a.layout.block_bytes +
-                   warp * tile_bytes(bits) + lane * Codes<bits>::lane_bytes;
-    }
+    for (int r = 0; r < S::row_tiles; ++r)
+      weights[r] = weights_of<bits>(a, outer, block0 + r, lane) + warp * tile_bytes(bits);
     if (tiles > 0) place.advance(a, warp * tile_k);
     find();
   }

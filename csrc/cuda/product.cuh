@@ -57,6 +57,14 @@ __device__ Channel channel_at(const Conv2dArgs& a, const Ending& ending, int64_t
           a.epilogue.weight_step[n * layout.k_groups + group], ending.bias_of(n)};
 }
 
+// Where a lane's part of the first tile of a block of channels lies; past the outer group's last block that again.
+template <int bits>
+__device__ const uint8_t* weights_of(const Conv2dArgs& a, int64_t outer, int64_t block, int lane) {
+  const PackedLayout& layout = a.layout;
+  return a.weight + layout.codes_at + lane * Codes<bits>::lane_bytes +
+         (outer * layout.blocks_per_outer + least(block, layout.blocks_per_outer - 1)) * layout.block_bytes;
+}
+
 // Launches for `op`, for no more than 32 tokens; false, and nothing done, where the shape is not for it.
 bool convolve_few(const char* op, const Conv2dArgs& args);
 
