@@ -2,7 +2,7 @@
 
 Each study names recipes that differ in one thing. A row is a network, a recipe and a seed: accuracy in float, of the
 integer model, and whether that agrees with the definition of its operators. Rows are kept; a study goes on where it
-was. --iterations is per unit, for all that learn, but for the study of the default recipe, which has its own.
+was. --iterations is per unit, for all that learn, but for the studies of the default recipe, which has its own.
 """
 
 from __future__ import annotations
@@ -52,17 +52,25 @@ GRANULARITIES = {
 
 
 class Study(NamedTuple):
-    """What is compared. pictures: to calibrate with."""
+    """What is compared. pictures: to calibrate with. is_default: its iterations are those of the default recipe."""
 
     title: str
     cases: dict[str, Recipe]
     pictures: int = PICTURES
+    is_default: bool = False
 
 
 STUDIES: dict[str, Study] = {
     "default": Study(
         "The default recipe",
         {f"W{w}A{a}": replace(DEFAULT, weights=w, activations=a) for w, a in ((4, 6), (4, 4), (2, 4))},
+        is_default=True,
+    ),
+    "inside": Study(
+        "The default recipe, and dropping half inside",
+        {"W4A4": replace(DEFAULT, activations=4)}
+        | widths(4, 4, drops_inside=replace(DEFAULT, drop=0.5, drop_inside=True)),
+        is_default=True,
     ),
     "granularity": Study(
         "What is reconstructed together",
@@ -167,7 +175,7 @@ def section(ledger: Ledger, chosen: list[str], change: Callable[[Recipe], Recipe
     parts = []
     for key in chosen:
         study = STUDIES[key]
-        if key != "default":
+        if not study.is_default:
             study = study._replace(cases={case: change(recipe) for case, recipe in study.cases.items()})
         parts.append(f"#### {study.title}\n\n{table(ledger, name, study, seeds).markdown()}")
     return "\n\n".join(parts)

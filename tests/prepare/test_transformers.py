@@ -75,12 +75,11 @@ def test_the_fused_path_of_torchs_encoder_does_not_pass_by_the_layers():
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
     x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
     p = prepare(encoder, x)
-    assert [unit.layers for unit in p.units] == [(f"layers.{i}.linear1", f"layers.{i}.linear2") for i in range(2)]
-    assert "out_proj" in "".join(p.kept)
+    assert [(unit.name, len(unit.layers)) for unit in p.units] == [("layers.0", 6), ("layers.1", 6)]
     ran = []
     for layer in p.quant_layers().values():
         assert isinstance(layer, QuantLayer)
         layer.register_forward_pre_hook(lambda module, args: ran.append(module))
     with torch.no_grad():
         p.model(x)
-    assert len(ran) == 4
+    assert len(ran) == 12

@@ -40,6 +40,7 @@ from qk.files import TEMPORARY, replace_file
 from qk.machine import qk_version
 from qk.prepare.insert import padding_of
 from qk.prepare.joins import place
+from qk.prepare.projections import ProjectedAttention, projectable, projected_copy
 from qk.prepare.source import call_every_layer, check_device
 from qk.spec import Plan
 
@@ -110,6 +111,7 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
     manifest = read_manifest(folder)
     path = folder / manifest.tensors.name
     tensors = _read_tensors(path, manifest.tensors)
+    model = _projected(manifest, model)
     _check_modules(folder, manifest, model)
     result = _build(path, manifest, tensors, model)
     _fill(path, manifest, tensors, result)
@@ -216,6 +218,14 @@ def _read_tensors(path: Path, expected: TensorFile) -> dict[str, Tensor]:
         return parse_tensors(content)
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise fail(STAGE, str(path), "a safetensors file", str(error)[:200], ASK_AGAIN) from error
+
+
+def _projected(manifest: Manifest, model: nn.Module) -> nn.Module:
+    """The model with projections where the checkpoint has them."""
+    if not isinstance(model, nn.Module):
+        return model
+    names = [n for n in projectable(model) if manifest.modules.get(n) == ProjectedAttention.__name__]
+    return projected_copy(model, names)
 
 
 def _check_modules(folder: Path, manifest: Manifest, model: nn.Module) -> None:

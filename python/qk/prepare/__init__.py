@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qk.errors import fail
+from qk.errors import QkError, fail
 from qk.prepare.apply import apply_plan, leave_in_float, put
 from qk.prepare.blocks import find_alone, find_stages, find_units
 from qk.prepare.fold import fold_batchnorms
@@ -23,6 +23,7 @@ from qk.prepare.observe import Observation, observe
 from qk.prepare.paths import find_paths
 from qk.prepare.plan import plan_from
 from qk.prepare.prepared import Layer, Prepared, Unit
+from qk.prepare.projections import project, projectable
 from qk.prepare.source import STAGE, check_example, check_model, copy_of, run
 from qk.prepare.support import sort_modules
 from qk.prepare.tables import find_tables
@@ -60,8 +61,7 @@ def prepare(
     recipe = checked_recipe(recipe, STAGE)
     check_model(model)
     check_example(example)
-    copied = copy_of(model)
-    seen = observe(copied, example)
+    copied, seen = _observed(model, example)
     layers, kept = sort_modules(copied, seen)
     tables, in_float = find_tables(copied, seen, recipe)
     kept = {name: reason for name, reason in kept.items() if name not in tables} | in_float
@@ -104,6 +104,19 @@ def prepare(
     convolutions = {name: copied.get_submodule(name) for name, layer in layers.items() if layer.kind == "conv2d"}
     p.contiguous = find_contiguous(copied, convolutions, example)
     return p
+
+
+def _observed(model: nn.Module, example: Any) -> tuple[nn.Module, Observation]:
+    """A copy and what was seen of it: with projections of its attentions, unless the model asks these for what
+    projections lack."""
+    copied = copy_of(model)
+    if names := projectable(copied):
+        try:
+            copied = project(copied, names)
+            return copied, observe(copied, example)
+        except QkError:
+            copied = copy_of(model)
+    return copied, observe(copied, example)
 
 
 def _keep_what_is_passed_by(p: Prepared, example: Any, seen: Observation, floats: dict[str, nn.Module]) -> None:
