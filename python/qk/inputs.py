@@ -76,6 +76,14 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(getattr(value, field.name, None))
 
 
+def bad_values(x: Tensor) -> int:
+    """How many values are NaN or infinite; in a mask to be added to scores, of 0 and -inf alone, none is."""
+    if not x.is_floating_point():
+        return 0
+    is_mask = bool(((x == 0) | (x == -torch.inf)).all())
+    return 0 if is_mask else int((~torch.isfinite(x)).sum())
+
+
 def resized(example: Any, batch: int) -> Any:
     """Every tensor of the example repeated or cut to `batch` along its first axis; a list of tensors among its
     arguments, such as a detector's images, as a list."""

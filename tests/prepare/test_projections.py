@@ -124,7 +124,28 @@ def test_an_encoder_is_integers_but_for_norms(batch_first, tmp_path):
     assert type(model.layers[0].self_attn) is nn.MultiheadAttention
 
 
-def test_projections_learn_their_rounding(tmp_path):
+def test_an_encoder_and_decoder_with_masks_of_minus_infinity():
+    torch.manual_seed(0)
+    model = nn.Transformer(WIDE, HEADS, 1, 1, 32, batch_first=True).eval()
+    padding = torch.arange(KEYS) >= torch.tensor([4, 5, KEYS])[:, None]
+    batch = {
+        "src": drawn(BATCH, KEYS, WIDE),
+        "tgt": drawn(BATCH, QUERIES, WIDE, seed=1),
+        "tgt_mask": model.generate_square_subsequent_mask(QUERIES),
+        "src_key_padding_mask": padding,
+        "memory_key_padding_mask": padding,
+    }
+    result = qk.quantize(model, [batch], EIGHT, measure=False, progress=False)
+    assert len(result.prepared.layers) == 6 + 10
+    with torch.no_grad():
+        expected = model(**batch)
+        assert (result.model(**batch) - expected).norm() < 0.02 * expected.norm()
+    batch["tgt_mask"] = batch["tgt_mask"] * 2 + 1  # no mask: its values are more than 0 and -inf
+    with pytest.raises(qk.QkError, match="example must be finite, got 10 NaN or Inf among 25 values"):
+        prepare(model, batch)
+
+
+def test_projections_learn_their_rounding():
     model, x = encoder(batch_first=True), drawn(16, 6, WIDE)
     learned = qk.Recipe(weights=2, first_last=None, iterations=200)
     errors = []

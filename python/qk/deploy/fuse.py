@@ -23,7 +23,7 @@ from qk.deploy.fusing.trace import canonical, input_shapes, traced, two
 from qk.deploy.modules import IntegerLayer, integer_layers
 from qk.deploy.tune import ALGORITHMS, tuned
 from qk.errors import fail
-from qk.inputs import KINDS, describe, device_of, feed, map_tensors, resized, tensors_in
+from qk.inputs import KINDS, bad_values, describe, device_of, feed, map_tensors, resized, tensors_in
 
 __all__ = ["FusedModel", "fuse", "unfused"]
 
@@ -124,7 +124,7 @@ def _checked(model: nn.Module, example: Any, tensors: int | None, ranges: str) -
     for i, batch in enumerate(batches):
         if not isinstance(batch, KINDS) or next(tensors_in(batch), None) is None:
             raise fail(STAGE, f"batch {i} of example", "a tensor, tuple or dict of tensors", describe(batch))
-        if any(t.is_floating_point() and not torch.isfinite(t).all() for t in tensors_in(batch)):
+        if any(map(bad_values, tensors_in(batch))):
             raise fail(STAGE, f"batch {i} of example", "finite", "NaN or infinity in it")
         batches[i] = map_tensors(lambda x: x.detach().to(device), batch)
         if kinds(batches[i]) != kinds(batches[0]):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qk import _native
 from qk.errors import fail
-from qk.inputs import KINDS, advice_on, copied_to, describe, device_of, feed, tensors_in
+from qk.inputs import KINDS, advice_on, bad_values, copied_to, describe, device_of, feed, tensors_in
 
 STAGE = "qk.prepare"
 
@@ -60,8 +60,7 @@ def check_example(example: Any) -> None:
     if not tensors or any(t.numel() == 0 for t in tensors):
         raise fail(STAGE, "example", "one batch with at least one value in every tensor", describe(example))
     for t in tensors:
-        if t.is_floating_point() and not torch.isfinite(t).all():
-            bad = int((~torch.isfinite(t)).sum())
+        if bad := bad_values(t):
             raise fail(STAGE, "example", "finite", f"{bad} NaN or Inf among {t.numel()} values of {describe(t)}")
 
 
