@@ -429,3 +429,32 @@ def test_wrong_input_to_a_fused_model_is_refused(small):
     with pytest.raises(qk.QkError, match=r"device and dtype must be cpu and torch\.float32, as made, got"):
         fused.half()
     assert isinstance(fused.to("cpu").float(), FusedModel)
+
+
+class Options(nn.Module):
+    """Takes more than tensors, as models of libraries do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x, mask=None, scale=1.0, as_tuple=False):
+        y = self.first(x) * scale
+        y = self.second(y if mask is None else y + mask)
+        return (y,) if as_tuple else y
+
+
+def test_what_is_no_tensor_is_an_input_that_must_stay_as_it_was():
+    x = torch.randn(5, 4)
+    example = {"x": x, "mask": None, "scale": 2.0, "as_tuple": True}
+    model = integer(Options().eval(), example)
+    fused = fuse(model, example)
+    assert_same(fused, unfused(model, example), example)
+    for changed, message in (
+        ({"as_tuple": False}, "as_tuple must be True, as in the example, got False. Fuse the model again"),
+        ({"scale": 3.0}, "scale must be 2.0, as in the example, got 3.0"),
+        ({"scale": 2}, "scale must be 2.0, as in the example, got 2"),
+        ({"mask": torch.zeros(8)}, r"mask must be None, as in the example, got float32 \[8\]"),
+    ):
+        with pytest.raises(qk.QkError, match=f"FusedModel: {message}"):
+            fused(**example | changed)

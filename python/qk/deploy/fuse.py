@@ -14,12 +14,12 @@ from qk.deploy.embedding import table_modules
 from qk.deploy.fusing.graph import Constants, finished, merge_equal
 from qk.deploy.fusing.heads import has_attention, join_heads
 from qk.deploy.fusing.leftovers import left_in_float, note_reasons
-from qk.deploy.fusing.model import FusedModel, Inputs
+from qk.deploy.fusing.model import ExpectedTensor, FusedModel, Inputs
 from qk.deploy.fusing.regions import build_regions
 from qk.deploy.fusing.rewrite import fuse_exactly, read_images_as_they_lie
 from qk.deploy.fusing.running import note_shapes
 from qk.deploy.fusing.tensors import quantize_tensors
-from qk.deploy.fusing.trace import canonical, input_shapes, traced, two
+from qk.deploy.fusing.trace import canonical, expected_inputs, traced, two
 from qk.deploy.modules import IntegerLayer, integer_layers
 from qk.deploy.tune import ALGORITHMS, tuned
 from qk.errors import fail
@@ -179,7 +179,7 @@ def _free_batch(fused: FusedModel, model: nn.Module, example: Any) -> None:
     inputs = fused.body.inputs
     made_for = inputs.expected
     rows = {x.shape[0] for x in tensors_in(example) if x.dim()}
-    fixed = {sizes[0] if sizes else None for _, _, sizes in filter(None, made_for)}
+    fixed = {next(iter(x.sizes), None) for x in made_for if isinstance(x, ExpectedTensor)}
     if len(rows) != 1 or fixed != rows:
         return
     count = rows.pop()
@@ -188,7 +188,7 @@ def _free_batch(fused: FusedModel, model: nn.Module, example: Any) -> None:
         few, more = (_outputs(model, x) for x in both)
     except Exception:  # a first axis of which the model takes one size is no batch
         return
-    inputs.expected = [given and (*given[:2], (None, *given[2][1:])) for given in made_for]
+    inputs.expected = [x._replace(sizes=(None, *x.sizes[1:])) if isinstance(x, ExpectedTensor) else x for x in made_for]
     try:
         same = _same_rows(few, more) and _same_rows(*(_outputs(fused, x) for x in both))
     except Exception:
@@ -211,6 +211,6 @@ def _same_rows(few: list[torch.Tensor], more: list[torch.Tensor]) -> bool:
 def check_inputs(root: nn.Module, graph: fx.Graph) -> None:
     """The first thing that the graph does."""
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    root.add_submodule("inputs", Inputs(input_shapes(graph)))
+    root.add_submodule("inputs", Inputs(expected_inputs(graph)))
     with graph.inserting_after(placeholders[-1]):
         graph.call_module("inputs", tuple(placeholders))

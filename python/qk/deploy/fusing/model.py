@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,16 +14,36 @@ from qk.errors import fail
 from qk.inputs import describe
 
 
-class Inputs(nn.Module):
-    """Refuses tensors that the graph was not made for. expected: dtype and sizes (None is free) by name."""
+class ExpectedTensor(NamedTuple):
+    """sizes: None where any fits."""
 
-    def __init__(self, expected: list[tuple[str, torch.dtype, tuple[int | None, ...]] | None]) -> None:
+    name: str
+    dtype: torch.dtype
+    sizes: tuple[int | None, ...]
+
+
+class ExpectedValue(NamedTuple):
+    """Of what is no tensor: the example's, on which the graph was made."""
+
+    name: str
+    value: Any
+
+
+class Inputs(nn.Module):
+    """Refuses inputs that the graph was not made for."""
+
+    def __init__(self, expected: list[ExpectedTensor | ExpectedValue]) -> None:
         super().__init__()
         self.expected = expected
 
     def forward(self, *inputs: Any) -> None:
         for given, expected in zip(inputs, self.expected, strict=True):
-            if expected is None:
+            if isinstance(expected, ExpectedValue):
+                name, value = expected
+                if type(given) is not type(value) or given != value:
+                    advice = "Fuse the model again with an example that has it; the unfused model takes any."
+                    got = describe(given) if isinstance(given, Tensor) else repr(given)[:100]
+                    raise fail("FusedModel", name, f"{value!r}, as in the example", got, advice)
                 continue
             name, dtype, sizes = expected
             if not isinstance(given, Tensor) or given.layout != torch.strided:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map
 
 from qk.deploy.fusing import nhwc
 from qk.deploy.fusing.graph import (
@@ -29,6 +30,7 @@ from qk.deploy.fusing.graph import (
     qk,
 )
 from qk.deploy.fusing.inplace import NOTHING, functional
+from qk.deploy.fusing.model import ExpectedTensor, ExpectedValue
 from qk.errors import fail
 from qk.inputs import copied_to, device_of, evaluating, map_tensors
 
@@ -76,10 +78,12 @@ def _free(args: tuple, kwargs: dict[str, Any]) -> tuple:
     """dynamic_shapes: the batch, and the length of sequences, where the model allows it."""
     auto = torch.export.Dim.AUTO
 
-    def axes(x: Tensor) -> dict[int, Any]:
+    def axes(x: Any) -> dict[int, Any] | None:
+        if not isinstance(x, Tensor):
+            return None
         return {i: auto for i in range(x.dim()) if i == 0 or (i == 1 and x.dim() in (2, 3))}
 
-    shapes = (*(map_tensors(axes, a) for a in args),), {k: map_tensors(axes, v) for k, v in kwargs.items()}
+    shapes = (*(tree_map(axes, a) for a in args),), {k: tree_map(axes, v) for k, v in kwargs.items()}
     if not kwargs:
         return shapes[0]
     return shapes[1] if not args else None
@@ -362,14 +366,14 @@ def _known(size: int | torch.SymInt) -> int | None:
     return size if isinstance(size, int) else size.node.maybe_as_int()
 
 
-def input_shapes(graph: fx.Graph) -> list[tuple[str, torch.dtype, tuple[int | None, ...]] | None]:
-    """Name, dtype and shape of each input, None for sizes that are free; None for what is no tensor."""
-    found = []
+def expected_inputs(graph: fx.Graph) -> list[ExpectedTensor | ExpectedValue]:
+    """What each input must be: the graph holds the example's sizes that are not free, and what is no tensor."""
+    found: list[ExpectedTensor | ExpectedValue] = []
     for node in graph.nodes:
         if node.op == "placeholder":
             val = node.meta.get("val")
             if isinstance(val, Tensor):
-                found.append((node.target, val.dtype, tuple(map(_known, val.shape))))
+                found.append(ExpectedTensor(node.target, val.dtype, tuple(map(_known, val.shape))))
             else:
-                found.append(None)
+                found.append(ExpectedValue(node.target, val))
     return found
