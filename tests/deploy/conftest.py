@@ -2,7 +2,7 @@
 
 import pytest
 
-from deploy.small import small_prepared
+from deploy.small import small_images, small_prepared
 from qk.deploy import convert, save
 from threads import threads
 
@@ -22,3 +22,9 @@ def model():
 @pytest.fixture
 def folder(model, tmp_path):
     return save(model, tmp_path / "out")
+
+
+@pytest.fixture
+def small():
+    """An integer model and images for it."""
+    return convert(small_prepared()), small_images()
