@@ -78,10 +78,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 def bad_values(x: Tensor) -> int:
     """How many values are NaN or infinite; in a mask to be added to scores, of 0 and -inf alone, none is."""
-    if not x.is_floating_point():
-        return 0
-    is_mask = bool(((x == 0) | (x == -torch.inf)).all())
-    return 0 if is_mask else int((~torch.isfinite(x)).sum())
+    bad = int((~torch.isfinite(x)).sum()) if x.is_floating_point() else 0
+    return 0 if bad and bool(((x == 0) | (x == -torch.inf)).all()) else bad
 
 
 def resized(example: Any, batch: int) -> Any:

@@ -48,8 +48,8 @@ PASSED_BY = "the model calls it through another reference, so that a replaced la
 def prepare(
     model: nn.Module, example: Any, recipe: Recipe | None = None, *, blocks: Sequence[str] | None = None
 ) -> Prepared:
-    """A copy of `model` with BatchNorm folded and a quantizer in front of each layer that `recipe` quantizes, and its
-    embedding tables where the recipe asks for them.
+    """A copy of `model` with BatchNorm folded, layers for the projections of each nn.MultiheadAttention, and
+    a quantizer in front of each layer that `recipe` quantizes, and its embedding tables where the recipe asks for them.
 
     model: float32, on cpu or cuda, in either mode; it is not changed. example: one small batch: a tensor, a tuple or
     list of positional arguments or a dict of keyword arguments. The model runs on it a few times, without gradients,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
+from qk.prepare.support import owners_of, place_of
 from qk.prepare.tree import has_hooks, replace_module
 
 
@@ -108,10 +109,7 @@ def _mask(padding: Tensor | None, mask: Tensor | None, is_batched: bool, q: Tens
 def projectable(model: nn.Module) -> list[str]:
     """Names of the attentions of which projections can be made: torch's own class as it is, with nothing on it that
     would be lost."""
-    shared: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            shared[id(parameter)] = shared.get(id(parameter), 0) + 1
+    owners = owners_of(model)
     return [
         name
         for name, module in model.named_modules()
@@ -121,7 +119,7 @@ def projectable(model: nn.Module) -> list[str]:
         and module.bias_k is None
         and not module.add_zero_attn
         and not any(has_hooks(m) or parametrize.is_parametrized(m) for m in module.modules())
-        and all(p is None or shared[id(p)] == 1 for m in module.modules() for p in m._parameters.values())
+        and all(owners[place_of(p)] == 1 for p in module.parameters())
     ]
 
 

@@ -45,18 +45,18 @@ class Uses:
     """Who holds and who reads each weight of a model."""
 
     def __init__(self, model: nn.Module, seen: Observation) -> None:
-        self.owners = Counter(_place(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+        self.owners = owners_of(model)
         self.read_by: ReadBy = defaultdict(set)
         for value, readers in seen.readers.items():
             self.read_by[value.storage, value.offset].update(readers)
 
     def is_shared(self, weight: Tensor) -> bool:
         """Whether several modules hold it, or several parameters lie on its memory."""
-        return self.owners[_place(weight)] > 1
+        return self.owners[place_of(weight)] > 1
 
     def by_others(self, weight: Tensor, name: str) -> str:
         """Why the weight of module `name` is needed outside of its calls; "" if it is not."""
-        others = sorted(self.read_by[_place(weight)] - {name})
+        others = sorted(self.read_by[place_of(weight)] - {name})
         named = ", ".join(other or "the model" for other in others)
         return f"its weight is read by {named} without a call of the layer" if others else ""
 
@@ -145,7 +145,12 @@ def _against_padding(layer: nn.Conv2d) -> str | None:
     return None
 
 
-def _place(p: Tensor) -> Place:
+def owners_of(model: nn.Module) -> Counter[Place]:
+    """How many modules hold a parameter that lies there."""
+    return Counter(place_of(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+
+
+def place_of(p: Tensor) -> Place:
     """Where the values lie: equal for one Parameter in two modules and for two Parameters on the same memory."""
     return p.untyped_storage()._cdata, p.storage_offset()
 
