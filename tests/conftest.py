@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
@@ -39,6 +41,17 @@ class _Emulated:
     def __exit__(self, *_):
         self.overrides._destroy()
         prepack.packed_layout = self.layout
+
+    @contextmanager
+    def of(self, architecture: int):
+        """As on a GPU of sm_80, which has products of 4 bits, or of sm_90, with groups of warps. Else it is sm_120."""
+        emulate = ctypes.CDLL(str(self.library)).emulate_architecture
+        emulate(architecture)
+        try:
+            with self:
+                yield
+        finally:
+            emulate(120)
 
 
 @pytest.fixture(scope="module")

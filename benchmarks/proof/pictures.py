@@ -171,12 +171,21 @@ def table(ledger: Ledger, name: str, study: Study, seeds: int) -> Table:
     return Table("", head, rows)
 
 
-def section(ledger: Ledger, chosen: list[str], change: Callable[[Recipe], Recipe], name: str, seeds: int) -> str:
+def section(
+    ledger: Ledger,
+    chosen: list[str],
+    left_out: list[str],
+    change: Callable[[Recipe], Recipe],
+    name: str,
+    seeds: int,
+) -> str:
     parts = []
     for key in chosen:
         study = STUDIES[key]
+        cases = {case: recipe for case, recipe in study.cases.items() if case not in left_out}
         if not study.is_default:
-            study = study._replace(cases={case: change(recipe) for case, recipe in study.cases.items()})
+            cases = {case: change(recipe) for case, recipe in cases.items()}
+        study = study._replace(cases=cases)
         parts.append(f"#### {study.title}\n\n{table(ledger, name, study, seeds).markdown()}")
     return "\n\n".join(parts)
 
@@ -185,6 +194,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--network", default="resnet18")
     parser.add_argument("--studies", default=",".join(STUDIES))
+    parser.add_argument("--without", default="", help="cases of these studies to leave out")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--iterations", type=int, default=500)
     options = parser.parse_args()
@@ -193,7 +203,8 @@ def main() -> None:
     def change(recipe: Recipe) -> Recipe:
         return replace(recipe, iterations=options.iterations) if recipe.method == "brecq" else recipe
 
-    text = section(ledger, options.studies.split(","), change, options.network, options.seeds)
+    studies, left_out = options.studies.split(","), options.without.split(",")
+    text = section(ledger, studies, left_out, change, options.network, options.seeds)
     facts = ledger.rows[-1]["machine"]
     note = f"Iterations {options.iterations}, of {LEARNED.batch_size} pictures; of the default recipe "
     note += f"{DEFAULT.iterations}, of {DEFAULT.batch_size}; {networks.TESTED_ON} test "

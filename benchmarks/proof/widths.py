@@ -3,13 +3,14 @@
 On the drawn pictures, or of MiniLM, whose score is the cosine of its embeddings to the float model's. Weights have 2,
 3, 4 or 8 bits, activations 8. A budget is a part of the way from all narrowest to all widest, in bit operations; one
 third of it is what 4 bits everywhere cost, one sixth what 3 do. The seed draws the data that losses are estimated on,
-and what is random in that. All plans are rounded and calibrated alike, on the same data. Rows are kept; a study goes on
-where it was.
+and what is random in that. A layer is rounded once for each width, by GPTQ on what it reads in the float network, so
+that it is the same in all plans that have the width. Rows are kept; a study goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import random
 from functools import cache
 from pathlib import Path
@@ -40,6 +41,7 @@ METHODS = {
     "random": ("random", "exact"),
     "cost only": ("cost_only", "exact"),
 }
+RECIPE = Recipe(method="gptq", prefix="float")
 SAMPLES, FIRST_SEED = 256, 1000  # of the pictures that losses are estimated on
 TEXTS = 2  # batches of them, of those that calibrate
 
@@ -102,17 +104,25 @@ def plan(name: str, method: str, part: float, seed: int) -> Plan:
     return search.plan(Budget(giga_bit_ops=most), sensitivity, solver, seed).plan
 
 
-def measure(name: str, chosen: Plan, recipe: Recipe) -> Row:
-    given = task(name)
-    result = qk.quantize(
-        given.network, given.calibration, recipe, plan=chosen, measure=False, fused=False, progress=False
-    )
-    return {"accuracy": given.score(result.model), "widths": [spec.weights for spec in chosen.layers.values()]}
+@cache
+def of_one_width(name: str, bits: int) -> nn.Module:
+    """The integer model whose layers, but for those that are pinned, all have weights of so many bits."""
+    given, same = task(name), searched(name, 0).uniform(bits, 8).plan
+    return qk.quantize(
+        given.network, given.calibration, RECIPE, plan=same, measure=False, fused=False, progress=False
+    ).model
 
 
-def study(ledger: Ledger, name: str, recipe: Recipe, seeds: int) -> Table:
+def measure(name: str, chosen: Plan) -> Row:
+    model = copy.deepcopy(of_one_width(name, WEIGHTS[-1]))
+    for layer, spec in chosen.layers.items():
+        model.set_submodule(layer, of_one_width(name, spec.weights).get_submodule(layer))
+    return {"accuracy": task(name).score(model), "widths": [spec.weights for spec in chosen.layers.values()]}
+
+
+def study(ledger: Ledger, name: str, seeds: int) -> Table:
     """Accuracies, mean over seeds with the standard error of the mean."""
-    facts = {"network": name, "weights": networks.fingerprint(task(name).network), "recipe": said(recipe)}
+    facts = {"network": name, "weights": networks.fingerprint(task(name).network), "recipe": said(RECIPE)}
     rows = []
     for method in (*METHODS, "uniform"):
         cells = [method]
@@ -122,7 +132,7 @@ def study(ledger: Ledger, name: str, recipe: Recipe, seeds: int) -> Table:
                 chosen = plan(name, method, part, seed)
                 # Plans are often the same: one is measured once.
                 own = facts | {"widths": [spec.weights for spec in chosen.layers.values()]}
-                found.append(100 * ledger.row(own, lambda chosen=chosen: measure(name, chosen, recipe))["accuracy"])
+                found.append(100 * ledger.row(own, lambda chosen=chosen: measure(name, chosen))["accuracy"])
             spread = f" ± {stdev(found) / len(found) ** 0.5:.2f}" if len(found) > 1 else ""
             cells.append(f"{mean(found):.2f}{spread}")
         rows.append(cells)
@@ -132,16 +142,13 @@ def study(ledger: Ledger, name: str, recipe: Recipe, seeds: int) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--network", default="vgg")
-    parser.add_argument("--method", default="gptq", help="how weights are rounded: nearest, gptq or brecq")
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     ledger = Ledger(ROOT / "benchmarks" / "results" / f"proof-widths-{options.network}.json")
-    table = study(ledger, options.network, Recipe(method=options.method), options.seeds)
+    table = study(ledger, options.network, options.seeds)
     facts = ledger.rows[-1]["machine"]
     base = 100 * task(options.network).score(task(options.network).network)
-    note = (
-        f"{task(options.network).measured_by}; weights rounded by {options.method}; seeds 0 to {options.seeds - 1} of "
-    )
+    note = f"{task(options.network).measured_by}; weights rounded by gptq; seeds 0 to {options.seeds - 1} of "
     note += f"the data of the estimates; float {base:.2f}. "
     note += f"Machine: {facts['cpu']}, threads {facts['threads']}.\n\n"
     fill(ROOT / "docs" / "results.md", f"widths {options.network}", note + table.markdown())

@@ -162,6 +162,28 @@ QK_HD constexpr TilePlace tile_place(int bits, int byte, int part) {
   return {lane / 4 + 8 * (i & 1), step * step_k + 16 * (i >> 1) + 4 * (lane % 4) + b};
 }
 
+// Where a tile has a code: the inverse of tile_place.
+struct TileBits {
+  int byte, shift;
+};
+
+QK_HD constexpr TileBits bits_of_tile(int bits, int channel, int k) {
+  const int lane = 4 * (channel % 8) + k / 4 % 4, step = k / step_k, half = k % step_k / 16, i = channel / 8 + 2 * half;
+  if (bits == 8) return {step * 512 + lane * 16 + i * 4 + k % 4, 0};
+  if (bits == 4) return {lane * 16 + (2 * step + half) * 4 + k % 4, 4 * (i % 2)};
+  return {lane * 8 + step * 4 + k % 4, 2 * i};
+}
+static_assert([] {
+  for (int bits = 2; bits <= 8; bits *= 2)
+    for (int byte = 0; byte < tile_bytes(bits); ++byte)
+      for (int part = 0; part < 8 / bits; ++part) {
+        const TilePlace place = tile_place(bits, byte, part);
+        const TileBits at = bits_of_tile(bits, place.channel, place.k);
+        if (at.byte != byte || at.shift != part * bits) return false;
+      }
+  return true;
+}());
+
 }  // namespace cuda
 
 }  // namespace qk

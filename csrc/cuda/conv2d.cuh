@@ -12,13 +12,15 @@ void convolve(const char* op, const Conv2dArgs& args);
 // An output pixel's window: x[first + (row * w + col) * pixel_bytes] is its tap (row, col); row, col: of the image
 // where the window starts, negative in the padding.
 struct Window {
-  int64_t first, row, col;
+  int64_t first;
+  int32_t row, col;
 };
 
 // channel: the first of x that the output reads.
 __device__ inline Window window_of(const Conv2dArgs& a, int64_t token, int64_t channel) {
   return {token / (a.ow * a.oh) * a.h * a.w * (a.shape.c * a.shape.groups) + channel,
-          token / a.ow % a.oh * a.stride_h - a.pad_h, token % a.ow * a.stride_w - a.pad_w};
+          static_cast<int32_t>(token / a.ow % a.oh * a.stride_h - a.pad_h),
+          static_cast<int32_t>(token % a.ow * a.stride_w - a.pad_w)};
 }
 
 // Four codes of the padding. Where steps differ by rows there is none.

@@ -1,103 +1,13 @@
 // Products of codes on tensor cores: rows of the result are output channels, columns are tokens (output pixels), so
 // that weights go from memory to the registers of the instruction and no further, and one token wastes 7 of 8 columns.
-#include "cuda/conv2d.cuh"
-#include "cuda/product.cuh"
+#include "cuda/loader.cuh"
 
 namespace qk::cuda {
 namespace {
 
-constexpr int stages = 4;                           // pieces of tile_k codes of x on their way
-constexpr int chunk = 16, chunks = tile_k / chunk;  // bytes of x that are copied, and read, together
-
-// What a block makes: row_warps x token_warps warps, each row_tiles x 16 channels of token_tiles x 8 tokens.
-template <int row_warps_, int row_tiles_, int token_tiles_>
-struct Tile {
-  static constexpr int row_warps = row_warps_, row_tiles = row_tiles_, token_tiles = token_tiles_;
-  static constexpr int token_warps = warps / row_warps, blocks = row_warps * row_tiles, channels = blocks * rows;
-  static constexpr int tokens = token_warps * token_tiles * 8;
-  static constexpr int pitch = channels + 16;  // of a token's codes, gathered in shared memory
-  static constexpr int shared = stages * tokens * tile_k;
-  static_assert(tokens * pitch <= shared, "codes of the result fit where x was");
-};
-
-// Byte of a chunk of a token's codes in a stage. Eight tokens lie in eight groups of banks, whatever the chunk.
-QK_HD constexpr int place_in_stage(int token, int at) { return token * tile_k + (at ^ (token / 2 % chunks)) * chunk; }
-
-// Copies of x: each thread has one chunk of every 64th token, the same windows for all stages. word: bytes that are
-// copied together.
-template <class T, int word>
-struct Loader {
-  static constexpr int apart = block_threads / chunks, each = (T::tokens + apart - 1) / apart;
-  const Conv2dArgs& a;
-  Window windows[each];
-  bool present[each];
-  const uint8_t* pixels[each];  // of the next stage's tap, where a chunk is of one
-  uint32_t zeros;               // four codes zero
-  Place place;                  // of this thread's chunk in the next stage
-  int32_t left;                 // codes of the group in the next stage and after
-
-  __device__ Loader(const Conv2dArgs& args, int64_t token0, int count, int64_t channel) : a(args) {
-#pragma unroll
-    for (int i = 0; i < each; ++i) {
-      const int token = threadIdx.x / chunks + i * apart;
-      present[i] = token < count;
-      windows[i] = present[i] ? window_of(a, token0 + token, channel) : Window{};
-    }
-    zeros = padding_of(a);
-    left = static_cast<int32_t>(a.layout.segment_k);
-    if (a.shape.c) place.advance(a, threadIdx.x % chunks * chunk);
-    find();
-  }
-
-  // The next stage, to `stage`. What lies past the group's end, or is no token, is 0.
-  __device__ void next(uint8_t* stage) {
-    // Codes of the group in this thread's chunk, or more.
-    const int32_t mine = left - static_cast<int32_t>(threadIdx.x % chunks * chunk);
-#pragma unroll
-    for (int i = 0; i < each; ++i) {
-      const int token = threadIdx.x / chunks + i * apart;
-      if (T::tokens % apart && token >= T::tokens) break;
-      uint8_t* to = stage + place_in_stage(token, threadIdx.x % chunks);
-      if constexpr (word == chunk) {
-        copy(to, mine > 0 && present[i], pixels[i] ? pixels[i] + place.channel : nullptr);
-      } else {
-        Place at = place;
-        Values<uint8_t, chunk> bytes{};
-#pragma unroll
-        for (int j = 0; j < chunk; j += word, at.advance(a, word)) {
-          const bool inside = present[i] && j < mine;
-          const uint8_t* from = inside ? source_of(a, windows[i], at) : nullptr;
-          if constexpr (word > 1)
-            copy(to + j, inside, from);
-          else
-            bytes.v[j] = from ? *from : static_cast<uint8_t>(inside ? zeros : 0);
-        }
-        if constexpr (word == 1) store(to, bytes);
-      }
-    }
-    const int32_t by = left < tile_k ? left : tile_k;  // groups follow each other without gaps
-    if (place.advance(a, by)) find();
-    left -= by;
-    if (!left) left = static_cast<int32_t>(a.layout.segment_k);
-  }
-
-  __device__ void find() {
-    if constexpr (word == chunk)
-#pragma unroll
-      for (int i = 0; i < each; ++i) pixels[i] = present[i] ? pixel_of(a, windows[i], place) : nullptr;
-  }
-
-  // A word, from memory or of the code zero where it is inside, else 0.
-  __device__ void copy(uint8_t* to, bool inside, const uint8_t* from) const {
-    if (inside && from) return copy_async<word>(to, from);
-    Values<uint32_t, word / 4> values;
-    for (uint32_t& one : values.v) one = inside ? zeros : 0;
-    store(reinterpret_cast<uint32_t*>(to), values);
-  }
-};
-
 // What a warp has of the result; lane 4 g + t: channels g and g + 8, tokens 2 t and 2 t + 1 of each tile.
-template <class T, int bits, bool grouped>
+// int4: both factors have codes of 4 bits or less, and the device multiplies such ones.
+template <class T, int bits, bool grouped, bool int4>
 struct Sums {
   int32_t dot[T::row_tiles][T::token_tiles][4] = {};
   int32_t x_sum[T::token_tiles] = {};  // of codes of token g, this lane's part
@@ -105,11 +15,16 @@ struct Sums {
 
   // codes: the lane's. stage: of the block. first_token: the warp's.
   __device__ void add(const Codes<bits> (&codes)[T::row_tiles], const uint8_t* stage, int first_token) {
-    uint32_t factors[T::row_tiles][tile_k / step_k][4];
+    constexpr int steps = int4 ? 1 : tile_k / step_k;
+    uint32_t factors[T::row_tiles][steps][4];
 #pragma unroll
-    for (int r = 0; r < T::row_tiles; ++r)
+    for (int r = 0; r < T::row_tiles; ++r) {
+      if constexpr (int4)
+        codes[r].factor_int4(factors[r][0]);
+      else
 #pragma unroll
-      for (int s = 0; s < tile_k / step_k; ++s) codes[r].factor(s, factors[r][s]);
+        for (int s = 0; s < steps; ++s) codes[r].factor(s, factors[r][s]);
+    }
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int c = 0; c < T::token_tiles; ++c) {
@@ -119,10 +34,16 @@ struct Sums {
 #pragma unroll
         for (uint32_t part : x) x_sum[c] = dot4(part, 0x01010101u, x_sum[c]);
       }
+      if constexpr (int4) {
+        const uint32_t first = joined_int4(x[0], x[1]), last = joined_int4(x[2], x[3]);
 #pragma unroll
-      for (int s = 0; s < tile_k / step_k; ++s)
+        for (int r = 0; r < T::row_tiles; ++r) multiply_int4(dot[r][c], factors[r][0], first, last);
+      } else {
 #pragma unroll
-        for (int r = 0; r < T::row_tiles; ++r) multiply<bits == 8>(dot[r][c], factors[r][s], x[2 * s], x[2 * s + 1]);
+        for (int s = 0; s < steps; ++s)
+#pragma unroll
+          for (int r = 0; r < T::row_tiles; ++r) multiply<bits == 8>(dot[r][c], factors[r][s], x[2 * s], x[2 * s + 1]);
+      }
     }
   }
 
@@ -133,17 +54,19 @@ struct Sums {
       for (int apart = 1; apart < 4; apart *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, apart);
   }
 
-  // sum (x - x_zero) (weight - zero) = dot - zero * sum x - x_zero * sum (weight - zero), modulo 2^32 on the way.
-  __device__ int32_t exact(int r, int c, int i, uint32_t zero, uint32_t weight_sum, int32_t x_zero) const {
-    uint32_t sum = dot[r][c][i] - weight_sum * static_cast<uint32_t>(x_zero);
-    if constexpr (bits < 8) sum -= zero * __shfl_sync(0xffffffffu, x_sum[c], 4 * (2 * (threadIdx.x % 4) + i % 2));
-    return static_cast<int32_t>(sum);
+  __device__ int32_t exact(int r, int c, int i, const Channel& channel, int32_t x_zero) const {
+    int32_t codes = 0;
+    if constexpr (bits < 8) codes = __shfl_sync(0xffffffffu, x_sum[c], 4 * (2 * (threadIdx.x % 4) + i % 2));
+    return exact_sum(dot[r][c][i], channel, x_zero, codes);
   }
 };
 
-template <class T, int bits, int word, bool grouped>
+template <class T, int bits, int word, bool grouped, bool int4>
 __global__ void __launch_bounds__(block_threads, grouped || T::row_tiles * T::token_tiles > 8 ? 1 : 2)
     convolve_kernel(Conv2dArgs a, int64_t all_tokens, int64_t tiles) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if (int4) return __trap();  // has_int4 asks for the architecture
+#endif
   __shared__ __align__(16) uint8_t x[T::shared];
   constexpr int stage_bytes = T::tokens * tile_k;
   const PackedLayout& layout = a.layout;
@@ -172,7 +95,7 @@ __global__ void __launch_bounds__(block_threads, grouped || T::row_tiles * T::to
       if (i < all_tiles) loader.next(x + i * stage_bytes);
       end_batch();
     }
-    Sums<T, bits, grouped> sums;
+    Sums<T, bits, grouped, int4> sums;
     if constexpr (grouped)
       for (auto& row : sums.y)
         for (auto& column : row)
@@ -197,8 +120,7 @@ __global__ void __launch_bounds__(block_threads, grouped || T::row_tiles * T::to
             for (int j = 0; j < 2; ++j) {
               const int token = first_token + 8 * c + 2 * (lane % 4) + j, i = 2 * half + j;
               const int64_t at = token0 + least(token, count - 1);
-              const int32_t sum =
-                  sums.exact(r, c, i, channel.zero, channel.weight_sum, e.per_row ? e.x_zero[at] : x_zero);
+              const int32_t sum = sums.exact(r, c, i, channel, e.per_row ? e.x_zero[at] : x_zero);
               const float before = grouped ? sums.y[grouped ? r : 0][grouped ? c : 0][i] : -0.0f;
               f(channel, r, c, i, token,
                 add_group(before, sum, e.per_row ? e.x_step[at] : x_step, channel.weight_step));
@@ -244,19 +166,7 @@ __global__ void __launch_bounds__(block_threads, grouped || T::row_tiles * T::to
     each_result(layout.k_groups - 1, put);
     if (!codes) return;
     __syncthreads();
-    const int64_t first = part * T::channels;  // of the outer group
-    const int length = least(T::channels, layout.n_per_outer - first);
-    uint8_t* out = static_cast<uint8_t*>(a.out) + token0 * a.shape.n + outer * layout.n_per_outer + first;
-    const auto leave = [&](auto bytes) {
-      for (int i = threadIdx.x; i < count * (length / bytes); i += block_threads) {
-        const int token = i / (length / bytes), at = i % (length / bytes) * bytes;
-        store(out + token * a.shape.n + at, load<bytes>(x + token * T::pitch + at));
-      }
-    };
-    if (length % 16 == 0 && a.shape.n % 16 == 0 && reinterpret_cast<uintptr_t>(out) % 16 == 0)
-      leave(std::integral_constant<int, 16>{});
-    else
-      leave(std::integral_constant<int, 1>{});
+    leave_rows<T>(a, x, token0, count, outer, part);
   });
 }
 
@@ -269,38 +179,40 @@ using Narrow = Tile<1, 1, 2>;  // 16 x 128
 
 void convolve(const char* op, const Conv2dArgs& a) {
   check_aligned(op, "weight", a.weight, 16);
-  if (convolve_few(op, a)) return;
+  if (convolve_few(op, a) || convolve_first(op, a)) return;
   const int64_t tokens = a.batch * a.oh * a.ow, n = a.layout.n_per_outer;
   const auto whole = [&](int word) {
     return a.shape.c % word == 0 && a.layout.segment_k % word == 0 && reinterpret_cast<uintptr_t>(a.x) % word == 0;
   };
   with_bits(a.shape.bits, [&](auto bits) {
-    const auto run = [&](auto tile, auto word, auto grouped) {
+    const auto run = [&](auto tile, auto word, auto grouped, auto int4) {
       using T = decltype(tile);
       const int64_t tiles = ceil_div(tokens, T::tokens);
-      launch(op, convolve_kernel<T, bits, word, grouped>,
+      launch(op, convolve_kernel<T, bits, word, grouped, int4>,
              tiles * a.layout.outer * ceil_div(a.layout.blocks_per_outer, T::blocks), a, tokens, tiles);
     };
     constexpr std::integral_constant<int, 16> sixteen;
     constexpr std::integral_constant<int, 4> four;
     constexpr std::integral_constant<int, 1> one;
+    constexpr std::true_type yes;
+    constexpr std::false_type no;
     if (a.layout.k_groups > 1) {
-      const auto by_word = [&](auto tile) {
-        whole(16) ? run(tile, sixteen, std::true_type{}) : run(tile, one, std::true_type{});
-      };
+      const auto by_word = [&](auto tile) { whole(16) ? run(tile, sixteen, yes, no) : run(tile, one, yes, no); };
       return tokens <= Few::tokens ? by_word(Few{}) : by_word(Middle{});
     }
     const auto by_word = [&](auto tile) {
-      whole(16)  ? run(tile, sixteen, std::false_type{})
-      : whole(4) ? run(tile, four, std::false_type{})
-                 : run(tile, one, std::false_type{});
+      whole(16) ? run(tile, sixteen, no, no) : whole(4) ? run(tile, four, no, no) : run(tile, one, no, no);
     };
     if (tokens <= Few::tokens) return by_word(Few{});
     if (n <= Narrow::channels) return by_word(Narrow{});
+    if (whole(16) && convolve_on_warp_groups(op, a)) return;
     // Large tiles read x and weights half as often, where there are enough for every processor.
-    const int64_t large = ceil_div(tokens, Large::tokens) * ceil_div(n, Large::channels) * a.layout.outer;
-    if (large >= processors(op) && whole(16)) return run(Large{}, sixteen, std::false_type{});
-    by_word(Middle{});
+    const int64_t blocks = ceil_div(tokens, Large::tokens) * ceil_div(n, Large::channels) * a.layout.outer;
+    const bool large = blocks >= processors(op) && whole(16);
+    if constexpr (bits < 8)
+      if (a.epilogue.x_bits <= 4 && whole(16) && has_int4(op))
+        return large ? run(Large{}, sixteen, no, yes) : run(Middle{}, sixteen, no, yes);
+    large ? run(Large{}, sixteen, no, no) : by_word(Middle{});
   });
 }
 

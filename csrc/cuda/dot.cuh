@@ -20,4 +20,24 @@ QK_HD inline int32_t dot4(uint32_t unsigned_bytes, uint32_t signed_bytes, int32_
 #endif
 }
 
+// Bytes a, b, c, d of 0 to 7: of the first word, then of the second.
+template <int a, int b, int c, int d>
+QK_HD inline uint32_t bytes_of(uint32_t first, uint32_t second) {
+#if defined(__CUDA_ARCH__)
+  return __byte_perm(first, second, a | b << 4 | c << 8 | d << 12);
+#else
+  const uint64_t both = uint64_t{second} << 32 | first;
+  const auto byte = [both](int i) { return static_cast<uint32_t>(both >> 8 * i & 255); };
+  return byte(a) | byte(b) << 8 | byte(c) << 16 | byte(d) << 24;
+#endif
+}
+
+// Byte j of word i becomes byte i of word j.
+QK_HD inline void transpose(uint32_t (&words)[4]) {
+  const uint32_t low[2] = {bytes_of<0, 4, 1, 5>(words[0], words[1]), bytes_of<0, 4, 1, 5>(words[2], words[3])};
+  const uint32_t high[2] = {bytes_of<2, 6, 3, 7>(words[0], words[1]), bytes_of<2, 6, 3, 7>(words[2], words[3])};
+  words[0] = bytes_of<0, 1, 4, 5>(low[0], low[1]), words[1] = bytes_of<2, 3, 6, 7>(low[0], low[1]);
+  words[2] = bytes_of<0, 1, 4, 5>(high[0], high[1]), words[3] = bytes_of<2, 3, 6, 7>(high[0], high[1]);
+}
+
 }  // namespace qk::cuda

@@ -142,9 +142,8 @@ __global__ void __launch_bounds__(block_threads, S::row_tiles* S::token_tiles ==
       const int64_t row = token0 + token, place = row * a.shape.n + channel.n;
       const int32_t x_zero = e.per_row ? e.x_zero[row] : *e.x_zero;
       const float x_step = e.per_row ? e.x_step[row] : *e.x_step;
-      const uint32_t sum = sums[token][at] - channel.weight_sum * static_cast<uint32_t>(x_zero) -
-                           channel.zero * static_cast<uint32_t>(x_sums[token]);
-      const float y = add_group(-0.0f, static_cast<int32_t>(sum), x_step, channel.weight_step);
+      const int32_t sum = exact_sum(sums[token][at], channel, x_zero, x_sums[token]);
+      const float y = add_group(-0.0f, sum, x_step, channel.weight_step);
       ending.put(a.out, place, ending.completed(y, channel.bias, place));
     }
     __syncthreads();  // the sums have been read

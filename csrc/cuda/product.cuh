@@ -36,7 +36,25 @@ struct Codes {
       if constexpr (bits == 2) a[i] = word[step] >> (2 * i) & 0x03030303u;
     }
   }
+
+  // The first factor of the whole tile in codes of 4 bits. Which place of K a nibble has is for both factors to agree
+  // on: nibble 2 b + e of a register of step s has 32 s + 16 e + 4 t + b.
+  __device__ void factor_int4(uint32_t (&a)[4]) const {
+    static_assert(bits < 8);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (bits == 4)
+        a[i] = i % 2 ? (word[i / 2 * 2] >> 4 & 0x0f0f0f0fu) | (word[i / 2 * 2 + 1] & 0xf0f0f0f0u)
+                     : (word[i / 2 * 2] & 0x0f0f0f0fu) | (word[i / 2 * 2 + 1] << 4 & 0xf0f0f0f0u);
+      if constexpr (bits == 2) a[i] = word[i / 2] >> (2 * (i % 2)) & 0x33333333u;
+    }
+  }
 };
+
+// The second factor that goes with it: of a step, from bytes 4 t .. 4 t + 3 of its first 16 codes and of its last.
+__device__ inline uint32_t joined_int4(uint32_t first, uint32_t last) {
+  return (first & 0x0f0f0f0fu) | (last << 4 & 0xf0f0f0f0u);
+}
 
 // A channel of the result, and what its sums need.
 struct Channel {
@@ -57,6 +75,12 @@ __device__ Channel channel_at(const Conv2dArgs& a, const Ending& ending, int64_t
           a.epilogue.weight_step[n * layout.k_groups + group], ending.bias_of(n)};
 }
 
+// sum (x - x_zero) (weight - zero) = dot - zero * sum x - x_zero * sum (weight - zero), modulo 2^32 on the way.
+__device__ inline int32_t exact_sum(int32_t dot, const Channel& channel, int32_t x_zero, int32_t x_sum) {
+  return static_cast<int32_t>(dot - channel.weight_sum * static_cast<uint32_t>(x_zero) -
+                              channel.zero * static_cast<uint32_t>(x_sum));
+}
+
 // Where a lane's part of the first tile of a block of channels lies; past the outer group's last block that again.
 template <int bits>
 __device__ const uint8_t* weights_of(const Conv2dArgs& a, int64_t outer, int64_t block, int lane) {
@@ -65,7 +89,11 @@ __device__ const uint8_t* weights_of(const Conv2dArgs& a, int64_t outer, int64_t
          (outer * layout.blocks_per_outer + least(block, layout.blocks_per_outer - 1)) * layout.block_bytes;
 }
 
-// Launches for `op`, for no more than 32 tokens; false, and nothing done, where the shape is not for it.
+// These launch for `op`; false, and nothing done, where shape or device are not for it. Few: no more than 32 tokens.
 bool convolve_few(const char* op, const Conv2dArgs& args);
+// Images of up to four channels.
+bool convolve_first(const char* op, const Conv2dArgs& args);
+// Channels must come in vectors of 16, and K be one group.
+bool convolve_on_warp_groups(const char* op, const Conv2dArgs& args);
 
 }  // namespace qk::cuda

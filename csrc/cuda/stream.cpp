@@ -27,6 +27,15 @@ std::string advice(cudaError_t error) {
   throw std::runtime_error(std::string("qk::") + op + ": CUDA " + what + ". " + todo);
 }
 
+// Of the current device.
+int attribute(const char* op, cudaDeviceAttr which) {
+  int device = 0, value = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, which, device);
+  if (error != cudaSuccess) refuse(op, std::string("gave no device: ") + cudaGetErrorString(error), advice(error));
+  return value;
+}
+
 }  // namespace
 
 cudaStream_t current_stream(const char* op) {
@@ -44,12 +53,20 @@ void check_launch(const char* op) {
   if (error != cudaSuccess) refuse(op, std::string("refused the kernel: ") + cudaGetErrorString(error), advice(error));
 }
 
-int processors(const char* op) {
-  int device = 0, count = 0;
-  const cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess || cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
-    refuse(op, std::string("gave no device: ") + cudaGetErrorString(error), advice(error));
-  return count;
+int processors(const char* op) { return attribute(op, cudaDevAttrMultiProcessorCount); }
+
+// Later architectures take the instruction apart into many.
+bool has_int4(const char* op) { return attribute(op, cudaDevAttrComputeCapabilityMajor) == 8; }
+
+bool has_warp_groups(const char* op, const void* kernel) {
+  static const bool built = std::string(", " QK_CUDA_ARCHS ",").find(" 90a,") != std::string::npos;
+  if (!built || attribute(op, cudaDevAttrComputeCapabilityMajor) != 9 ||
+      attribute(op, cudaDevAttrComputeCapabilityMinor) != 0)
+    return false;
+  cudaFuncAttributes of{};  // what a driver compiles from the PTX of sm_80 is older
+  const cudaError_t error = cudaFuncGetAttributes(&of, kernel);
+  if (error != cudaSuccess) refuse(op, std::string("knows no kernel: ") + cudaGetErrorString(error), advice(error));
+  return of.ptxVersion >= 90;
 }
 
 void check_aligned(const char* op, const char* argument, const void* address, int bytes) {

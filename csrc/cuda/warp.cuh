@@ -42,6 +42,21 @@ __device__ inline void multiply(int32_t (&sum)[4], const uint32_t (&a)[4], uint3
 #endif
 }
 
+// sum [16, 8] += a [16, 64] * b [64, 8], of unsigned codes of 4 bits: register i of a has in nibble j row g + 8 (i & 1)
+// at 32 (i >> 1) + 8 t + j, register r of b column g at 32 r + 8 t + j; the sum as in multiply.
+__device__ inline void multiply_int4(int32_t (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#if defined(QK_EMULATED)
+  const auto low = [](uint32_t word) { return word & 0x0f0f0f0fu; };
+  uint32_t parts[2][4];
+  for (int i = 0; i < 4; ++i) parts[0][i] = low(a[i]), parts[1][i] = low(a[i] >> 4);
+  for (const auto& part : parts) multiply<false>(sum, part, low(b0), low(b1)), b0 >>= 4, b1 >>= 4;
+#else
+  asm("mma.sync.aligned.m16n8k64.row.col.s32.u4.u4.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}
+
 // Four matrices of 8 rows of 16 bytes: lane 8 m + r gives the address of row r of matrix m, in shared memory, and gets
 // in part m bytes 4 t .. 4 t + 3 of its row g, where the lane is 4 g + t.
 __device__ inline void load_matrices(uint32_t (&parts)[4], const uint8_t* row) {

@@ -13,6 +13,7 @@ struct Epilogue {
   const float* x_step;       // [1] or [rows]
   const int32_t* x_zero;     // [1] or [rows]
   bool per_row;              // x_step and x_zero: one for each row
+  int x_bits;                // codes of x, and zeros, are below 2^x_bits
   const float* weight_step;  // [n, k_groups]
   const float* bias;         // [n] or null
   Activation activation;

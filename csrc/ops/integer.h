@@ -160,6 +160,7 @@ inline EpilogueTensors check_epilogue(const char* op, const Tensor& x, const Ten
   e.x_step = t.x_step.const_data_ptr<float>();
   e.x_zero = t.x_zero.const_data_ptr<int32_t>();
   e.per_row = steps != 1;
+  e.x_bits = static_cast<int>(x_bits);
   e.weight_step = t.weight_step.const_data_ptr<float>();
   e.bias = t.bias ? t.bias->const_data_ptr<float>() : nullptr;
   e.activation = parse_activation(op, activation);

@@ -235,6 +235,7 @@ class Planner {
   Epilogue epilogue(const Step& s) const {
     Epilogue e{};
     e.activation = s.activation;
+    e.x_bits = program_.values[s.in[0]].scale.bits;
     e.out_bits = s.scale.codes() ? s.scale.bits : 8;
     return e;
   }

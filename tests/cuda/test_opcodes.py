@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 ARCHITECTURES = ("80", "90a", "120")
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
 WEIGHTS = {8: "LDG.E.128", 4: "LDG.E.128", 2: "LDG.E.64"}  # a lane's part of a tile comes by one, of 8 bits by two
+ADDRESSES = 30  # masks and shifts for them, at most, as seen
 UNPACKED = {8: 0, 4: 8 + 4, 2: 8 + 6}  # masks and shifts for the 8 registers of a tile of weights
 
 
@@ -33,11 +34,13 @@ def newest(name: str) -> Path | None:
 
 
 def main_loop(body: str) -> Counter[str]:
-    """How often each instruction is in the innermost loop that holds all products."""
+    """How often each instruction is in the innermost loop around the first product; empty without products."""
     code = [(int(at, 16), op, rest) for at, op, rest in INSTRUCTION.findall(body)]
-    products = [at for at, op, _ in code if op.startswith("IMMA")]
+    products = [at for at, op, _ in code if op.startswith(("IMMA", "IGMMA"))]
+    if not products:
+        return Counter()
     ends = ((int(to[1], 16), at) for at, op, rest in code if op == "BRA" and (to := re.search(r"0x([0-9a-f]+)", rest)))
-    around = [(first, last) for first, last in ends if first <= products[0] and products[-1] <= last]
+    around = [(first, last) for first, last in ends if first <= products[0] <= last]
     first, last = min(around, key=lambda loop: loop[1] - loop[0])
     return Counter(op for at, op, _ in code if first <= at <= last)
 
@@ -74,25 +77,28 @@ def count(loop: Counter[str], *starts: str) -> int:
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def loops(request):
-    """By row warps, row tiles, token tiles, bits, bytes copied together, and whether K is in groups."""
-    return loops_of("convolve", request.param, r"Tile<(\d), (\d), (\d)>, (\d), (\d+), ([01])>")
+    """By row warps, row tiles, token tiles, bits, bytes copied together, and whether K is in groups and x has int4."""
+    found = loops_of("convolve", request.param, r"Tile<(\d), (\d), (\d)>, (\d), (\d+), ([01]), ([01])>")
+    # Where the instruction of int4 would be taken apart its kernels are empty.
+    assert all(bool(loop) == (request.param == "80" or not key[-1]) for key, loop in found.items())
+    return {key: loop for key, loop in found.items() if loop}
 
 
 @pytest.fixture
 def whole(loops):
     """Those of whole vectors and one group, by row tiles, token tiles and bits."""
-    return [(*key[1:4], loop) for key, loop in loops.items() if key[4:] == (16, 0)]
+    return [(*key[1:4], loop) for key, loop in loops.items() if key[4:] == (16, 0, 0)]
 
 
 def test_each_tile_multiplies_as_often_as_it_must(loops):
-    """Two steps of 32 codes for each tile of 16 channels and 8 tokens, whose tokens come by one load."""
-    for (_, rows, tokens, *_), loop in loops.items():
-        assert count(loop, "IMMA") == 2 * rows * tokens
+    """Two steps of 32 codes, or one of 64, for each tile of 16 channels and 8 tokens, whose tokens come by one load."""
+    for (_, rows, tokens, *_, int4), loop in loops.items():
+        assert count(loop, "IMMA") == (1 if int4 else 2) * rows * tokens
         assert of_kind(loop, "LDSM") == {"LDSM.16.M88.4": tokens}
 
 
 def test_nothing_of_the_loop_is_in_local_memory_converts_or_divides(loops):
-    for (*_, grouped), loop in loops.items():
+    for (*_, grouped, _), loop in loops.items():
         assert not of_kind(loop, "LDL", "STL")
         # Groups along K leave the integers once for each.
         assert grouped or not of_kind(loop, "I2F", "I2FP", "F2I", "MUFU", "FMUL", "FADD", "FFMA")
@@ -107,12 +113,44 @@ def test_weights_and_x_come_16_bytes_at_a_time(whole):
 
 def test_unpacking_costs_what_its_masks_and_shifts_do(whole):
     for rows, _, bits, loop in whole:
-        assert count(loop, "LOP3", "SHF") <= rows * UNPACKED[bits] + 24  # at most so many for addresses, as seen
+        assert count(loop, "LOP3", "SHF") <= rows * UNPACKED[bits] + ADDRESSES
 
 
 def test_sums_of_codes_take_a_dot_product_for_each_word(loops):
     for (_, _, tokens, bits, *_), loop in loops.items():
         assert count(loop, "IDP") == (4 * tokens if bits < 8 else 0)
+
+
+def test_int4_takes_two_operations_more_for_each_register(loops):
+    """A register of x is joined from two, of weights made from two of 4 bits, or masked out of one of 2."""
+    for (_, rows, tokens, bits, *_, int4), loop in loops.items():
+        if int4:
+            assert count(loop, "LOP3", "SHF") <= 4 * tokens + rows * (8 if bits == 4 else 6) + ADDRESSES
+            assert set(of_kind(loop, "IMMA")) == {"IMMA.16864.U4.U4"}
+
+
+# --- groups of warps --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def groups():
+    """Of sm_90a, by row tiles, token tiles and bits."""
+    return loops_of("warp_groups", "90a", r"Tile<\d, (\d), (\d+)>, (\d)>")
+
+
+def test_the_loop_of_warp_groups_has_two_tiles(groups):
+    for (rows, tokens, bits), loop in groups.items():
+        assert of_kind(loop, "IGMMA") == {f"IGMMA.64x{8 * tokens}x32.{'S8' if bits == 8 else 'U8'}.U8": 2 * 2 * rows}
+        assert of_kind(loop, "LDG") == {WEIGHTS[bits]: 2 * rows * (2 if bits == 8 else 1)}
+        assert set(of_kind(loop, "LDGSTS")) == {"LDGSTS.E.BYPASS.128"}
+        assert count(loop, "IDP") == (2 * 8 if bits < 8 else 0)  # 128 tokens of 16 words, by 256 threads
+        assert count(loop, "BAR") == 2
+        assert not of_kind(loop, "LDL", "STL", "I2F", "I2FP", "F2I", "MUFU", "FMUL", "FADD", "FFMA")
+
+
+@pytest.mark.parametrize("arch", ["80", "120"])
+def test_warp_groups_are_empty_elsewhere(arch):
+    assert not any(loops_of("warp_groups", arch, r"Tile<\d, (\d), (\d+)>, (\d)>").values())
 
 
 # --- few tokens -------------------------------------------------------------------------------------------------------

@@ -73,6 +73,32 @@ def test_result_is_the_definition(name, bits, device, make_weight):
         assert torch.equal(got, want), x_bits
 
 
+# H, W, weight, what differs from PLAIN
+FEW_CHANNELS = {
+    "parts of tiles of pixels and of channels": (19, 37, (70, 7, 7, 3), {"stride": (2, 2), "padding": (3, 3)}),
+    "one channel": (10, 17, (16, 3, 3, 1), {"padding": (1, 1)}),
+    "two channels and strides": (23, 50, (33, 5, 3, 2), {"stride": (3, 1), "padding": (4, 0)}),
+    "four channels": (9, 16, (128, 4, 4, 4), {"stride": (4, 4)}),
+    "a window of two steps": (8, 40, (20, 3, 11, 3), {"padding": (1, 5)}),
+    "rows apart": (20, 20, (20, 3, 3, 3), {"dilation": (3, 1), "padding": (3, 1)}),
+    "columns apart": (12, 20, (20, 3, 3, 3), {"dilation": (1, 2)}),
+    "a window of many rows": (20, 20, (20, 11, 11, 3), {"stride": (4, 4), "padding": (2, 2)}),
+    "strides too wide to share pixels": (70, 300, (20, 3, 3, 3), {"stride": (30, 40), "padding": (1, 1)}),
+}
+
+
+@pytest.mark.parametrize("name", FEW_CHANNELS)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_images_of_few_channels(name, bits, device, make_weight):
+    h, width, shape, geometry = FEW_CHANNELS[name]
+    w = make_weight(shape, bits, device)
+    inputs, bias = problem(2, h, width, shape[3], shape[0], device)
+    out = {"out_step": torch.tensor([9.0], device=device), "out_zero": inputs[2], "out_bits": 8, "activation": "relu"}
+    for epilogue in ({}, out):
+        got, want = both(inputs, w, bias, geometry, **epilogue)
+        assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_activation_and_codes(name, device, make_weight):
     inputs, w, bias, geometry = case(name, 4, device, make_weight)

@@ -86,18 +86,6 @@ def plan_of(p: Prepared, items: Sequence[Item], choice: Sequence[int]) -> Plan:
     return Plan(p.plan.layers | chosen)
 
 
-def choice_of(items: Sequence[Item], plan: Plan, stage: str = STAGE) -> tuple[int, ...]:
-    """The numbers of the options that a plan has; raises QkError where it has another."""
-    found = []
-    for item in items:
-        widths = {(plan[name].weights, plan[name].activations) for name in item.layers}
-        if len(widths) > 1 or (one := widths.pop()) not in item.options:
-            got = ", ".join(f"{name} {plan[name].describe()}" for name in item.layers)
-            raise fail(stage, "plan", f"one of {item.options} for {item.name}", got)
-        found.append(item.options.index(one))
-    return tuple(found)
-
-
 def _is_plain(spec: QuantSpec) -> bool:
     return spec.points == 1 and spec.sparq is None and spec.grid == "mid-tread"
 
