@@ -17,6 +17,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import matplotlib
+from matplotlib import pyplot
 from torch import nn
 
 import qk
@@ -42,6 +44,7 @@ METHODS = {
     "cost only": ("cost_only", "exact"),
 }
 RECIPE = Recipe(method="gptq", prefix="float")
+CONTROLS = ("random", "cost only", "uniform")
 SAMPLES, FIRST_SEED = 256, 1000  # of the pictures that losses are estimated on
 TEXTS = 2  # batches of them, of those that calibrate
 
@@ -139,6 +142,26 @@ def study(ledger: Ledger, name: str, seeds: int) -> Table:
     return Table("", [name, *(f"{part:.3f} of the way" for part in BUDGETS)], rows)
 
 
+def plot(table: Table, measured_by: str, base: float, path: Path) -> None:
+    """The table's curves, with their standard errors, under the float model's score."""
+    matplotlib.use("svg")
+    with pyplot.rc_context({"svg.hashsalt": "qk", "svg.fonttype": "none", "font.size": 9}):
+        figure, axis = pyplot.subplots(figsize=(6.2, 4.2))
+        axis.axhline(base, color="#333333", linewidth=1, linestyle="--", label="float")
+        for method, *cells in table.rows:
+            means, errors = zip(
+                *([float(part) for part in (cell + " ± 0").split(" ± ")[:2]] for cell in cells), strict=True
+            )
+            dashes = "dotted" if method in CONTROLS else "solid"
+            axis.errorbar(BUDGETS, means, errors, label=method, linestyle=dashes, marker="o", markersize=3, capsize=2)
+        axis.set_xlabel("budget of bit operations, as a part of the way from 2 bits everywhere to 8")
+        axis.set_ylabel(measured_by)
+        axis.legend(fontsize=7)
+        figure.tight_layout()
+        figure.savefig(path, format="svg", metadata={"Date": None})
+        pyplot.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--network", default="vgg")
@@ -151,6 +174,9 @@ def main() -> None:
     note = f"{task(options.network).measured_by}; weights rounded by gptq; seeds 0 to {options.seeds - 1} of "
     note += f"the data of the estimates; float {base:.2f}. "
     note += f"Machine: {facts['cpu']}, threads {facts['threads']}.\n\n"
+    picture = f"widths-{options.network}.svg"
+    plot(table, task(options.network).measured_by, base, ROOT / "docs" / picture)
+    note += f"![Scores of plans by budget]({picture})\n\n"
     fill(ROOT / "docs" / "results.md", f"widths {options.network}", note + table.markdown())
     print(table.markdown())
 
