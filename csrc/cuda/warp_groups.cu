@@ -48,8 +48,7 @@ __global__ void __launch_bounds__(block_threads, bits == 8 ? 2 : 1)
     int32_t dot[T::row_tiles][T::token_tiles][4] = {};
     int32_t x_sum = 0;
     uint32_t factors[2][T::row_tiles][steps][4];  // of the products that go on, and of the next
-
-    settle(dot);
+    settle(dot);                                  // no product begins before it is 0
 
     const auto multiply_tile = [&](auto turn, int tile) {
       auto& now = factors[turn];
@@ -92,7 +91,10 @@ __global__ void __launch_bounds__(block_threads, bits == 8 ? 2 : 1)
     if (threadIdx.x % readers == 0) x_sums[threadIdx.x / readers] = x_sum;
     __syncthreads();  // they are there, and x has been read: codes are gathered there, to leave as whole rows
     const bool to_codes = e.out_step != nullptr;
-    const Ending ending(e);  // here, as registers are few before
+    // Read here, as registers are few before.
+    const Ending ending(e);
+    const float x_step = e.per_row ? 0 : *e.x_step;
+    const int32_t x_zero = e.per_row ? 0 : *e.x_zero;
 #pragma unroll
     for (int r = 0; r < T::row_tiles; ++r)
 #pragma unroll
@@ -108,9 +110,9 @@ __global__ void __launch_bounds__(block_threads, bits == 8 ? 2 : 1)
             const int token = first_token + 8 * c + 2 * (lane % 4) + j;
             if (token >= count) continue;
             const int64_t row = token0 + token, at = row * a.shape.n + channel.n;
-            const int32_t sum = exact_sum(dot[r][c][2 * half + j], channel, e.per_row ? e.x_zero[row] : *e.x_zero,
+            const int32_t sum = exact_sum(dot[r][c][2 * half + j], channel, e.per_row ? e.x_zero[row] : x_zero,
                                           bits < 8 ? x_sums[token] : 0);
-            float y = add_group(-0.0f, sum, e.per_row ? e.x_step[row] : *e.x_step, channel.weight_step);
+            float y = add_group(-0.0f, sum, e.per_row ? e.x_step[row] : x_step, channel.weight_step);
             y = ending.completed(y, channel.bias, at);
             if (to_codes)
               x[token * T::pitch + (row_warp * T::row_tiles + r) * rows + lane / 4 + 8 * half] = code_of(y, ending.out);
