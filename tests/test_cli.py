@@ -216,6 +216,16 @@ def test_lapq_searches_by_labels_where_they_are_asked_for(run):
     assert "only ranges 'lapq' look at them" in run(*refused, code=1).stderr
 
 
+def test_tune_keeps_the_epoch_that_other_data_choose(run):
+    words = ["tune", "--model", "MODEL", "--data", "python:cli_model:with_training", "--out", "o", "--json"]
+    words += ["--set", "tuning.epochs=9", "--set", "tuning.patience=1", "--set", "tuning.lr=1e-6"]
+    report = json.loads(run(*words, "--validate", "DATA").stdout)
+    assert len(report["losses"][""]) < 9  # such a rate betters nothing
+    assert (
+        "--validate must be data with labels" in run(*words, "--validate", "python:cli_model:unlabelled", code=1).stderr
+    )
+
+
 def test_tune_trains_saves_and_reports(run, tmp_path):
     words = ["tune", "--model", "MODEL", "--data", "python:cli_model:with_training", "--out", "out"]
     made = run(*words, "--set", "weights=3", "--set", "tuning.epochs=2", "--set", "tuning.lr=0.02", "--json")

@@ -116,6 +116,10 @@ def tune(
     change: Change = None,
     report: ReportFile = None,
     batch_size: BatchSize = 64,
+    validate: Annotated[
+        str | None,
+        typer.Option(help="Data whose labels choose the epoch that is kept; other than those that judge the result."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Trains a model for its widths on labelled data (LSQ), saves it, and reports what that changed."""
@@ -123,7 +127,7 @@ def tune(
     if other := [item for item in changes if item.startswith("method=") and item != "method=lsq"]:
         raise fail("tune", "--set method", "lsq, or left out", other[0].removeprefix("method="), "See qk quantize.")
     wanted = recipe_of(recipe, [*changes, "method=lsq"])
-    _quantize(model, data, out, weights, wanted, report, batch_size, as_json)
+    _quantize(model, data, out, weights, wanted, report, batch_size, as_json, validate=validate)
 
 
 def _quantize(
@@ -137,6 +141,7 @@ def _quantize(
     as_json: bool,
     by_labels: bool = False,
     plan: Path | None = None,
+    validate: str | None = None,
 ) -> None:
     """The model quantized as the recipe says, its checkpoint and report; what both commands above do."""
     import qk
@@ -155,6 +160,9 @@ def _quantize(
         train = loaded.train
         if train is None:
             raise fail("tune", data, "data with labels to train on", "calibration and evaluation data alone")
+    score = None if validate is None else evaluation(sources.load_data(validate, batch_size))
+    if validate is not None and score is None:
+        raise fail("tune", "--validate", "data with labels", validate)
     if by_labels and loaded.labels is None:
         raise fail("quantize", "--labels", "left out with data whose calibration batches have none", data)
     say(f"{'tuning' if train else 'quantizing'} {model} on {data}")
@@ -165,6 +173,7 @@ def _quantize(
         plan=widths,
         labels=loaded.labels if by_labels else None,
         train=train,
+        validate=score,
         evaluate=evaluate,
         out=out,
         title=f"{model} on {data}",
