@@ -87,8 +87,8 @@ def task(name: str) -> Pictures | Texts:
 
 @cache
 def searched(name: str, seed: int) -> qk.Search:
-    batches = task(name).estimates(seed)
-    return qk.Search(qk.prepare(task(name).network, batches[0]), batches, weights=WEIGHTS)
+    batches, kept = task(name).estimates(seed), ROOT / ".cache" / "proof" / f"widths-{name}-{seed}"
+    return qk.Search(qk.prepare(task(name).network, batches[0]), batches, weights=WEIGHTS, folder=kept)
 
 
 def limit(search: qk.Search, part: float) -> float:
