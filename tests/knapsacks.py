@@ -65,6 +65,13 @@ def layers(seed, items=200, block=0):
     return Problem(losses, costs, limits, pairs)
 
 
+def reached(problem, choice, best):
+    """What the choice gains over the cheapest options, in parts of what the best one gains."""
+    relative = sum(np.array(problem.costs[name]) / limit for name, limit in problem.limits.items())
+    worst = problem.loss(tuple(relative.argmin(1)))
+    return (worst - problem.loss(choice)) / (worst - problem.loss(best))
+
+
 def between(costs, part):
     """A limit: the sum of the smallest costs at 0, of the largest at 1."""
     least, most = sum(map(min, costs)), sum(map(max, costs))

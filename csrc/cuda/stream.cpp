@@ -63,10 +63,13 @@ bool has_warp_groups(const char* op, const void* kernel) {
   if (!built || attribute(op, cudaDevAttrComputeCapabilityMajor) != 9 ||
       attribute(op, cudaDevAttrComputeCapabilityMinor) != 0)
     return false;
-  cudaFuncAttributes of{};  // what a driver compiles from the PTX of sm_80 is older
-  const cudaError_t error = cudaFuncGetAttributes(&of, kernel);
-  if (error != cudaSuccess) refuse(op, std::string("knows no kernel: ") + cudaGetErrorString(error), advice(error));
-  return of.ptxVersion >= 90;
+  static const int version = [&] {  // what a driver compiles from the PTX of sm_80 is older
+    cudaFuncAttributes of{};
+    const cudaError_t error = cudaFuncGetAttributes(&of, kernel);
+    if (error != cudaSuccess) refuse(op, std::string("knows no kernel: ") + cudaGetErrorString(error), advice(error));
+    return of.ptxVersion;
+  }();
+  return version >= 90;
 }
 
 void check_aligned(const char* op, const char* argument, const void* address, int bytes) {
