@@ -1,6 +1,6 @@
 """Fills the tables of operators in docs/results.md from the files under benchmarks/results.
 
-for b in lsq soft_round rounding_penalty fisher_loss quantize gemm conv2d; do
+for b in lsq soft_round rounding_penalty fisher_loss quantize gemm gemm_weight_only conv2d; do
     python benchmarks/ops/bench_$b.py --threads 1 --json benchmarks/results/$b.json; done
 python benchmarks/bench_brecq_loop.py --json benchmarks/results/brecq_loop.json
 python benchmarks/tables.py
@@ -16,7 +16,7 @@ from qk.tables import Table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-OPERATORS = ("lsq", "soft_round", "rounding_penalty", "fisher_loss", "quantize", "gemm", "conv2d")
+OPERATORS = ("lsq", "soft_round", "rounding_penalty", "fisher_loss", "quantize", "gemm", "gemm_weight_only", "conv2d")
 
 
 def table(name: str) -> str:

@@ -78,6 +78,10 @@ STABLE_TORCH_LIBRARY(qk, m) {
       " int x_bits=8, str activation=\"none\", Tensor? out_step=None, Tensor? out_zero=None, int out_bits=8,"
       " Tensor? residual=None, Tensor? residual_step=None, Tensor? residual_zero=None) -> Tensor");
 
+  // x [..., K] float32, float16 or bfloat16, weight prepacked, weight_step [N] or [N, groups along K] float32, bias [N]
+  // float32 -> [..., N] of x's type: sum x * (weight_step * (weight - weight_zero)) + bias, in float32.
+  m.def("gemm_weight_only(Tensor x, Tensor weight, Tensor weight_step, Tensor? bias, int bits) -> Tensor");
+
   // x [B, H, W, C] uint8 codes (NHWC), x_step and x_zero [1], weight prepacked from [N, kh, kw, C / groups],
   // weight_step [N] or [N, groups along K], bias [N] -> [B, OH, OW, N] float32 or codes, as gemm. Padding has code
   // x_zero.

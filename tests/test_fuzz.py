@@ -190,6 +190,18 @@ def gemm(rnd, schema):
     return integer(rnd, full, bits, 1, packed, zero, step, x)
 
 
+def gemm_weight_only(rnd, schema):
+    bits, _, full, packed, zero, step = packed_weight(rnd, [])
+    x = values(rnd, [*shape(rnd, range(3)), full[-1]], rnd.choice((torch.float32, torch.float16, torch.bfloat16)))
+    return {
+        "x": strided(rnd, x),
+        "weight": strided(rnd, torch.ops.qk.prepack(packed, zero, bits, full)),
+        "weight_step": step,
+        "bias": torch.randn(full[0]) if rnd.random() < 0.5 else None,
+        "bits": bits,
+    }
+
+
 def conv2d(rnd, schema):
     kernel = rnd.choice(([1, 1], [3, 3], [2, 5]))
     bits, groups, full, packed, zero, step = packed_weight(rnd, kernel)
@@ -343,6 +355,7 @@ LIKELY = {"pack": pack, "unpack": unpack, "sparq": sparq, "prepack": prepack, "g
 LIKELY |= {"network": network, "add": pointwise, "multiply": pointwise, "pool": pool, "lookup": lookup}
 LIKELY |= {"sparq_pack": sparq_pack, "sparq_unpack": sparq_unpack, "concat": concat, "embedding_bag": embedding_bag}
 LIKELY |= {"attention": attention, "index_put": index_put, "index_select": index_select}
+LIKELY |= {"gemm_weight_only": gemm_weight_only}
 
 
 def described(value):

@@ -18,13 +18,13 @@ namespace {
 constexpr Isa all[] = {Isa::generic, Isa::avx2, Isa::avx512vnni, Isa::amx};  // from the slowest to the fastest
 
 #if defined(QK_WITH_AMX)
-// The processor has tiles and their 8-bit products, the system saves them, and this process may use them: Linux gives
-// 8 KB of state a thread only to who asks.
+// The processor has tiles and their products of 8 bits and of bfloat16, the system saves them, and this process may use
+// them: Linux gives 8 KB of state a thread only to who asks.
 bool tiles_granted() {
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  constexpr unsigned amx_tile = 1u << 24, amx_int8 = 1u << 25;
-  if (!(d & amx_tile) || !(d & amx_int8)) return false;
+  constexpr unsigned needed = 1u << 22 | 1u << 24 | 1u << 25;  // AMX-BF16, AMX-TILE, AMX-INT8
+  if ((d & needed) != needed) return false;
   unsigned low, high;
   asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   constexpr unsigned tile_state = 3u << 17;
@@ -46,7 +46,7 @@ bool runs_here(Isa isa) {
 #if defined(__x86_64__)
   switch (isa) {
     case Isa::generic: return true;
-    case Isa::avx2: return __builtin_cpu_supports("avx2") && converts_halves();
+    case Isa::avx2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && converts_halves();
     case Isa::avx512vnni:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&

@@ -19,6 +19,7 @@ namespace {
 #if defined(__AVX512BW__)
 constexpr int lanes = 16;
 typedef __m512 Lane;
+QK_INLINE Lane all_lanes(float value) { return _mm512_set1_ps(value); }
 QK_INLINE Lane lower(Lane a, Lane b) { return _mm512_min_ps(a, b); }  // a < b ? a : b, so b if one is NaN
 QK_INLINE Lane higher(Lane a, Lane b) { return _mm512_max_ps(a, b); }
 QK_INLINE Lane no_nan(Lane t) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(t, t, _CMP_ORD_Q), t); }
@@ -28,6 +29,7 @@ QK_INLINE Lane floats_of(const uint8_t* codes) {
 #elif defined(__AVX2__)
 constexpr int lanes = 8;
 typedef __m256 Lane;
+QK_INLINE Lane all_lanes(float value) { return _mm256_set1_ps(value); }
 QK_INLINE Lane lower(Lane a, Lane b) { return _mm256_min_ps(a, b); }
 QK_INLINE Lane higher(Lane a, Lane b) { return _mm256_max_ps(a, b); }
 QK_INLINE Lane no_nan(Lane t) { return _mm256_and_ps(t, _mm256_cmp_ps(t, t, _CMP_ORD_Q)); }
@@ -37,6 +39,7 @@ QK_INLINE Lane floats_of(const uint8_t* codes) {
 #else
 constexpr int lanes = 4;
 typedef float Lane __attribute__((vector_size(16)));
+QK_INLINE Lane all_lanes(float value) { return Lane{value, value, value, value}; }
 QK_INLINE Lane lower(Lane a, Lane b) { return a < b ? a : b; }
 QK_INLINE Lane higher(Lane a, Lane b) { return a > b ? a : b; }
 QK_INLINE Lane no_nan(Lane t) { return t == t ? t : Lane{}; }
@@ -45,8 +48,6 @@ QK_INLINE Lane floats_of(const uint8_t* codes) {
               static_cast<float>(codes[3])};
 }
 #endif
-
-QK_INLINE Lane all_lanes(float value) { return Lane{} + value; }
 
 }  // namespace
 }  // namespace qk::cpu::QK_ISA

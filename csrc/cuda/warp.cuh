@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "core/halves.h"
 #include "cuda/dot.cuh"
 
 namespace qk::cuda {
@@ -54,6 +55,65 @@ __device__ inline void multiply_int4(int32_t (&sum)[4], const uint32_t (&a)[4], 
   asm("mma.sync.aligned.m16n8k64.row.col.s32.u4.u4.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}
+
+// sum [16, 8] += a [16, 16] * b [16, 8], of bfloat16 or float16, in float32: register i of a has row g + 8 (i & 1) at
+// 2 t and 2 t + 1, from 8 on where i > 1, b column g likewise; the sum as in multiply.
+template <bool bfloat16>
+__device__ inline void multiply_halves(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#if defined(QK_EMULATED)
+  struct Factors {
+    uint32_t a[4], b[2];
+  };
+  const auto value = [](uint32_t pair, int i) {
+    const auto bits = static_cast<uint16_t>(pair >> 16 * i);
+    return bfloat16 ? float_of_bfloat16(bits) : float_of_float16(bits);
+  };
+  const unsigned g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  emulated::together(Factors{{a[0], a[1], a[2], a[3]}, {b0, b1}}, [&](const auto& of) {
+    for (unsigned from = 0; from < 4; ++from) {
+      const Factors row = of(4 * g + from), columns[2] = {of(8 * t + from), of(8 * t + 4 + from)};
+      for (int i = 0; i < 4; ++i)
+        for (int j = 0; j < 4; ++j)
+          sum[i] += value(row.a[i / 2 + j / 2 * 2], j % 2) * value(columns[i % 2].b[j / 2], j % 2);
+    }
+    return 0;
+  });
+#else
+  if constexpr (bfloat16)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, "
+        "%2, "
+        "%3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+        "%3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}
+
+// The sums of two pairs of bfloat16 or float16.
+template <bool bfloat16>
+__device__ inline uint32_t add_halves(uint32_t a, uint32_t b) {
+#if defined(QK_EMULATED)
+  uint32_t sums = 0;
+  for (int i = 0; i < 32; i += 16) {
+    const auto x = static_cast<uint16_t>(a >> i), y = static_cast<uint16_t>(b >> i);
+    sums |= uint32_t{bfloat16 ? bfloat16_of(float_of_bfloat16(x) + float_of_bfloat16(y))
+                              : float16_of(float_of_float16(x) + float_of_float16(y))}
+            << i;
+  }
+  return sums;
+#else
+  uint32_t sums;
+  if constexpr (bfloat16)  // sm_80 adds by a product with 1
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sums) : "r"(a), "r"(0x3f803f80u), "r"(b));
+  else
+    asm("add.f16x2 %0, %1, %2;" : "=r"(sums) : "r"(a), "r"(b));
+  return sums;
 #endif
 }
 

@@ -102,6 +102,15 @@ inline void check_sum(const char* op, const Tensor& x, int64_t x_bits, const Wei
   check(all <= top_code(x_bits), op, "x", "codes below 2^x_bits", "a larger one", "Give the width of the codes.");
 }
 
+// Dense, or none.
+inline std::optional<Tensor> check_bias(const char* op, const Tensor& x, const std::optional<Tensor>& bias, int64_t n) {
+  if (!bias) return bias;
+  check_device(op, x, {{"bias", &*bias}});
+  if (bias->scalar_type() != ScalarType::Float || bias->dim() != 1 || bias->size(0) != n)
+    fail(op, "bias", "float32 [" + std::to_string(n) + "]", describe(*bias));
+  return dense(*bias);
+}
+
 // Holds what the pointers of an Epilogue point to.
 struct EpilogueTensors {
   Tensor x_step, x_zero, weight_step;
@@ -131,15 +140,9 @@ inline EpilogueTensors check_epilogue(const char* op, const Tensor& x, const Ten
     fail(op, "x_step", rows == 1 ? "one value" : "one value, or one for each of " + std::to_string(rows) + " rows of x",
          describe(x_step));
   if (x_zero.numel() != steps) fail(op, "x_zero", "as many values as x_step, " + describe(x_step), describe(x_zero));
-  const int64_t n = weight_step.size(0);
-  if (bias) {
-    check_device(op, x, {{"bias", &*bias}});
-    if (bias->scalar_type() != ScalarType::Float || bias->dim() != 1 || bias->size(0) != n)
-      fail(op, "bias", "float32 [" + std::to_string(n) + "]", describe(*bias));
-  }
   check(out_step.has_value() == out_zero.has_value(), op, "out_step and out_zero", "given together", "only one");
-  EpilogueTensors t{dense(x_step), dense(x_zero), dense(weight_step), bias, out_step, out_zero, {}, {}, {}, {}};
-  if (t.bias) t.bias = dense(*t.bias);
+  EpilogueTensors t{dense(x_step), dense(x_zero), dense(weight_step), {}, out_step, out_zero, {}, {}, {}, {}};
+  t.bias = check_bias(op, x, bias, weight_step.size(0));
   Epilogue& e = t.epilogue;
   e.out_bits = 8;
   if (out_step) {

@@ -237,8 +237,9 @@ def latency(
 
 def _fused(integer: nn.Module, example: Any, held: list[Any]) -> tuple[FusedModel | None, list[str]]:
     """The fused model, and notes on what it leaves in float; None and the reason if there is none."""
-    if device_of(integer).type != "cpu":
-        return None, ["Not fused: qk.fuse works on the CPU."]
+    device = device_of(integer).type
+    if device not in ("cpu", "cuda"):
+        return None, [f"Not fused: torch.ops.qk.network has kernels for the CPU and CUDA, not for {device}."]
     if not integer_layers(integer):
         return None, ["Not fused: only tables are quantized."]
     try:

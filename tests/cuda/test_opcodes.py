@@ -36,7 +36,7 @@ def newest(name: str) -> Path | None:
 def main_loop(body: str) -> Counter[str]:
     """How often each instruction is in the innermost loop around the first product; empty without products."""
     code = [(int(at, 16), op, rest) for at, op, rest in INSTRUCTION.findall(body)]
-    products = [at for at, op, _ in code if op.startswith(("IMMA", "IGMMA"))]
+    products = [at for at, op, _ in code if op.startswith(("IMMA", "IGMMA", "HMMA"))]
     if not products:
         return Counter()
     ends = ((int(to[1], 16), at) for at, op, rest in code if op == "BRA" and (to := re.search(r"0x([0-9a-f]+)", rest)))
@@ -45,8 +45,9 @@ def main_loop(body: str) -> Counter[str]:
     return Counter(op for at, op, _ in code if first <= at <= last)
 
 
-def loops_of(name: str, arch: str, parameters: str) -> dict[tuple[int, ...], Counter[str]]:
-    """Of every kernel of a file, by the numbers in its template parameters, which the pattern finds."""
+def loops_of(name: str, arch: str, parameters: str, some: bool = False) -> dict[tuple[int, ...], Counter[str]]:
+    """Of every kernel of a file, by the numbers in its template parameters, which the pattern finds; with `some`,
+    of those where it does."""
     tool, built = cuobjdump(), newest(name)
     if not tool:
         pytest.skip("cuobjdump: not installed")
@@ -58,9 +59,11 @@ def loops_of(name: str, arch: str, parameters: str) -> dict[tuple[int, ...], Cou
     readable = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
     found = {}
     for line, body in zip(readable.splitlines(), bodies, strict=True):
-        numbers = re.search(parameters, line.replace("false", "0").replace("true", "1")).groups()
-        found[tuple(map(int, numbers))] = main_loop(body)
-    assert len(found) == len(names) > 0
+        numbers = re.search(parameters, line.replace("false", "0").replace("true", "1"))
+        if numbers or not some:
+            found[tuple(map(int, numbers.groups()))] = main_loop(body)
+    assert found
+    assert some or len(found) == len(names)
     return found
 
 
@@ -171,3 +174,49 @@ def test_a_warps_loop_for_few_tokens_multiplies_and_reads_as_often_as_it_must(fe
             "LDG.E": 4 * tokens * depth,
         }
         assert not of_kind(loop, "LDL", "STL", "I2F", "I2FP", "F2I", "MUFU", "FMUL", "FADD", "FFMA")
+
+
+# --- float activations ------------------------------------------------------------------------------------------------
+
+PARTS = {"Float16": 1, "BFloat16": 1, "Float32": 3}  # what a value of x is the sum of
+
+
+@pytest.fixture(scope="module", params=[(arch, name) for arch in ARCHITECTURES for name in PARTS])
+def floats(request):
+    """Of one type of x: by warps of rows (none for few tokens), row tiles, token tiles, and bits."""
+    arch, name = request.param
+    few, many = (
+        loops_of("gemm_weight_only", arch, rf"{shape}<.*::{name}, (\d), (\d), (\d)>, (\d), ([014])>", some=True)
+        for shape in ("Shape", "Tile")
+    )
+    return PARTS[name], few, many
+
+
+def test_floats_are_multiplied_as_often_as_they_must_be(floats):
+    """Four steps of 16 for each tile of 64 codes; a register of the weight has two codes, and its zero taken off."""
+    parts, few, many = floats
+    for (rows, tokens, depth, *_), loop in few.items():
+        assert count(loop, "HMMA") == 4 * rows * tokens * depth * parts
+        assert count(loop, "HADD2", "HFMA2") == 16 * rows * depth
+    for (_, rows, tokens, *_), loop in many.items():
+        assert count(loop, "HMMA") == 4 * rows * tokens * parts
+        assert count(loop, "HADD2", "HFMA2") == 16 * rows
+
+
+def test_weights_and_floats_come_in_wide_accesses(floats):
+    parts, few, many = floats
+    for (rows, tokens, depth, bits, word), loop in few.items():
+        reads = of_kind(loop, "LDG")
+        assert reads.pop(WEIGHTS[bits]) >= rows * depth * (2 if bits == 8 else 1)
+        if word == 4 and parts == 1 and bits > 2:  # of 2 bits the weights come as x does
+            assert reads["LDG.E.64"] == 4 * tokens * depth
+    for (_, rows, tokens, bits, _), loop in many.items():
+        assert of_kind(loop, "LDG")[WEIGHTS[bits]] == rows * (2 if bits == 8 else 1)
+        assert set(of_kind(loop, "LDGSTS")) == {"LDGSTS.E.BYPASS.128"}
+        assert of_kind(loop, "LDS")[f"LDS.{64 if parts == 1 else 128}"] == 4 * tokens
+        assert count(loop, "BAR") == 1
+
+
+def test_nothing_of_the_loops_of_floats_is_in_local_memory_converts_or_divides(floats):
+    for loop in (*floats[1].values(), *floats[2].values()):
+        assert not of_kind(loop, "LDL", "STL", "I2F", "I2FP", "F2I", "F2F", "F2FP", "MUFU")

@@ -14,6 +14,7 @@ import qk
 from deploy.small import minmax, small_images, small_prepared
 from models import images, minilm, tokens, vision_model
 from qk.deploy.fuse import fuse, unfused
+from qk.deploy.modules import integer_layers
 from qk.inputs import feed
 from qk.ops._program import decode
 from qk.ops.network import interpret
@@ -99,6 +100,20 @@ def test_every_batch_size_is_taken(tensors):
     for size in (1, 2, 7):
         assert_same(one_by_one, fused, small_images(size))
     assert_same(fuse(model, x[:1], tensors=None), model, x)  # a batch of one is no constant either
+
+
+@pytest.mark.parametrize("tensors", [8, None])
+def test_every_device_gives_the_same_bits(tensors, device):
+    x = small_images()
+    want = fuse(qk.convert(small_prepared()), x, tensors=tensors)(x)
+    model = qk.convert(small_prepared()).to(device)
+    for layer in integer_layers(model).values():
+        layer.prepack()  # emulated, the device is still the CPU
+    fused = fuse(model, x.to(device), tensors=tensors)
+    assert len(fused.regions) >= 1
+    assert_same(unfused(model, x.to(device), tensors=tensors), fused, x.to(device))
+    if device.type == "cpu":  # what is float between regions is torch's, whose last bits are each device's own
+        assert torch.equal(fused(x), want)
 
 
 def test_fused_programs_follow_the_definitions(small):

@@ -9,6 +9,7 @@ from qk.ops.dequantize import dequantize
 from qk.ops.embedding_bag import embedding_bag
 from qk.ops.fisher_loss import fisher_loss, fisher_loss_and_slope
 from qk.ops.gemm import gemm
+from qk.ops.gemm_weight_only import gemm_weight_only
 from qk.ops.index_put import index_put
 from qk.ops.index_select import index_select
 from qk.ops.lookup import lookup
@@ -38,6 +39,7 @@ __all__ = [
     "fisher_loss",
     "fisher_loss_and_slope",
     "gemm",
+    "gemm_weight_only",
     "index_put",
     "index_select",
     "lookup",

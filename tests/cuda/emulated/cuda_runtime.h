@@ -161,6 +161,7 @@ T __shfl_xor_sync(unsigned, T value, unsigned apart) {
 inline float __frcp_rn(float x) { return 1.0f / x; }
 inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __fadd_rn(float x, float y) { return x + y; }
+inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
 inline float __fdiv_rn(float x, float y) { return x / y; }
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 inline uint32_t __float_as_uint(float x) {

@@ -1,0 +1,35 @@
+// float16 and bfloat16 as their 16 bits. Shifts and selects only, so that a loop around them vectorizes.
+#pragma once
+#include "core/math.h"
+
+namespace qk {
+
+enum class FloatType { float32, float16, bfloat16 };
+
+QK_HD static inline float float_of_bfloat16(uint16_t bits) { return as_float(static_cast<int32_t>(bits) << 16); }
+
+// The product brings the exponent's bias from 15 to 127, for denormals too.
+QK_HD static inline float float_of_float16(uint16_t bits) {
+  const int32_t rest = (bits & 0x7fff) << 13, sign = static_cast<int32_t>(static_cast<uint32_t>(bits & 0x8000) << 16);
+  return as_float(as_bits(as_float(rest) * 0x1p112f) | sign | (rest >= 0x0f800000 ? 0x7f800000 : 0));
+}
+
+// To nearest, ties to even; NaN stays NaN.
+QK_HD static inline uint16_t bfloat16_of(float value) {
+  const uint32_t bits = static_cast<uint32_t>(as_bits(value));
+  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : rounded);
+}
+
+QK_HD static inline uint16_t float16_of(float value) {
+  const uint32_t bits = static_cast<uint32_t>(as_bits(value)), size = bits & 0x7fffffff;
+  // Below 2^-14 the sum with 1/2, whose unit is that of float16's denormals, rounds.
+  const uint32_t small = static_cast<uint32_t>(as_bits(as_float(static_cast<int32_t>(size)) + 0.5f)) - 0x3f000000;
+  const uint32_t normal = (size + 0xfff + (size >> 13 & 1) - 0x38000000) >> 13;
+  uint32_t half = size < 0x38800000 ? small : normal;
+  half = size >= 0x477ff000 ? 0x7c00 : half;  // 65520 and more
+  half = size > 0x7f800000 ? 0x7e00 : half;
+  return static_cast<uint16_t>(half | (bits >> 16 & 0x8000));
+}
+
+}  // namespace qk
