@@ -6,9 +6,10 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(qk, m) {
-  // --- training: float32 in, float32 out, each with a fused backward ---------------------------------------------
+  // --- training, each with a fused backward ------------------------------------------------------------------------
+  // "float": float32, float16 or bfloat16, one for all that is called so, computed in float32.
 
-  // x [...] float32, step and zero by rows -> [...]: step * (clamp(round(x / step) + zero, 0, 2^bits - 1) - zero).
+  // x [...] float, step and zero by rows -> [...] float: step * (clamp(round(x / step) + zero, 0, 2^bits - 1) - zero).
   // grad_scale multiplies the gradient of step. boundary "paper" decides inside or outside on x / step, "torch" on the
   // rounded code.
   m.def("lsq(Tensor x, Tensor step, Tensor zero, int bits, float grad_scale=1.0, str boundary=\"paper\") -> Tensor");
@@ -16,7 +17,7 @@ STABLE_TORCH_LIBRARY(qk, m) {
       "lsq_backward(Tensor grad, Tensor x, Tensor step, Tensor zero, int bits, float grad_scale, str boundary)"
       " -> (Tensor, Tensor)");
 
-  // weight [...], v [...] float32, step and zero by rows -> [...]:
+  // weight [...], v [...] float, step and zero by rows -> [...] float:
   // step * (clamp(floor(weight / step) + h(v) + zero, 0, 2^bits - 1) - zero), h(v) = clamp(1.2 sigmoid(v) - 0.1, 0, 1).
   // Backward with penalty float32 [2], a weight and a beta, adds weight times the gradient of rounding_penalty.
   m.def("soft_round(Tensor weight, Tensor v, Tensor step, Tensor zero, int bits) -> Tensor");
@@ -24,15 +25,15 @@ STABLE_TORCH_LIBRARY(qk, m) {
       "soft_round_backward(Tensor grad, Tensor weight, Tensor v, Tensor step, Tensor zero, int bits, "
       "Tensor? penalty=None) -> Tensor");
 
-  // v [...] float32 -> []: sum of 1 - |2 h(v) - 1|^beta.
+  // v [...] float -> [] float32: sum of 1 - |2 h(v) - 1|^beta.
   m.def("rounding_penalty(Tensor v, float beta) -> Tensor");
   m.def("rounding_penalty_backward(Tensor grad, Tensor v, float beta) -> Tensor");
 
-  // output, target, weight [...] float32 -> loss []: scale * sum of weight * (output - target)^2, no weight means 1;
-  // and its gradient for output [...], in the same pass.
+  // output, target, weight [...] float -> loss [] float32: scale * sum of weight * (output - target)^2, no weight means
+  // 1; and its gradient for output [...] float, in the same pass.
   m.def("fisher_loss(Tensor output, Tensor target, Tensor? weight, float scale) -> (Tensor, Tensor)");
 
-  // x [rows, cols] float32, step [rows, candidates] float32, zero [rows, candidates] int32 -> [rows, candidates]:
+  // x [rows, cols] float, step [rows, candidates] float32, zero [rows, candidates] int32 -> [rows, candidates]:
   // sum over cols of |fake_quantized(x) - x|^power for each candidate, in one pass over x.
   m.def("range_error(Tensor x, Tensor step, Tensor zero, int bits, float power) -> Tensor");
 

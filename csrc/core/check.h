@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "core/bits.h"
+#include "core/halves.h"
 
 namespace qk {
 
@@ -57,6 +58,15 @@ inline void check_dtype(const char* op, const char* argument, const Tensor& t, S
   if (t.scalar_type() != dtype) fail(op, argument, torch::headeronly::toString(dtype), describe(t));
 }
 
+inline FloatType check_float(const char* op, const char* argument, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return FloatType::float32;
+    case ScalarType::Half: return FloatType::float16;
+    case ScalarType::BFloat16: return FloatType::bfloat16;
+    default: fail(op, argument, "float32, float16 or bfloat16", describe(t));
+  }
+}
+
 inline bool same_shape(const Tensor& a, const Tensor& b) {
   if (a.dim() != b.dim()) return false;
   for (int64_t i = 0; i < a.dim(); ++i)
@@ -73,6 +83,14 @@ inline void check_same_shape(const char* op, const char* argument, const Tensor&
                              const Tensor& other) {
   if (!same_shape(t, other))
     fail(op, argument, "of the shape of " + std::string(other_name) + ", " + describe(other), describe(t));
+}
+
+// As well as of its type.
+inline void check_like(const char* op, const char* argument, const Tensor& t, const char* other_name,
+                       const Tensor& other) {
+  if (t.scalar_type() != other.scalar_type())
+    fail(op, argument, "of the type of " + std::string(other_name) + ", " + describe(other), describe(t));
+  check_same_shape(op, argument, t, other_name, other);
 }
 
 // Every tensor of a call lies on the device of the first one; the dispatcher only looks at one of them.

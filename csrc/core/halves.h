@@ -6,6 +6,24 @@ namespace qk {
 
 enum class FloatType { float32, float16, bfloat16 };
 
+// As they lie in memory.
+struct Half {
+  uint16_t bits;
+};
+struct BFloat {
+  uint16_t bits;
+};
+
+// Calls f with a value of the type.
+template <class F>
+static inline decltype(auto) with_float(FloatType type, F&& f) {
+  switch (type) {
+    case FloatType::float16: return f(Half{});
+    case FloatType::bfloat16: return f(BFloat{});
+    default: return f(0.0f);
+  }
+}
+
 QK_HD static inline float float_of_bfloat16(uint16_t bits) { return as_float(static_cast<int32_t>(bits) << 16); }
 
 // The product brings the exponent's bias from 15 to 127, for denormals too.
@@ -30,6 +48,34 @@ QK_HD static inline uint16_t float16_of(float value) {
   half = size >= 0x477ff000 ? 0x7c00 : half;  // 65520 and more
   half = size > 0x7f800000 ? 0x7e00 : half;
   return static_cast<uint16_t>(half | (bits >> 16 & 0x8000));
+}
+
+QK_HD static inline float widened(float value) { return value; }
+QK_HD static inline float widened(BFloat value) { return float_of_bfloat16(value.bits); }
+QK_HD static inline float widened(Half value) {
+#if defined(__CUDA_ARCH__)
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value.bits));
+  return wide;
+#else
+  return float_of_float16(value.bits);
+#endif
+}
+
+QK_HD static inline void narrow(float value, float* to) { *to = value; }
+QK_HD static inline void narrow(float value, BFloat* to) {
+#if defined(__CUDA_ARCH__)
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to->bits) : "f"(value));
+#else
+  to->bits = bfloat16_of(value);
+#endif
+}
+QK_HD static inline void narrow(float value, Half* to) {
+#if defined(__CUDA_ARCH__)
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to->bits) : "f"(value));
+#else
+  to->bits = float16_of(value);
+#endif
 }
 
 }  // namespace qk

@@ -1,6 +1,7 @@
 #include "ops/fisher_loss.h"
 
 #include "cpu/chunks.h"
+#include "cpu/halves.h"
 
 namespace qk::cpu::QK_ISA {
 namespace {
@@ -21,8 +22,12 @@ float loss(const float* __restrict output, const float* __restrict target, const
 void fisher_loss(const FisherLossArgs& a) {
   const float twice = 2.0f * a.scale;
   each_chunk(1, a.n, [&](int64_t, int64_t at, int64_t n, int64_t job) {
-    a.partial[job] = a.weight ? loss<true>(a.output + at, a.target + at, a.weight + at, a.slope + at, n, twice)
-                              : loss<false>(a.output + at, a.target + at, nullptr, a.slope + at, n, twice);
+    FloatChunk floats(a.type, at, n);
+    const float *output = floats.read<0>(a.output), *target = floats.read<1>(a.target);
+    float* slope = floats.write<2>(a.slope);
+    a.partial[job] = a.weight ? loss<true>(output, target, floats.read<3>(a.weight), slope, n, twice)
+                              : loss<false>(output, target, nullptr, slope, n, twice);
+    floats.leave<2>(a.slope);
   });
   *a.out = a.scale * total(a.partial, sum_chunks(a.n));
 }

@@ -4,6 +4,7 @@
 #include "ops/gemm_weight_only.h"
 
 #include "core/scratch.h"
+#include "cpu/halves.h"
 #include "cpu/lanes.h"
 #include "cpu/vectors.h"
 #if defined(QK_ISA_AMX)
@@ -154,32 +155,6 @@ void multiply(const FloatTile& t) {
   }
 }
 
-// to[i * apart] = from[i], as floats.
-void widen(FloatType type, const void* from, int64_t at, int64_t n, float* __restrict to, int64_t apart) {
-  if (type == FloatType::float32) {
-    const float* x = static_cast<const float*>(from) + at;
-    for (int64_t i = 0; i < n; ++i) to[i * apart] = x[i];
-    return;
-  }
-  const uint16_t* x = static_cast<const uint16_t*>(from) + at;
-  if (type == FloatType::float16)
-    for (int64_t i = 0; i < n; ++i) to[i * apart] = float_of_float16(x[i]);
-  else
-    for (int64_t i = 0; i < n; ++i) to[i * apart] = float_of_bfloat16(x[i]);
-}
-
-void narrow(FloatType type, const float* __restrict from, int64_t n, void* to, int64_t at) {
-  if (type == FloatType::float32) {
-    std::memcpy(static_cast<float*>(to) + at, from, static_cast<size_t>(n) * 4);
-    return;
-  }
-  uint16_t* __restrict y = static_cast<uint16_t*>(to) + at;
-  if (type == FloatType::float16)
-    for (int64_t i = 0; i < n; ++i) y[i] = float16_of(from[i]);
-  else
-    for (int64_t i = 0; i < n; ++i) y[i] = bfloat16_of(from[i]);
-}
-
 // How work is shared: units are a block of rows times a column of blocks of channels.
 struct Share {
   int64_t tile_rows, tile_blocks, block_rows, columns, units, workers;
@@ -288,7 +263,7 @@ class Worker {
       t.x = x_ + r * l_.k_padded;
       own_zeros_ ? by_rows<true>(t) : by_rows<false>(t);
       for (int64_t i = 0, rows = least(s_.tile_rows, count_ - r); i < rows; ++i)
-        narrow(a_.type, y_ + i * width_, valid, a_.out, (first_ + r + i) * a_.shape.n + n_first);
+        narrow_all(a_.type, y_ + i * width_, valid, a_.out, (first_ + r + i) * a_.shape.n + n_first);
     }
   }
 
@@ -398,7 +373,7 @@ class TileWorker {
         add_group(g, rows);
       }
       for (int64_t i = 0; i < rows; ++i)
-        narrow(a_.type, y_ + i * width, valid, a_.out, (first_ + r + i) * a_.shape.n + n_first);
+        narrow_all(a_.type, y_ + i * width, valid, a_.out, (first_ + r + i) * a_.shape.n + n_first);
     }
   }
 

@@ -2,6 +2,7 @@
 
 #include "cpu/chunks.h"
 #include "cpu/codes.h"
+#include "cpu/halves.h"
 
 namespace qk::cpu::QK_ISA {
 namespace {
@@ -30,15 +31,21 @@ float gradients(const float* __restrict grad, const float* __restrict x, float* 
 
 void lsq(const LsqArgs& a) {
   each_chunk(a.rows, a.cols, [&](int64_t row, int64_t at, int64_t n, int64_t) {
-    fake_quantize(a.x + at, a.out + at, n, Row(a.step[row], a.zero[row], a.bits));
+    FloatChunk floats(a.type, at, n);
+    fake_quantize(floats.read<0>(a.x), floats.write<1>(a.out), n, Row(a.step[row], a.zero[row], a.bits));
+    floats.leave<1>(a.out);
   });
 }
 
 void lsq_backward(const LsqBackwardArgs& a) {
   each_chunk(a.rows, a.cols, [&](int64_t row, int64_t at, int64_t n, int64_t job) {
     const Row r(a.step[row], a.zero[row], a.bits);
-    a.partial[job] = a.inside_by_code ? gradients<true>(a.grad + at, a.x + at, a.grad_x + at, n, r)
-                                      : gradients<false>(a.grad + at, a.x + at, a.grad_x + at, n, r);
+    FloatChunk floats(a.type, at, n);
+    const float *grad = floats.read<0>(a.grad), *x = floats.read<1>(a.x);
+    float* grad_x = floats.write<2>(a.grad_x);
+    a.partial[job] =
+        a.inside_by_code ? gradients<true>(grad, x, grad_x, n, r) : gradients<false>(grad, x, grad_x, n, r);
+    floats.leave<2>(a.grad_x);
   });
   const int64_t chunks = sum_chunks(a.cols);
   for (int64_t row = 0; row < a.rows; ++row) a.grad_step[row] = total(a.partial + row * chunks, chunks) * a.grad_scale;

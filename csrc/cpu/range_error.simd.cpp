@@ -3,6 +3,7 @@
 #include "core/math.h"
 #include "cpu/chunks.h"
 #include "cpu/codes.h"
+#include "cpu/halves.h"
 
 namespace qk::cpu::QK_ISA {
 namespace {
@@ -29,7 +30,7 @@ void errors(const RangeErrorArgs& a) {
         for (int64_t job = begin; job < end; ++job) {
           const int64_t row = job / chunks, col = job % chunks * range_error_chunk;
           const int64_t n = least(range_error_chunk, a.cols - col), padded = (n + block - 1) / block * block;
-          for (int64_t i = 0; i < n; ++i) x[i] = a.x[row * a.cols + col + i];
+          widen(a.type, a.x, row * a.cols + col, n, x);
           for (int64_t i = n; i < padded; ++i) x[i] = 0.0f;  // 0 is exact in every range and adds no error
           for (int64_t c = 0; c < a.candidates; ++c) {
             const int64_t at = row * a.candidates + c;

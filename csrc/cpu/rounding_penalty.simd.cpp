@@ -2,6 +2,7 @@
 
 #include "core/math.h"
 #include "cpu/chunks.h"
+#include "cpu/halves.h"
 
 namespace qk::cpu::QK_ISA {
 namespace {
@@ -20,15 +21,20 @@ void gradients(const float* __restrict v, float* __restrict grad_v, int64_t n, f
 }  // namespace
 
 void rounding_penalty(const RoundingPenaltyArgs& a) {
-  each_chunk(1, a.n,
-             [&](int64_t, int64_t at, int64_t n, int64_t job) { a.partial[job] = penalty(a.v + at, n, a.beta); });
+  each_chunk(1, a.n, [&](int64_t, int64_t at, int64_t n, int64_t job) {
+    FloatChunk floats(a.type, at, n);
+    a.partial[job] = penalty(floats.read<0>(a.v), n, a.beta);
+  });
   *a.out = total(a.partial, sum_chunks(a.n));
 }
 
 void rounding_penalty_backward(const RoundingPenaltyBackwardArgs& a) {
   const float scale = -2.0f * a.beta * *a.grad;
-  each_chunk(1, a.n,
-             [&](int64_t, int64_t at, int64_t n, int64_t) { gradients(a.v + at, a.grad_v + at, n, a.beta, scale); });
+  each_chunk(1, a.n, [&](int64_t, int64_t at, int64_t n, int64_t) {
+    FloatChunk floats(a.type, at, n);
+    gradients(floats.read<0>(a.v), floats.write<1>(a.grad_v), n, a.beta, scale);
+    floats.leave<1>(a.grad_v);
+  });
 }
 
 }  // namespace qk::cpu::QK_ISA

@@ -3,6 +3,7 @@
 #include "core/math.h"
 #include "cpu/chunks.h"
 #include "cpu/codes.h"
+#include "cpu/halves.h"
 
 namespace qk::cpu::QK_ISA {
 namespace {
@@ -41,7 +42,10 @@ void gradients_and_penalty(const float* __restrict grad, const float* __restrict
 
 void soft_round(const SoftRoundArgs& a) {
   each_chunk(a.rows, a.cols, [&](int64_t row, int64_t at, int64_t n, int64_t) {
-    values(a.weight + at, a.v + at, a.out + at, n, Row(a.step[row], a.zero[row], a.bits));
+    FloatChunk floats(a.type, at, n);
+    const Row r(a.step[row], a.zero[row], a.bits);
+    values(floats.read<0>(a.weight), floats.read<1>(a.v), floats.write<2>(a.out), n, r);
+    floats.leave<2>(a.out);
   });
 }
 
@@ -50,11 +54,15 @@ void soft_round_backward(const SoftRoundBackwardArgs& a) {
   const float scale = -2.0f * beta * weight;
   each_chunk(a.rows, a.cols, [&](int64_t row, int64_t at, int64_t n, int64_t) {
     const Row r(a.step[row], a.zero[row], a.bits);
+    FloatChunk floats(a.type, at, n);
+    const float *grad = floats.read<0>(a.grad), *weights = floats.read<1>(a.weight), *v = floats.read<2>(a.v);
+    float* grad_v = floats.write<3>(a.grad_v);
     if (weight == 0) {
-      gradients(a.grad + at, a.weight + at, a.v + at, a.grad_v + at, n, r);
+      gradients(grad, weights, v, grad_v, n, r);
     } else {
-      gradients_and_penalty(a.grad + at, a.weight + at, a.v + at, a.grad_v + at, n, r, scale, beta);
+      gradients_and_penalty(grad, weights, v, grad_v, n, r, scale, beta);
     }
+    floats.leave<3>(a.grad_v);
   });
 }
 

@@ -1,5 +1,6 @@
 #include "ops/embedding_bag.h"
 
+#include "core/halves.h"
 #include "cuda/values.cuh"
 
 namespace qk::cuda {
@@ -22,16 +23,10 @@ __device__ inline uint32_t word_at(const uint8_t* p, int bytes) {
   return word;
 }
 
-// The product brings the exponent's bias from 15 to 127, for denormals too.
 __device__ inline float float_at(RowDtype dtype, const uint8_t* p, int i) {
   if (dtype == RowDtype::float32) return float_of(word_at(p + 4 * i, 4));
-  const uint32_t half = word_at(p + 2 * i, 2);
-  if (dtype == RowDtype::bfloat16) return float_of(half << 16);
-  const uint32_t rest = (half & 0x7fff) << 13;
-  uint32_t word;
-  const float scaled = __fmul_rn(float_of(rest), 0x1p112f);
-  memcpy(&word, &scaled, 4);
-  return float_of(word | (half & 0x8000) << 16 | (rest >= 0x0f800000 ? 0x7f800000u : 0u));
+  const auto half = static_cast<uint16_t>(word_at(p + 2 * i, 2));
+  return dtype == RowDtype::bfloat16 ? widened(BFloat{half}) : widened(Half{half});
 }
 
 // What column `col` of a row stands for. False for a book that there is not.

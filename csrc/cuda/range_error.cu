@@ -1,19 +1,26 @@
 #include "ops/range_error.h"
 
 #include "core/math.h"
+#include "cuda/floats.cuh"
 #include "cuda/rows.cuh"
 
 namespace qk::cuda {
 namespace {
 
 // A block keeps a chunk of x in shared memory; each of its warps tries every eighth candidate on it.
+template <class T>
 __global__ void range_error_kernel(RangeErrorArgs a, int64_t chunks) {
   __shared__ float values[range_error_chunk];
   each_job<block_threads>(a.rows * chunks, [&](int64_t job) {
     const int64_t row = job / chunks, col = job % chunks * range_error_chunk;
     const int count = least(range_error_chunk, a.cols - col), lane = threadIdx.x % 32;
     __syncthreads();  // the last job's values have been used
-    for (int i = threadIdx.x; i < count; i += block_threads) values[i] = a.x[row * a.cols + col + i];
+    const T* x = static_cast<const T*>(a.x) + row * a.cols + col;
+    each_value<block_threads, together<T>>(count, values_before<together<T>>(x), [&](int64_t i, auto width) {
+      const auto found = load_floats<width>(x + i);
+#pragma unroll
+      for (int j = 0; j < width; ++j) values[i + j] = found.v[j];
+    });
     __syncthreads();
     for (int64_t candidate = threadIdx.x / 32; candidate < a.candidates; candidate += block_threads / 32) {
       const int64_t at = row * a.candidates + candidate;
@@ -45,7 +52,9 @@ __global__ void add_chunks(RangeErrorArgs a, int64_t chunks) {
 
 void range_error(const RangeErrorArgs& a) {
   const int64_t chunks = range_error_chunks(a.cols);
-  launch("range_error", range_error_kernel, a.candidates ? a.rows * chunks : 0, a, chunks);
+  with_float(a.type, [&](auto kind) {
+    launch("range_error", range_error_kernel<decltype(kind)>, a.candidates ? a.rows * chunks : 0, a, chunks);
+  });
   launch("range_error", add_chunks, ceil_div(a.rows * a.candidates, block_threads / 32), a, chunks);
 }
 

@@ -12,14 +12,12 @@ namespace {
 void check_loss(const Tensor& output, const Tensor& target, const std::optional<Tensor>& weight, double scale) {
   const char* op = "fisher_loss";
   check_device(op, output, {{"target", &target}});
-  check_dtype(op, "output", output, ScalarType::Float);
-  check_dtype(op, "target", target, ScalarType::Float);
-  check_same_shape(op, "target", target, "output", output);
+  check_float(op, "output", output);
+  check_like(op, "target", target, "output", output);
   check(finite_float(scale), op, "scale", "finite in float32", scale);
   if (!weight) return;
   check_device(op, output, {{"weight", &*weight}});
-  check_dtype(op, "weight", *weight, ScalarType::Float);
-  check_same_shape(op, "weight", *weight, "output", output);
+  check_like(op, "weight", *weight, "output", output);
 }
 
 }  // namespace
@@ -29,15 +27,14 @@ std::tuple<Tensor, Tensor> fisher_loss(const Tensor& output, const Tensor& targe
                                        double scale) {
   check_loss(output, target, weight, scale);
   const Tensor outputs = dense(output), targets = dense(target);
-  const std::optional<Tensor> weights = weight ? std::optional<Tensor>(dense(*weight)) : std::nullopt;
-  Tensor out = torch::stable::new_empty(outputs, {});
+  const Tensor weights = weight ? dense(*weight) : outputs;
+  Tensor out = torch::stable::new_empty(outputs, {}, ScalarType::Float);
   Tensor slope = result_like(outputs);
-  Tensor partial = torch::stable::new_empty(outputs, {sum_chunks(outputs.numel())});
+  Tensor partial = torch::stable::new_empty(outputs, {sum_chunks(outputs.numel())}, ScalarType::Float);
   QK_DEVICE_GUARD(output);
-  kernel({outputs.const_data_ptr<float>(), targets.const_data_ptr<float>(),
-          weights ? weights->const_data_ptr<float>() : nullptr, out.mutable_data_ptr<float>(),
-          slope.mutable_data_ptr<float>(), partial.mutable_data_ptr<float>(), outputs.numel(),
-          static_cast<float>(scale)});
+  kernel({check_float("fisher_loss", "output", output), outputs.const_data_ptr(), targets.const_data_ptr(),
+          weight ? weights.const_data_ptr() : nullptr, out.mutable_data_ptr<float>(), slope.mutable_data_ptr(),
+          partial.mutable_data_ptr<float>(), outputs.numel(), static_cast<float>(scale)});
   return {out, slope};
 }
 

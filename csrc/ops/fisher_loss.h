@@ -2,17 +2,19 @@
 #include <cstdint>
 
 #include "core/chunks.h"
+#include "core/halves.h"
 #include "core/kernel.h"
 
 namespace qk {
 
 struct FisherLossArgs {
-  const float* output;  // [n]
-  const float* target;  // [n]
-  const float* weight;  // [n], or null: 1 everywhere
-  float* out;           // []
-  float* slope;         // [n]
-  float* partial;       // [sum_chunks(n)]
+  FloatType type;      // of the three and of the slope
+  const void* output;  // [n]
+  const void* target;  // [n]
+  const void* weight;  // [n], or null: 1 everywhere
+  float* out;          // []
+  void* slope;         // [n]
+  float* partial;      // [sum_chunks(n)]
   int64_t n;
   float scale;
 };

@@ -5,25 +5,12 @@
 #include "ops/integer.h"
 
 namespace qk {
-namespace {
-
-FloatType type_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return FloatType::float32;
-    case ScalarType::Half: return FloatType::float16;
-    case ScalarType::BFloat16: return FloatType::bfloat16;
-    default: fail("gemm_weight_only", "x", "float32, float16 or bfloat16", describe(x));
-  }
-}
-
-}  // namespace
-
 template <void (*kernel)(const GemmWeightOnlyArgs&)>
 Tensor gemm_weight_only(const Tensor& x, const Tensor& weight, const Tensor& weight_step,
                         const std::optional<Tensor>& bias, int64_t bits) {
   constexpr const char* op = "gemm_weight_only";
   check_device(op, x, {{"weight", &weight}, {"weight_step", &weight_step}});
-  const FloatType type = type_of(x);
+  const FloatType type = check_float(op, "x", x);
   check_storage_bits(op, bits);
   check_tensor(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, op, "x", "[..., K] with K of 1 or more", x);
   const int64_t k = x.size(x.dim() - 1), m = x.numel() / k;

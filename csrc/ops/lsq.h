@@ -2,25 +2,29 @@
 #include <cstdint>
 
 #include "core/chunks.h"
+#include "core/halves.h"
 #include "core/kernel.h"
 
 namespace qk {
 
+// Numbers of `type` are widened to float32; what is made of them is rounded once. So in every operator of training.
 struct LsqArgs {
-  const float* x;       // [rows, cols]
+  FloatType type;
+  const void* x;        // [rows, cols] of type
   const float* step;    // [rows]
   const int32_t* zero;  // [rows]
-  float* out;           // [rows, cols]
+  void* out;            // [rows, cols] of type
   int64_t rows, cols;
   int bits;
 };
 
 struct LsqBackwardArgs {
-  const float* grad;    // [rows, cols]
-  const float* x;       // [rows, cols]
+  FloatType type;
+  const void* grad;     // [rows, cols] of type
+  const void* x;        // [rows, cols] of type
   const float* step;    // [rows]
   const int32_t* zero;  // [rows]
-  float* grad_x;        // [rows, cols]
+  void* grad_x;         // [rows, cols] of type
   float* grad_step;     // [rows]
   float* partial;       // [rows, sum_chunks(cols)] sums, added up in order so that threads never change a bit
   int64_t rows, cols;

@@ -9,7 +9,7 @@ template <void (*kernel)(const RangeErrorArgs&)>
 Tensor range_error(const Tensor& x, const Tensor& step, const Tensor& zero, int64_t bits, double power) {
   constexpr auto op = "range_error";
   check_device(op, x, {{"step", &step}, {"zero", &zero}});
-  check_dtype(op, "x", x, ScalarType::Float);
+  const FloatType type = check_float(op, "x", x);
   check_dtype(op, "step", step, ScalarType::Float);
   check_dtype(op, "zero", zero, ScalarType::Int);
   check_tensor(x.dim() == 2, op, "x", "[rows, cols]", x, "Reshape a tensor with one range to [1, -1].");
@@ -21,10 +21,10 @@ Tensor range_error(const Tensor& x, const Tensor& step, const Tensor& zero, int6
   check_step_values(op, "step", steps);
   check_zero_values(op, "zero", zeros, bits);
   const int64_t rows = x.size(0), cols = x.size(1), candidates = step.size(1);
-  Tensor out = torch::stable::new_empty(xs, {rows, candidates});
+  Tensor out = torch::stable::new_empty(steps, {rows, candidates});
   Tensor partial = torch::stable::new_empty(xs, {rows, range_error_chunks(cols), candidates}, ScalarType::Double);
   QK_DEVICE_GUARD(x);
-  kernel({xs.const_data_ptr<float>(), steps.const_data_ptr<float>(), zeros.const_data_ptr<int32_t>(),
+  kernel({type, xs.const_data_ptr(), steps.const_data_ptr<float>(), zeros.const_data_ptr<int32_t>(),
           out.mutable_data_ptr<float>(), partial.mutable_data_ptr<double>(), rows, cols, candidates,
           static_cast<int>(bits), static_cast<float>(power)});
   return out;

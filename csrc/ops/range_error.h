@@ -1,12 +1,14 @@
 #pragma once
 #include <cstdint>
 
+#include "core/halves.h"
 #include "core/kernel.h"
 
 namespace qk {
 
 struct RangeErrorArgs {
-  const float* x;       // [rows, cols]
+  FloatType type;
+  const void* x;        // [rows, cols] of type
   const float* step;    // [rows, candidates]
   const int32_t* zero;  // [rows, candidates]
   float* out;           // [rows, candidates]

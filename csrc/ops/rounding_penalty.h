@@ -2,12 +2,14 @@
 #include <cstdint>
 
 #include "core/chunks.h"
+#include "core/halves.h"
 #include "core/kernel.h"
 
 namespace qk {
 
 struct RoundingPenaltyArgs {
-  const float* v;  // [n]
+  FloatType type;
+  const void* v;   // [n] of type
   float* out;      // []
   float* partial;  // [sum_chunks(n)]
   int64_t n;
@@ -16,8 +18,9 @@ struct RoundingPenaltyArgs {
 
 struct RoundingPenaltyBackwardArgs {
   const float* grad;  // []
-  const float* v;     // [n]
-  float* grad_v;      // [n]
+  FloatType type;
+  const void* v;  // [n] of type
+  void* grad_v;   // [n] of type
   int64_t n;
   float beta;
 };

@@ -12,9 +12,8 @@ namespace {
 Rows check_soft_round(const char* op, const Tensor& weight, const Tensor& v, const Tensor& step, const Tensor& zero,
                       int64_t bits) {
   check_device(op, weight, {{"v", &v}, {"step", &step}, {"zero", &zero}});
-  check_dtype(op, "weight", weight, ScalarType::Float);
-  check_dtype(op, "v", v, ScalarType::Float);
-  check_same_shape(op, "v", v, "weight", weight);
+  check_float(op, "weight", weight);
+  check_like(op, "v", v, "weight", weight);
   check_bits(op, bits);
   return check_rows(op, weight, step, zero, bits, "weight");
 }
@@ -43,8 +42,9 @@ Tensor soft_round(const Tensor& weight, const Tensor& v, const Tensor& step, con
   const Tensor weights = dense(weight), vs = dense(v);
   Tensor out = result_like(weights);
   QK_DEVICE_GUARD(weight);
-  kernel({weights.const_data_ptr<float>(), vs.const_data_ptr<float>(), steps.const_data_ptr<float>(),
-          zeros.const_data_ptr<int32_t>(), out.mutable_data_ptr<float>(), rows, cols, static_cast<int>(bits)});
+  kernel({check_float("soft_round", "weight", weight), weights.const_data_ptr(), vs.const_data_ptr(),
+          steps.const_data_ptr<float>(), zeros.const_data_ptr<int32_t>(), out.mutable_data_ptr(), rows, cols,
+          static_cast<int>(bits)});
   return out;
 }
 
@@ -53,15 +53,15 @@ Tensor soft_round_backward(const Tensor& grad, const Tensor& weight, const Tenso
                            const Tensor& zero, int64_t bits, const std::optional<Tensor>& penalty) {
   const auto [rows, cols, steps, zeros] = check_soft_round("soft_round_backward", weight, v, step, zero, bits);
   check_device("soft_round_backward", weight, {{"grad", &grad}});
-  check_dtype("soft_round_backward", "grad", grad, ScalarType::Float);
-  check_same_shape("soft_round_backward", "grad", grad, "weight", weight);
+  check_like("soft_round_backward", "grad", grad, "weight", weight);
   const std::optional<Tensor> added = check_penalty(weight, penalty);
   const Tensor grads = dense(grad), weights = dense(weight), vs = dense(v);
   Tensor grad_v = result_like(weights);
   QK_DEVICE_GUARD(weight);
-  kernel({grads.const_data_ptr<float>(), weights.const_data_ptr<float>(), vs.const_data_ptr<float>(),
-          steps.const_data_ptr<float>(), zeros.const_data_ptr<int32_t>(), grad_v.mutable_data_ptr<float>(), rows, cols,
-          static_cast<int>(bits), added ? added->const_data_ptr<float>() : nullptr});
+  kernel({check_float("soft_round_backward", "weight", weight), grads.const_data_ptr(), weights.const_data_ptr(),
+          vs.const_data_ptr(), steps.const_data_ptr<float>(), zeros.const_data_ptr<int32_t>(),
+          grad_v.mutable_data_ptr(), rows, cols, static_cast<int>(bits),
+          added ? added->const_data_ptr<float>() : nullptr});
   return grad_v;
 }
 

@@ -1,27 +1,30 @@
 #pragma once
 #include <cstdint>
 
+#include "core/halves.h"
 #include "core/kernel.h"
 
 namespace qk {
 
 struct SoftRoundArgs {
-  const float* weight;  // [rows, cols]
-  const float* v;       // [rows, cols]
+  FloatType type;       // of the weight and v
+  const void* weight;   // [rows, cols]
+  const void* v;        // [rows, cols]
   const float* step;    // [rows]
   const int32_t* zero;  // [rows]
-  float* out;           // [rows, cols]
+  void* out;            // [rows, cols] of type
   int64_t rows, cols;
   int bits;
 };
 
 struct SoftRoundBackwardArgs {
-  const float* grad;    // [rows, cols]
-  const float* weight;  // [rows, cols]
-  const float* v;       // [rows, cols]
+  FloatType type;       // of the three and of grad_v
+  const void* grad;     // [rows, cols]
+  const void* weight;   // [rows, cols]
+  const void* v;        // [rows, cols]
   const float* step;    // [rows]
   const int32_t* zero;  // [rows]
-  float* grad_v;        // [rows, cols]
+  void* grad_v;         // [rows, cols]
   int64_t rows, cols;
   int bits;
   const float* penalty;  // [2], weight and exponent: that much of the gradient of rounding_penalty is added; or none is

@@ -31,9 +31,9 @@ def reports() -> list[Path]:
 
 
 def short(name: str) -> str:
-    """convolve_kernel<8, 4, 1> of the demangled signature."""
-    name = name.replace("(anonymous namespace)", "").replace("(int)", "").replace("(bool)", "")
-    return name.split("(")[0].split("::")[-1]
+    """convolve_kernel<Tile<8, 4, 1>, 4> of the demangled signature."""
+    name = re.sub(r"\(anonymous namespace\)::|\b(qk|cuda)::|\(int\)|\(bool\)|^void ", "", name)
+    return name.split("(")[0]
 
 
 def kernels() -> dict[tuple[str, str], dict[str, int]]:

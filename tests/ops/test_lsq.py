@@ -194,7 +194,7 @@ X, STEP, ZERO = torch.ones(5, 8), torch.ones(5), torch.zeros(5, dtype=torch.int3
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": X.double()}, r"qk::lsq: x must be Float, got Double \[5, 8\]"),
+        ({"x": X.double()}, r"qk::lsq: x must be float32, float16 or bfloat16, got Double \[5, 8\]"),
         ({"step": torch.ones(3)}, r"step must be one value, or one for each row of x .*, got Float \[3\] for x"),
         ({"step": STEP.double()}, r"step must be Float"),
         ({"step": STEP * 0}, r"step must be positive and finite, got 0.0+ at 0"),

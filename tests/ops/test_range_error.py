@@ -93,7 +93,7 @@ X, STEP, ZERO = torch.ones(5, 8), torch.ones(5, 3), torch.zeros(5, 3, dtype=torc
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": X.double()}, r"qk::range_error: x must be Float, got Double \[5, 8\]"),
+        ({"x": X.double()}, r"qk::range_error: x must be float32, float16 or bfloat16, got Double \[5, 8\]"),
         ({"x": X[0]}, r"x must be \[rows, cols\], got Float \[8\]. Reshape a tensor with one range to \[1, -1\]"),
         ({"step": STEP[:4]}, r"step must be \[rows of x, candidates\], got Float \[4, 3\]"),
         ({"step": STEP - 1}, r"step must be positive and finite"),

@@ -113,7 +113,11 @@ def test_registration(device):
 @pytest.mark.parametrize(
     ("v", "beta", "message"),
     [
-        (torch.ones(3).double(), 2.0, r"qk::rounding_penalty: v must be Float, got Double \[3\]"),
+        (
+            torch.ones(3).double(),
+            2.0,
+            r"qk::rounding_penalty: v must be float32, float16 or bfloat16, got Double \[3\]",
+        ),
         (torch.ones(3), 0.5, r"beta must be a number of at least 1, finite in float32, got 0.5"),
         (torch.ones(3), math.nan, r"beta must be a number of at least 1, finite in float32, got nan"),
         (torch.ones(3), math.inf, r"beta must be a number of at least 1, finite in float32, got inf"),

@@ -195,8 +195,8 @@ W, STEP, ZERO = torch.ones(5, 8), torch.ones(5), torch.zeros(5, dtype=torch.int3
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weight": W.double()}, r"qk::soft_round: weight must be Float, got Double \[5, 8\]"),
-        ({"v": W.half()}, r"v must be Float, got Half"),
+        ({"weight": W.double()}, r"qk::soft_round: weight must be float32, float16 or bfloat16, got Double \[5, 8\]"),
+        ({"v": W.half()}, r"v must be of the type of weight"),
         ({"v": W.t()}, r"v must be of the shape of weight, Float \[5, 8\], got Float \[8, 5\]"),
         ({"step": torch.ones(3)}, r"step must be one value, or one for each row of weight .*, got Float \[3\]"),
         ({"step": STEP * 0}, r"step must be positive and finite"),

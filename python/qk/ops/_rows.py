@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def widened(x: Tensor) -> Tensor:
+    """float16 and bfloat16 as float32, in which kernels compute; what comes out is rounded once."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def as_rows(x: Tensor, step: Tensor) -> Tensor:
     """x as [step.numel(), -1]."""
     return x.reshape(step.numel(), -1) if x.numel() else x.reshape(step.numel(), 0)

@@ -9,16 +9,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qk.ops._rows import on_one_device
+from qk.ops._rows import on_one_device, widened
 
 
 def fisher_loss(output: Tensor, target: Tensor, weight: Tensor | None = None, scale: float = 1.0) -> Tensor:
     """scale * sum of weight * (output - target)^2, with a gradient for output only.
 
-    output, target, weight: [...], float32, of one shape; without weight it is 1 everywhere (the squared error).
+    output, target, weight: [...], of one shape and all float32, float16 or bfloat16; without weight it is 1
+    everywhere (the squared error).
     The mean over batch and positions of the sum over channels has scale = channels / output.numel().
-    Returns one value, []. The same bits for every number of threads and instruction set. Raises RuntimeError for
-    another dtype, device or shape.
+    Returns one value, [], float32. The same bits for every number of threads and instruction set. Raises
+    RuntimeError for another dtype, device or shape.
     """
     return torch.ops.qk.fisher_loss(output, target, weight, scale)[0]
 
@@ -36,16 +37,16 @@ def fisher_loss_and_slope(
 def reference(
     output: Tensor, target: Tensor, weight: Tensor | None = None, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """The definition, in the dtype of output: the loss and its gradient for output."""
-    slope = output - target
-    weighed = slope if weight is None else weight * slope
-    return scale * (weighed * slope).sum(), 2 * scale * weighed
+    """The definition, in the dtype of output, float32 at least: the loss and its gradient for output."""
+    slope = widened(output) - widened(target)
+    weighed = slope if weight is None else widened(weight) * slope
+    return scale * (weighed * slope).sum(), (2 * scale * weighed).to(output.dtype)
 
 
 @torch.library.register_fake("qk::fisher_loss")
 def _(output, target, weight, scale):
     on_one_device("fisher_loss", output, target, weight)
-    return output.new_empty(()), torch.empty_like(output, memory_format=torch.contiguous_format)
+    return output.new_empty((), dtype=torch.float32), torch.empty_like(output, memory_format=torch.contiguous_format)
 
 
 def _save(ctx, inputs, output):

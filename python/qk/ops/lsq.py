@@ -8,18 +8,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qk.ops._rows import as_rows, fake_quantize, on_one_device, units
+from qk.ops._rows import as_rows, fake_quantize, on_one_device, units, widened
 
 
 def lsq(x: Tensor, step: Tensor, zero: Tensor, bits: int, grad_scale: float = 1.0, boundary: str = "paper") -> Tensor:
     """step * (clamp(round(x / step) + zero, 0, 2^bits - 1) - zero), with gradients for x and step.
 
-    x: [...], float32. step: float32, positive, and zero: int32, one value each (per tensor) or one for each row of x
-    seen as [step.numel(), -1]. bits: 2 to 8. With the paper's limits: zero = Q_N, 2^bits - 1 - zero = Q_P.
-    grad_scale multiplies the gradient of step; the paper's is 1 / sqrt(N * Q_P) (`grad_scale_for`).
-    boundary: "paper" lets x's gradient pass strictly inside the limits; "torch" decides on the rounded code, as torch's
-    own learnable fake-quantize does.
-    Returns a tensor of x's shape. Raises RuntimeError for another dtype, device, shape, or a step that is not positive.
+    x: [...], float32, float16 or bfloat16. step: float32, positive, and zero: int32, one value each (per tensor) or
+    one for each row of x seen as [step.numel(), -1]. bits: 2 to 8. With the paper's limits: zero = Q_N, 2^bits - 1
+    - zero = Q_P. grad_scale multiplies the gradient of step; the paper's is 1 / sqrt(N * Q_P) (`grad_scale_for`).
+    boundary: "paper" lets x's gradient pass strictly inside the limits; "torch" decides on the rounded code, as
+    torch's own learnable fake-quantize does.
+    Returns a tensor like x, computed in float32. Raises RuntimeError for another dtype, device, shape, or a step
+    that is not positive.
     """
     return torch.ops.qk.lsq(x, step, zero, bits, grad_scale, boundary)
 
@@ -33,14 +34,14 @@ def reference(
     x: Tensor, step: Tensor, zero: Tensor, bits: int, grad_scale: float = 1.0, boundary: str = "paper"
 ) -> Tensor:
     """The definition."""
-    return fake_quantize(x, step, zero, bits)
+    return fake_quantize(widened(x), step, zero, bits).to(x.dtype)
 
 
 def reference_backward(
     grad: Tensor, x: Tensor, step: Tensor, zero: Tensor, bits: int, grad_scale: float = 1.0, boundary: str = "paper"
 ) -> tuple[Tensor, Tensor]:
     """The definition of the gradients of x and step; the sum over a row is in float64."""
-    t = units(x, step)
+    t = units(widened(x), step)
     low = -zero.reshape(-1, 1).to(torch.float32)
     high = low + (2**bits - 1)
     code = torch.minimum(torch.maximum(torch.round(t), low), high)
@@ -49,9 +50,9 @@ def reference_backward(
     else:
         inside = (low <= torch.round(t)) & (torch.round(t) <= high)
     slope = torch.where(inside, code - t, torch.nan_to_num(code))
-    grads = as_rows(grad, step)
+    grads = as_rows(widened(grad), step)
     grad_step = (grads.double() * slope.double()).sum(1).float() * grad_scale
-    return torch.where(inside, grads, 0.0).reshape(x.shape), grad_step.reshape(step.shape)
+    return torch.where(inside, grads, 0.0).reshape(x.shape).to(x.dtype), grad_step.reshape(step.shape)
 
 
 @torch.library.register_fake("qk::lsq")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qk.ops._rows import as_rows, on_one_device, units
+from qk.ops._rows import as_rows, on_one_device, units, widened
 
 LOW, HIGH = -0.1, 1.1  # the paper's gamma and zeta: they let the sigmoid reach 0 and 1
 
@@ -16,10 +16,10 @@ LOW, HIGH = -0.1, 1.1  # the paper's gamma and zeta: they let the sigmoid reach 
 def soft_round(weight: Tensor, v: Tensor, step: Tensor, zero: Tensor, bits: int) -> Tensor:
     """step * (clamp(floor(weight / step) + h(v) + zero, 0, 2^bits - 1) - zero), with a gradient for v.
 
-    weight, v: [...], float32. step: float32, positive, and zero: int32, one value each (per tensor) or one for each row
-    of weight seen as [step.numel(), -1]. bits: 2 to 8. h is `fraction`.
-    Returns a tensor of weight's shape. NaN in weight or v stays NaN. Raises RuntimeError for another dtype, device,
-    shape, or a step that is not positive.
+    weight, v: [...], both float32, float16 or bfloat16. step: float32, positive, and zero: int32, one value each
+    (per tensor) or one for each row of weight seen as [step.numel(), -1]. bits: 2 to 8. h is `fraction`.
+    Returns a tensor like weight, computed in float32. NaN in weight or v stays NaN. Raises RuntimeError for another
+    dtype, device, shape, or a step that is not positive.
     """
     return torch.ops.qk.soft_round(weight, v, step, zero, bits)
 
@@ -38,8 +38,9 @@ def start(weight: Tensor, step: Tensor) -> Tensor:
 def reference(weight: Tensor, v: Tensor, step: Tensor, zero: Tensor, bits: int) -> Tensor:
     """The definition; autograd of it is the definition of the gradient."""
     low = -zero.reshape(-1, 1).to(torch.float32)
-    code = torch.floor(units(weight, step)) + fraction(as_rows(v, step))
-    return (torch.clamp(code, low, low + (2**bits - 1)) * step.reshape(-1, 1)).reshape(weight.shape)
+    code = torch.floor(units(widened(weight), step)) + fraction(as_rows(widened(v), step))
+    values = torch.clamp(code, low, low + (2**bits - 1)) * step.reshape(-1, 1)
+    return values.reshape(weight.shape).to(weight.dtype)
 
 
 def reference_backward(
@@ -53,12 +54,14 @@ def reference_backward(
 ) -> Tensor:
     """The definition of the gradient of v, with that of penalty[0] * rounding_penalty(v, beta=penalty[1]) added."""
     low = -zero.reshape(-1, 1).to(torch.float32)
-    rows = as_rows(v, step)
-    code = torch.floor(units(weight, step)) + fraction(rows)
+    rows = as_rows(widened(v), step)
+    code = torch.floor(units(widened(weight), step)) + fraction(rows)
     inside = (code >= low) & (code <= low + (2**bits - 1))
-    grads = as_rows(grad, step) * step.reshape(-1, 1) * slope_of(rows)
+    grads = as_rows(widened(grad), step) * step.reshape(-1, 1) * slope_of(rows)
     found = torch.where(inside, grads, 0.0).reshape(v.shape)
-    return found if penalty is None else found + penalty[0] * penalty_slope(v, penalty[1])
+    if penalty is not None:
+        found = found + penalty[0] * penalty_slope(widened(v), penalty[1])
+    return found.to(v.dtype)
 
 
 def slope_of(v: Tensor) -> Tensor:
