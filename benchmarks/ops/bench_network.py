@@ -1,4 +1,8 @@
-"""A network of 60 small steps in one call, against one call for each step: what the calls themselves cost."""
+"""A network of 60 small steps in one call, against one call for each step: what the calls themselves cost.
+
+On a GPU whole networks too, of random weights, where torchvision and transformers are installed: fused, W4A8, beside
+torch's float16. How they fare on a CPU is measured by `qk bench`.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import qk
 from harness import Case, main
+from qk import sources
+from qk.deploy.fuse import fuse, unfused
 from qk.deploy.program import Builder, encode, interpret
 
 STEPS, CHANNELS = 60, 16
@@ -62,6 +68,44 @@ def cases(args):
             ours=lambda x=x, constants=constants, text=text: qk.ops.network([x], constants, text),
             peers={"one call for each step": one_by_one},
         )
+
+    if args.device == "cuda":
+        for name in ("resnet18", "resnet50", "mobilenet_v2", "minilm"):
+            for batch in (1, 32):
+                yield whole(name, batch, args.device)
+
+
+def model_of(name: str, batch: int):
+    """A network with random weights, and an input."""
+    torch.manual_seed(0)
+    if name != "minilm":
+        return getattr(sources.import_torchvision().models, name)().eval(), torch.randn(batch, 3, 224, 224)
+    from transformers import BertConfig, BertModel
+
+    sizes = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+    return BertModel(BertConfig(**sizes)).eval(), {"input_ids": torch.randint(0, 30000, (batch, 128))}
+
+
+def whole(name: str, batch: int, device: str) -> Case:
+    """The fused network, a call of which is one operator for each integer region."""
+    model, x = model_of(name, batch)
+    model, x = model.to(device), {k: v.to(device) for k, v in x.items()} if isinstance(x, dict) else x.to(device)
+    recipe = qk.Recipe(weights=4, activations=8, method="nearest", ranges="minmax")
+    integer = qk.quantize(model, [x], recipe, measure=False, fused=False, progress=False).model
+    fast, slow = fuse(integer, x), unfused(integer, x)
+    half = model.half() if device == "cuda" else model
+    half_x = x.half() if torch.is_tensor(x) and device == "cuda" else x
+
+    def call(network, given):
+        with torch.inference_mode():
+            return network(**given) if isinstance(given, dict) else network(given)
+
+    def check():
+        found = [call(network, x) for network in (fast, slow)]
+        assert torch.equal(*(y if torch.is_tensor(y) else y[0] for y in found))
+
+    name = f"{name}, batch {batch}, W4A8"
+    return Case(name, check, lambda: call(fast, x), {"torch float": lambda: call(half, half_x)})
 
 
 if __name__ == "__main__":
