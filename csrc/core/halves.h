@@ -26,10 +26,13 @@ static inline decltype(auto) with_float(FloatType type, F&& f) {
 
 QK_HD static inline float float_of_bfloat16(uint16_t bits) { return as_float(static_cast<int32_t>(bits) << 16); }
 
-// The product brings the exponent's bias from 15 to 127, for denormals too.
+// Denormals are the distance of a number between 2^-14 and 2^-13 from 2^-14: no float32 on the way is one, which a
+// processor that is told to would take for 0.
 QK_HD static inline float float_of_float16(uint16_t bits) {
   const int32_t rest = (bits & 0x7fff) << 13, sign = static_cast<int32_t>(static_cast<uint32_t>(bits & 0x8000) << 16);
-  return as_float(as_bits(as_float(rest) * 0x1p112f) | sign | (rest >= 0x0f800000 ? 0x7f800000 : 0));
+  const int32_t small = as_bits(as_float(rest + (113 << 23)) - 0x1p-14f), other = rest + (112 << 23);
+  const int32_t size = rest < 1 << 23 ? small : rest >= 0x0f800000 ? rest | 0x7f800000 : other;
+  return as_float(size | sign);
 }
 
 // To nearest, ties to even; NaN stays NaN.

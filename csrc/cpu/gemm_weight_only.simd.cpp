@@ -1,6 +1,7 @@
 // Activations in float times weights of few bits. Codes become floats in registers, on their way from memory to the
 // sums, so that a single row reads no more than the packed weight; a tile of rows shares what that takes. Sums go along
-// K in order, by fused multiply-adds: every instruction set and every number of rows gives the same bits.
+// K in order, by fused multiply-adds: every instruction set and every number of rows gives the same bits, but for
+// bfloat16 of several rows on AMX tiles, which add in their own order and take denormals for 0.
 #include "ops/gemm_weight_only.h"
 
 #include "core/scratch.h"
@@ -189,7 +190,6 @@ Share share_of(const GemmWeightOnlyArgs& a, int64_t tile_rows, int64_t tile_bloc
 
 // What the channels of `blocks` blocks from `from` on have, each [blocks * 16], those with groups [k_groups] of that.
 // Those that are not there have anything.
-template <int B>
 void load_terms(const GemmWeightOnlyArgs& a, int64_t from, int64_t blocks, float* steps, float* bias) {
   const int64_t groups = a.layout.k_groups, width = blocks * block;
   for (int64_t b = 0; b < blocks; ++b) {
@@ -252,7 +252,7 @@ class Worker {
     const int64_t there = least(s_.tile_blocks, l_.blocks() - from), valid = least(there * block, a_.shape.n - n_first);
     for (int64_t b = 0; b < s_.tile_blocks; ++b)
       t.weight[b] = a_.weight + l_.codes_at + (from + least(b, there - 1)) * l_.block_bytes;
-    load_terms<B>(a_, from, s_.tile_blocks, steps_, bias_);
+    load_terms(a_, from, s_.tile_blocks, steps_, bias_);
     load_zeros(from, there);
     t.zero = zero_;
     t.zeros = zeros_, t.steps = steps_, t.bias = a_.bias ? bias_ : nullptr;
@@ -361,7 +361,7 @@ class TileWorker {
   void column(int64_t index) {
     const int64_t from = 2 * index, there = least<int64_t>(2, l_.blocks() - from), n_first = from * block;
     const int64_t valid = least(width, a_.shape.n - n_first), block_pitch = l_.k_groups * group_tiles_ * tile_bytes;
-    load_terms<B>(a_, from, 2, steps_, bias_);
+    load_terms(a_, from, 2, steps_, bias_);
     for (int64_t b = 0; b < there; ++b) unpack(from + b, weights_ + b * block_pitch);
     if (there < 2) std::memset(weights_ + block_pitch, 0, static_cast<size_t>(block_pitch));
     for (int64_t r = 0; r < count_; r += width) {
@@ -436,7 +436,8 @@ void gemm_weight_only(const GemmWeightOnlyArgs& a) {
   if (a.m == 0) return;
   with_bits(a.shape.bits, [&](auto bits) {
 #if defined(QK_ISA_AMX)
-    if (a.type == FloatType::bfloat16 && a.m >= fewest_for_tiles)
+    const bool long_groups = a.layout.k_groups == 1 || a.layout.segment_k >= halves_k;  // shorter ones are filled up
+    if (a.type == FloatType::bfloat16 && a.m >= fewest_for_tiles && long_groups)
       return multiply_all<TileWorker<bits>>(a, share_of(a, 2 * side, 2, 2));
 #endif
     const int64_t rows = rows_of_tile(ceil_div(a.m, ceil_div(a.m, most_rows)));

@@ -2,7 +2,8 @@
 // tokens, as in products of codes (product.cuh), and the weights lie as for those. The instruction takes 16 values of
 // K: those of a lane are 4 t .. 4 t + 3, in the weight as in x, so that it reads four neighbours at once. Codes become
 // float16 or bfloat16 by their bits: code | 0x6400 is 1024 + code, code | 0x4300 is 128 + code, and a subtraction
-// leaves code - zero, exactly. A float32 is the sum of three bfloat16, exactly, each of which is multiplied.
+// leaves code - zero, exactly. A float32 is the sum of three bfloat16, exactly from 2^-109 on (below, but for less than
+// 2^-133), each of which is multiplied.
 #include "ops/gemm_weight_only.h"
 
 #include "cuda/product.cuh"
@@ -13,23 +14,22 @@ namespace {
 constexpr int steps = tile_k / 16;  // of a tile of the weight, by the instruction
 
 // What x is in memory; four neighbours of it in registers; and the pairs that are multiplied, `parts` for each of x.
+template <class T>
 struct Halves {
-  using Memory = uint16_t;
+  using Memory = T;
   using Four = Values<uint32_t, 2>;
   static constexpr int parts = 1;
 
   __device__ static Four four(const Memory* p) { return load<2>(reinterpret_cast<const uint32_t*>(p)); }
   __device__ static void set(Four& four, int i, Memory value) {
-    four.v[i / 2] |= static_cast<uint32_t>(value) << (16 * (i % 2));
+    four.v[i / 2] |= static_cast<uint32_t>(value.bits) << (16 * (i % 2));
   }
 };
-struct Float16 : Halves {
+struct Float16 : Halves<Half> {
   static constexpr bool bfloat16 = false;
-  __device__ static Memory narrowed(float value) { return float16_of(value); }
 };
-struct BFloat16 : Halves {
+struct BFloat16 : Halves<BFloat> {
   static constexpr bool bfloat16 = true;
-  __device__ static Memory narrowed(float value) { return bfloat16_of(value); }
 };
 struct Float32 {
   using Memory = float;
@@ -39,7 +39,6 @@ struct Float32 {
 
   __device__ static Four four(const Memory* p) { return load<4>(p); }
   __device__ static void set(Four& four, int i, Memory value) { four.v[i] = value; }
-  __device__ static Memory narrowed(float value) { return value; }
 };
 
 // The second factors of four neighbours, for each part that x is a sum of.
@@ -69,12 +68,8 @@ struct Factors {
 // What is added to the bits of codes to leave code - zero: twice -(1024 + zero) or -(128 + zero).
 template <bool bfloat16, int bits>
 __device__ uint32_t less_zero(const GemmWeightOnlyArgs& a, int64_t at) {
-  uint32_t one = 0;
-  if constexpr (bits == 8)
-    one = 0xe480;  // -1152 in float16
-  else
-    one = bfloat16 ? 0xc300u | a.weight[a.layout.zeros_at + at] : 0xe400u | a.weight[a.layout.zeros_at + at];
-  return one | one << 16;
+  const uint32_t zero = bits == 8 ? 128 : a.weight[a.layout.zeros_at + at];
+  return ((bfloat16 ? 0xc300u : 0xe400u) | zero) * 0x10001u;
 }
 
 // The first factor of a step from a lane's codes: four of channel g and four of channel g + 8.
@@ -117,6 +112,17 @@ __device__ void multiply_step(float (&dot)[row_tiles][4], const uint32_t (&weigh
 #pragma unroll
     for (int part = T::parts; part-- > 0;)  // small ones first
       multiply_halves<T::bfloat16>(dot[r], weights[r], x.b[part][0], x.b[part][1]);
+}
+
+// f(c, r, j) for each sum of a lane: token 2 t + j % 2 of tile c of tokens, channel g + 8 (j / 2) of tile r of rows.
+template <class S, class F>
+__device__ void each_sum(const F& f) {
+#pragma unroll
+  for (int c = 0; c < S::token_tiles; ++c)
+#pragma unroll
+    for (int r = 0; r < S::row_tiles; ++r)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) f(c, r, j);
 }
 
 // The first factors of step s for every tile of rows of a warp.
@@ -245,26 +251,16 @@ __global__ void __launch_bounds__(block_threads, S::tokens == 8 && S::Type::part
 #pragma unroll
           for (int c = 0; c < S::token_tiles; ++c) multiply_step<T>(dot[c], weights, Factors<T>(ahead[i].x[c][s]));
         }
-#pragma unroll
-        for (int c = 0; c < S::token_tiles; ++c)
-#pragma unroll
-          for (int r = 0; r < S::row_tiles; ++r)
-#pragma unroll
-            for (int j = 0; j < 4; ++j) y[c][r][j] = __fmaf_rn(dot[c][r][j], step[r][j / 2], y[c][r][j]);
+        each_sum<S>([&](int c, int r, int j) { y[c][r][j] = __fmaf_rn(dot[c][r][j], step[r][j / 2], y[c][r][j]); });
         if (reader.tiles > 0) reader.read(ahead[i]);
       }
     }
     for (int warp = 0; warp < warps; ++warp) {  // always in the same order
       if (static_cast<int>(threadIdx.x) / 32 == warp)
-#pragma unroll
-        for (int c = 0; c < S::token_tiles; ++c)
-#pragma unroll
-          for (int r = 0; r < S::row_tiles; ++r)
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-              float& sum = sums[8 * c + 2 * (lane % 4) + j % 2][16 * r + lane / 4 + 8 * (j / 2)];
-              sum = warp ? __fadd_rn(sum, y[c][r][j]) : y[c][r][j];
-            }
+        each_sum<S>([&](int c, int r, int j) {
+          float& sum = sums[8 * c + 2 * (lane % 4) + j % 2][16 * r + lane / 4 + 8 * (j / 2)];
+          sum = warp ? __fadd_rn(sum, y[c][r][j]) : y[c][r][j];
+        });
       __syncthreads();
     }
     for (int i = threadIdx.x; i < count * S::channels; i += block_threads) {
@@ -273,7 +269,7 @@ __global__ void __launch_bounds__(block_threads, S::tokens == 8 && S::Type::part
       if (n >= a.shape.n) continue;
       float sum = sums[token][at];
       if (a.bias) sum = __fadd_rn(sum, a.bias[n]);
-      static_cast<typename T::Memory*>(a.out)[(token0 + token) * a.shape.n + n] = T::narrowed(sum);
+      narrow(sum, static_cast<typename T::Memory*>(a.out) + (token0 + token) * a.shape.n + n);
     }
     __syncthreads();  // the sums have been read
   });
@@ -377,14 +373,6 @@ __global__ void __launch_bounds__(block_threads, 1) many_rows_kernel(GemmWeightO
     }
     float dot[S::token_tiles][S::row_tiles][4] = {};
     float y[grouped ? S::token_tiles : 1][S::row_tiles][4] = {};
-    const auto each_sum = [&](const auto& f) {
-#pragma unroll
-      for (int c = 0; c < S::token_tiles; ++c)
-#pragma unroll
-        for (int r = 0; r < S::row_tiles; ++r)
-#pragma unroll
-          for (int j = 0; j < 4; ++j) f(c, r, j);
-    };
     for (int tile = 0, group = 0, left = group_tiles; tile < all_tiles; ++tile) {
       wait_copies<S::stages - 2>();
       __syncthreads();  // the stage is there for all, and the one before it has been read by all
@@ -411,7 +399,7 @@ __global__ void __launch_bounds__(block_threads, 1) many_rows_kernel(GemmWeightO
       if constexpr (grouped) {
         if (--left) continue;
         left = group_tiles;
-        each_sum([&](int c, int r, int j) {
+        each_sum<S>([&](int c, int r, int j) {
           y[c][r][j] = __fmaf_rn(dot[c][r][j], step[r][j / 2], y[c][r][j]);
           dot[c][r][j] = 0;
         });
@@ -419,13 +407,13 @@ __global__ void __launch_bounds__(block_threads, 1) many_rows_kernel(GemmWeightO
       }
     }
     __syncthreads();  // x has been read: results are gathered there, to leave as whole rows
-    each_sum([&](int c, int r, int j) {
+    each_sum<S>([&](int c, int r, int j) {
       const int channel = (row_warp * S::row_tiles + r) * rows + lane / 4 + 8 * (j / 2);
       const int64_t n = least(part * S::channels + channel, a.shape.n - 1);
       float value = grouped ? y[grouped ? c : 0][r][j] : __fmul_rn(dot[c][r][j], step[r][j / 2]);
       if (a.bias) value = __fadd_rn(value, a.bias[n]);
-      reinterpret_cast<Memory*>(x)[(first_token + 8 * c + 2 * (lane % 4) + j % 2) * S::pitch + channel] =
-          T::narrowed(value);
+      const int token = first_token + 8 * c + 2 * (lane % 4) + j % 2;
+      narrow(value, reinterpret_cast<Memory*>(x) + token * S::pitch + channel);
     });
     __syncthreads();
     const int length = static_cast<int>(least(S::channels, a.shape.n - part * S::channels));

@@ -77,15 +77,15 @@ def test_one_zero_for_all(bits, groups, device, make_weight):
 def bound(x, w, bias, want):
     """Of the error: sums of K products in float32, the steps' products and sums, the rounding to x's type.
 
-    K + 2 groups + 2 operations, each within 2^-24 of its result, which is at most sum |x| |w| + |bias|; tensor cores
-    cut what they add at 2^-22.
+    K + 2 groups + 2 operations, each within 2^-24 of its result, which is at most sum |x| |w| + |bias|. Tensor cores
+    cut what they add at 2^-22, and add each of the three parts of a float32.
     """
     n, k = w.codes.shape
     groups = w.step.numel() // n
     units = (w.codes.reshape(n, groups, -1).double() - w.zero.reshape(n, groups, 1)).abs()
     size = x.double().abs() @ (units * w.step.reshape(n, groups, 1)).reshape(n, k).t() + bias.abs()
-    unit = 2**-22 if x.device.type == "cuda" else 2**-24
-    return (k + 2 * groups + 2) * unit * size + torch.finfo(x.dtype).eps * want.double().abs() + 1e-7
+    terms, unit = (3 * k, 2**-22) if x.device.type == "cuda" else (k, 2**-24)
+    return (terms + 2 * groups + 2) * unit * size + torch.finfo(x.dtype).eps * want.double().abs() + 1e-7
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -157,10 +157,25 @@ def test_every_value_of_16_bits_is_read(dtype, isa, make_weight):
     qk.force_isa(isa)
     got = qk.ops.gemm_weight_only(x, w.prepacked, w.step, None, 8)
     qk.force_isa(before)
-    if isa == "amx" and dtype == torch.bfloat16:  # tiles take denormals for 0
+    if isa == "amx" and dtype == torch.bfloat16:  # its tiles take denormals for 0
         x = torch.where(x.abs() < torch.finfo(dtype).tiny, 0, x)
     assert torch.equal(got.isnan(), x.isnan().expand(-1, 3))
     assert torch.equal(got.nan_to_num(), x.expand(-1, 3).nan_to_num())
+
+
+def test_denormals_of_float16_are_read_where_those_of_float32_are_flushed(make_weight):
+    w = make_weight((3, 1), 8)
+    w.codes.fill_(129)
+    w.prepacked, w.step = qk.ops.prepack(qk.ops.pack(w.codes, 8), w.zero, 8, (3, 1)), torch.ones(3)
+    x = torch.tensor([[3e-5], [6e-8], [-6e-5]], dtype=torch.float16)
+    want = x.double().expand(-1, 3)
+    assert torch.set_flush_denormal(True)
+    try:
+        with threads(1):  # others have a mode of their own
+            got = qk.ops.gemm_weight_only(x, w.prepacked, w.step * 1024, None, 8)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(got.double() / 1024, want)
 
 
 def test_rows_threads_and_instruction_sets_change_no_bit(each_isa_and_threads, make_weight):

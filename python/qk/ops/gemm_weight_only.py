@@ -15,7 +15,8 @@ def gemm_weight_only(x: Tensor, weight: Tensor, weight_step: Tensor, bias: Tenso
     [N, groups along K], added in order. bias: float32 [N] or None. bits: 2, 4 or 8, of the weight.
     Returns [..., N] in x's type. code - zero is exact; sums are float32, so that the error is at most that of K
     additions in float32, and the result is rounded once. On the CPU every instruction set and every number of rows
-    gives the same bits; another device adds in another order.
+    gives the same bits, but for bfloat16 of five rows and more where there is AMX, whose tiles add in their own order
+    and take denormals for 0. CUDA adds in another order.
     Raises RuntimeError for another dtype, device or shape, or a weight prepacked otherwise.
     """
     return torch.ops.qk.gemm_weight_only(x, weight, weight_step, bias, bits)
