@@ -30,7 +30,7 @@ STABLE_TORCH_LIBRARY(qk, m) {
   m.def("rounding_penalty_backward(Tensor grad, Tensor v, float beta) -> Tensor");
 
   // output, target, weight [...] float -> loss [] float32: scale * sum of weight * (output - target)^2, no weight means
-  // 1; and its gradient for output [...] float, in the same pass.
+  // 1; and its gradient for output [...] float32, in the same pass.
   m.def("fisher_loss(Tensor output, Tensor target, Tensor? weight, float scale) -> (Tensor, Tensor)");
 
   // x [rows, cols] float, step [rows, candidates] float32, zero [rows, candidates] int32 -> [rows, candidates]:

@@ -24,10 +24,9 @@ void fisher_loss(const FisherLossArgs& a) {
   each_chunk(1, a.n, [&](int64_t, int64_t at, int64_t n, int64_t job) {
     FloatChunk floats(a.type, at, n);
     const float *output = floats.read<0>(a.output), *target = floats.read<1>(a.target);
-    float* slope = floats.write<2>(a.slope);
+    float* slope = a.slope + at;
     a.partial[job] = a.weight ? loss<true>(output, target, floats.read<3>(a.weight), slope, n, twice)
                               : loss<false>(output, target, nullptr, slope, n, twice);
-    floats.leave<2>(a.slope);
   });
   *a.out = a.scale * total(a.partial, sum_chunks(a.n));
 }

@@ -278,7 +278,8 @@ class Worker {
       for (int64_t b = 0; b < blocks; ++b)
         for (int64_t g = 0; g < groups; ++g, zeros += block) {
           bool same = true;
-          for (int i = 0; i < block; ++i) same &= zeros[i] == first;
+          for (int64_t i = 0, n = a_.shape.n - (from + b) * block; i < least<int64_t>(block, n); ++i)
+            same &= zeros[i] == first;
           own_zeros_ |= !same;
           for (int i = 0; i < block; i += lanes) {
             const Lane values = floats_of(zeros + i);

@@ -12,7 +12,7 @@ __global__ void fisher_loss_kernel(FisherLossArgs a) {
   each_chunk<team>(1, a.n, [&](int64_t, int64_t at, int64_t count, int64_t job) {
     const T *output = static_cast<const T*>(a.output) + at, *target = static_cast<const T*>(a.target) + at;
     const T* weight = weighted ? static_cast<const T*>(a.weight) + at : output;
-    T* slope = static_cast<T*>(a.slope) + at;
+    float* slope = a.slope + at;
     float sum = 0;
     const int before = values_before<together<T>>(output, target, weight, slope);
     each_value<team, together<T>>(count, before, [&](int64_t i, auto width) {
@@ -25,7 +25,7 @@ __global__ void fisher_loss_kernel(FisherLossArgs a) {
         outputs.v[j] = twice * weighed;
         sum += weighed * apart;
       }
-      store_floats(slope + i, outputs);
+      store(slope + i, outputs);
     });
     sum = team_sum<team>(sum);
     if (threadIdx.x % team == 0) a.partial[job] = sum;

@@ -29,11 +29,14 @@ std::tuple<Tensor, Tensor> fisher_loss(const Tensor& output, const Tensor& targe
   const Tensor outputs = dense(output), targets = dense(target);
   const Tensor weights = weight ? dense(*weight) : outputs;
   Tensor out = torch::stable::new_empty(outputs, {}, ScalarType::Float);
-  Tensor slope = result_like(outputs);
+  // float32 too: of float16 it would be 0 or infinite before what it is multiplied with could prevent that.
+  Tensor slope = output.scalar_type() == ScalarType::Float
+                     ? result_like(outputs)
+                     : torch::stable::new_empty(outputs, outputs.sizes(), ScalarType::Float);
   Tensor partial = torch::stable::new_empty(outputs, {sum_chunks(outputs.numel())}, ScalarType::Float);
   QK_DEVICE_GUARD(output);
   kernel({check_float("fisher_loss", "output", output), outputs.const_data_ptr(), targets.const_data_ptr(),
-          weight ? weights.const_data_ptr() : nullptr, out.mutable_data_ptr<float>(), slope.mutable_data_ptr(),
+          weight ? weights.const_data_ptr() : nullptr, out.mutable_data_ptr<float>(), slope.mutable_data_ptr<float>(),
           partial.mutable_data_ptr<float>(), outputs.numel(), static_cast<float>(scale)});
   return {out, slope};
 }

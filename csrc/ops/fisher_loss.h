@@ -8,12 +8,12 @@
 namespace qk {
 
 struct FisherLossArgs {
-  FloatType type;      // of the three and of the slope
+  FloatType type;      // of the three
   const void* output;  // [n]
   const void* target;  // [n]
   const void* weight;  // [n], or null: 1 everywhere
   float* out;          // []
-  void* slope;         // [n]
+  float* slope;        // [n]
   float* partial;      // [sum_chunks(n)]
   int64_t n;
   float scale;

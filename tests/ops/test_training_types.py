@@ -88,7 +88,7 @@ def test_fisher_loss(weighted, dtype, device):
         given = (output, target, weight if weighted else None)
         got = torch.ops.qk.fisher_loss(*given, 0.5)
         want = torch.ops.qk.fisher_loss(*(None if t is None else t.float() for t in given), 0.5)
-        assert same(got[1], want[1], dtype), shape
+        assert same(got[1], want[1], torch.float32), shape
         terms = (output.double() - target.double()) ** 2 * (weight.double() if weighted else 1)
         assert same_sum(got[0], want[0], terms), shape
 
@@ -125,6 +125,15 @@ def test_gradients_have_the_type_of_their_tensors(dtype, device):
     loss = qk.ops.fisher_loss(qk.ops.lsq(x, step, zero, 4), target) + qk.ops.rounding_penalty(x, 2.0)
     loss.backward()
     assert (loss.dtype, x.grad.dtype, step.grad.dtype) == (torch.float32, dtype, torch.float32)
+
+
+def test_a_scaled_loss_of_float16_keeps_its_gradient(device):
+    """As GradScaler does: neither the slope, 2e-8, nor the scale, 65536, is one of float16."""
+    output = torch.full((4,), 0.51, dtype=torch.float16, device=device, requires_grad=True)
+    target = torch.full((4,), 0.5, dtype=torch.float16, device=device)
+    (qk.ops.fisher_loss(output, target, scale=2.0**-20) * 65536).backward()
+    want = 65536 * 2 * 2.0**-20 * (output.detach().float() - target.float())
+    assert torch.equal(output.grad, want.half())
 
 
 @pytest.mark.parametrize("dtype", TYPES)

@@ -29,7 +29,8 @@ def fisher_loss_and_slope(
 ) -> tuple[Tensor, Tensor]:
     """fisher_loss and its gradient for output, from one pass: `output.backward(slope)` needs no second one.
 
-    Arguments and errors as fisher_loss. Neither result has a gradient of its own.
+    Arguments and errors as fisher_loss. Both are float32, and neither has a gradient of its own; for an output of 16
+    bits scale the slope before it is cast.
     """
     return torch.ops.qk.fisher_loss(output.detach(), target, weight, scale)
 
@@ -40,22 +41,25 @@ def reference(
     """The definition, in the dtype of output, float32 at least: the loss and its gradient for output."""
     slope = widened(output) - widened(target)
     weighed = slope if weight is None else widened(weight) * slope
-    return scale * (weighed * slope).sum(), (2 * scale * weighed).to(output.dtype)
+    return scale * (weighed * slope).sum(), 2 * scale * weighed
 
 
 @torch.library.register_fake("qk::fisher_loss")
 def _(output, target, weight, scale):
     on_one_device("fisher_loss", output, target, weight)
-    return output.new_empty((), dtype=torch.float32), torch.empty_like(output, memory_format=torch.contiguous_format)
+    return output.new_empty((), dtype=torch.float32), torch.empty_like(
+        output, dtype=torch.float32, memory_format=torch.contiguous_format
+    )
 
 
 def _save(ctx, inputs, output):
+    ctx.dtype = inputs[0].dtype
     ctx.save_for_backward(output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx, grad, _):
-    return grad * ctx.saved_tensors[0], None, None, None
+    return (grad * ctx.saved_tensors[0]).to(ctx.dtype), None, None, None
 
 
 torch.library.register_autograd("qk::fisher_loss", _backward, setup_context=_save)

@@ -13,8 +13,8 @@ def gemm_weight_only(x: Tensor, weight: Tensor, weight_step: Tensor, bias: Tenso
 
     x: [..., K], float32, float16 or bfloat16. weight: from `prepack` with shape (N, K). weight_step: float32, [N] or
     [N, groups along K], added in order. bias: float32 [N] or None. bits: 2, 4 or 8, of the weight.
-    Returns [..., N] in x's type. code - zero is exact; sums are float32, so that the error is at most that of K
-    additions in float32, and the result is rounded once. On the CPU every instruction set and every number of rows
+    Returns [..., N] in x's type. code - zero is exact; sums are float32 and the result is rounded once, within
+    the error that docs/numerics.md gives. On the CPU every instruction set and every number of rows
     gives the same bits, but for bfloat16 of five rows and more where there is AMX, whose tiles add in their own order
     and take denormals for 0. CUDA adds in another order.
     Raises RuntimeError for another dtype, device or shape, or a weight prepacked otherwise.
