@@ -25,7 +25,7 @@ void fisher_loss(const FisherLossArgs& a) {
     FloatChunk floats(a.type, at, n);
     const float *output = floats.read<0>(a.output), *target = floats.read<1>(a.target);
     float* slope = a.slope + at;
-    a.partial[job] = a.weight ? loss<true>(output, target, floats.read<3>(a.weight), slope, n, twice)
+    a.partial[job] = a.weight ? loss<true>(output, target, floats.read<2>(a.weight), slope, n, twice)
                               : loss<false>(output, target, nullptr, slope, n, twice);
   });
   *a.out = a.scale * total(a.partial, sum_chunks(a.n));

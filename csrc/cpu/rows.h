@@ -23,13 +23,13 @@ QK_INLINE Four from_half(FourWords half) {
 }
 
 // Of two bytes each, which is not float32.
-QK_INLINE Four from_two_bytes(RowDtype dtype, FourWords words) {
-  return dtype == RowDtype::float16 ? from_half(words) : reinterpret_cast<Four>(words << 16);
+QK_INLINE Four from_two_bytes(FloatType dtype, FourWords words) {
+  return dtype == FloatType::float16 ? from_half(words) : reinterpret_cast<Four>(words << 16);
 }
 
 // Four numbers of a dtype.
-QK_INLINE Four read_four(RowDtype dtype, const uint8_t* p) {
-  if (dtype == RowDtype::float32) {
+QK_INLINE Four read_four(FloatType dtype, const uint8_t* p) {
+  if (dtype == FloatType::float32) {
     Four values;
     std::memcpy(&values, p, sizeof values);
     return values;
@@ -38,11 +38,11 @@ QK_INLINE Four read_four(RowDtype dtype, const uint8_t* p) {
   Halves halves;
   std::memcpy(&halves, p, sizeof halves);
 #if defined(__AVX512BW__)
-  if (dtype == RowDtype::float16)
+  if (dtype == FloatType::float16)
     return _mm512_castps512_ps128(
         _mm512_cvtph_ps(_mm256_castsi128_si256(_mm_cvtsi64_si128(reinterpret_cast<int64_t>(halves)))));
 #elif defined(__F16C__)
-  if (dtype == RowDtype::float16) return _mm_cvtph_ps(_mm_cvtsi64_si128(reinterpret_cast<int64_t>(halves)));
+  if (dtype == FloatType::float16) return _mm_cvtph_ps(_mm_cvtsi64_si128(reinterpret_cast<int64_t>(halves)));
 #endif
   return from_two_bytes(dtype, __builtin_convertvector(halves, FourWords));
 }
@@ -52,8 +52,8 @@ struct Affine {
 };
 
 // Each is loaded into all lanes from where it lies: numbers that pass through memory as a vector wait for their stores.
-QK_INLINE Affine read_affine(RowDtype dtype, const uint8_t* p) {
-  if (dtype == RowDtype::float32) {
+QK_INLINE Affine read_affine(FloatType dtype, const uint8_t* p) {
+  if (dtype == FloatType::float32) {
     float scale, offset;
     std::memcpy(&scale, p, 4);
     std::memcpy(&offset, p + 4, 4);
@@ -62,12 +62,12 @@ QK_INLINE Affine read_affine(RowDtype dtype, const uint8_t* p) {
   uint32_t both;
   std::memcpy(&both, p, 4);
 #if defined(__AVX512BW__)
-  if (dtype == RowDtype::float16) {
+  if (dtype == FloatType::float16) {
     const Lane pairs = _mm512_cvtph_ps(_mm256_set1_epi32(static_cast<int32_t>(both)));
     return {_mm512_moveldup_ps(pairs), _mm512_movehdup_ps(pairs)};
   }
 #elif defined(__F16C__)
-  if (dtype == RowDtype::float16) {
+  if (dtype == FloatType::float16) {
     const Lane pairs = _mm256_cvtph_ps(_mm_set1_epi32(static_cast<int32_t>(both)));
     return {_mm256_moveldup_ps(pairs), _mm256_movehdup_ps(pairs)};
   }
@@ -157,7 +157,7 @@ struct Table {
     }
     if (a.kind == RowKind::codebook) {
       float book[16];
-      const int64_t size = a.dtype == RowDtype::float32 ? 4 : 2;
+      const int64_t size = a.dtype == FloatType::float32 ? 4 : 2;
       for (int i = 0; i < entries; i += 4) {
         const Four some = read_four(a.dtype, p + i * size);
         std::memcpy(book + i, &some, sizeof some);

@@ -1,6 +1,5 @@
 #include "ops/embedding_bag.h"
 
-#include "core/halves.h"
 #include "cuda/values.cuh"
 
 namespace qk::cuda {
@@ -23,10 +22,10 @@ __device__ inline uint32_t word_at(const uint8_t* p, int bytes) {
   return word;
 }
 
-__device__ inline float float_at(RowDtype dtype, const uint8_t* p, int i) {
-  if (dtype == RowDtype::float32) return float_of(word_at(p + 4 * i, 4));
+__device__ inline float float_at(FloatType dtype, const uint8_t* p, int i) {
+  if (dtype == FloatType::float32) return float_of(word_at(p + 4 * i, 4));
   const auto half = static_cast<uint16_t>(word_at(p + 2 * i, 2));
-  return dtype == RowDtype::bfloat16 ? widened(BFloat{half}) : widened(Half{half});
+  return dtype == FloatType::bfloat16 ? widened(BFloat{half}) : widened(Half{half});
 }
 
 // What column `col` of a row stands for. False for a book that there is not.

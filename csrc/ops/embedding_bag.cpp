@@ -17,11 +17,11 @@ RowKind parse_kind(const std::string& name) {
   return RowKind::shared;
 }
 
-RowDtype parse_dtype(const std::string& name) {
-  if (name == "float16") return RowDtype::float16;
-  if (name == "bfloat16") return RowDtype::bfloat16;
+FloatType parse_dtype(const std::string& name) {
+  if (name == "float16") return FloatType::float16;
+  if (name == "bfloat16") return FloatType::bfloat16;
   check(name == "float32", op, "dtype", "float16, bfloat16 or float32", name);
-  return RowDtype::float32;
+  return FloatType::float32;
 }
 
 BagMode parse_mode(const std::string& name) {
@@ -82,7 +82,7 @@ Tensor embedding_bag(const Tensor& rows, const Tensor& indices, const std::optio
   a.bits = static_cast<int>(bits);
   a.cols = cols;
   if (a.kind != RowKind::affine) check(bits < 8, op, "bits", "2 or 4 for rows with codebooks", bits);
-  const int64_t entries = int64_t{1} << bits, entry_bytes = a.dtype == RowDtype::float32 ? 4 : 2;
+  const int64_t entries = int64_t{1} << bits, entry_bytes = a.dtype == FloatType::float32 ? 4 : 2;
   const int64_t code_bytes = ceil_div(cols, 8 / bits);
   const int64_t number_bytes = a.kind == RowKind::affine     ? 2 * entry_bytes
                                : a.kind == RowKind::codebook ? entries * entry_bytes

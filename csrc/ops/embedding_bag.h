@@ -1,13 +1,13 @@
 #pragma once
 #include <cstdint>
 
+#include "core/halves.h"
 #include "core/kernel.h"
 
 namespace qk {
 
 enum class BagMode { sum, mean, max };
 enum class RowKind { affine, codebook, shared };
-enum class RowDtype { float16, bfloat16, float32 };
 
 // A row of bytes: `cols` codes, value i at bit i * bits, whole bytes; in front of them or behind them
 //   affine: scale, offset             value = float(code) * scale + offset, product and sum rounded
@@ -23,7 +23,7 @@ struct EmbeddingBagArgs {
   int64_t cols;
   int bits;
   RowKind kind;
-  RowDtype dtype;
+  FloatType dtype;
   int64_t codes_at, numbers_at;
   const float* books;  // [book_count, 2^bits]
   int64_t book_count;
