@@ -197,13 +197,7 @@ void load_terms(const GemmWeightOnlyArgs& a, int64_t from, int64_t blocks, float
     if (valid <= 0) break;
     for (int64_t g = 0; g < groups; g += block) {
       Floats some[block];
-      if (groups == 1) {
-        some[0] = load_some<Floats>(a.weight_step + n, valid);
-      } else {
-        for (int64_t i = 0; i < block; ++i)
-          some[i] = i < valid ? load_some<Floats>(a.weight_step + (n + i) * groups + g, groups - g) : Floats{};
-        transpose(some);
-      }
+      load_steps(a.weight_step + n * groups, groups, g, valid, some);
       for (int64_t i = 0; i < block && g + i < groups; ++i)
         std::memcpy(steps + (g + i) * width + b * block, &some[i], sizeof some[i]);
     }

@@ -225,13 +225,7 @@ class Worker {
       Words start = {};
       for (int64_t g = 0; g < k_groups; g += block) {
         Floats steps[block];
-        if (k_groups == 1) {
-          steps[0] = load_some<Floats>(e.weight_step + n, valid);
-        } else {
-          for (int64_t i = 0; i < block; ++i)
-            steps[i] = i < valid ? load_some<Floats>(e.weight_step + (n + i) * k_groups + g, k_groups - g) : Floats{};
-          transpose(steps);
-        }
+        load_steps(e.weight_step + n * k_groups, k_groups, g, valid, steps);
         for (int64_t i = 0; i < block && g + i < k_groups; ++i) {
           const int64_t from = (at + b) * k_groups + g + i, to = (g + i) * Terms::pitch + b * block;
           const Floats step = steps[i] * x_step;  // by 1 is exact

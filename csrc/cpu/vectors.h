@@ -128,6 +128,18 @@ inline void transpose(Floats* v) {
   }
 }
 
+// Of sixteen channels, a row of `groups` steps each, those of the groups g .. g + 15 (or the last), a vector for each
+// group. The first `valid` channels are there.
+QK_INLINE void load_steps(const float* steps, int64_t groups, int64_t g, int64_t valid, Floats (&out)[block]) {
+  if (groups == 1) {
+    out[0] = load_some<Floats>(steps, valid);
+    return;
+  }
+  for (int64_t i = 0; i < block; ++i)
+    out[i] = i < valid ? load_some<Floats>(steps + i * groups + g, groups - g) : Floats{};
+  transpose(out);
+}
+
 #if defined(QK_ISA_AVX512VNNI)
 QK_INLINE Words words(Lanes v) { return reinterpret_cast<Words>(v); }
 #else
