@@ -45,27 +45,37 @@ def batches(padding=0.0):
     return found
 
 
-def calibrated():
+def calibrated(activations=8):
     torch.manual_seed(0)
-    p = prepare(Tokens(), batches()[0], Recipe(weights=2, first_last=None))
+    p = prepare(Tokens(), batches()[0], Recipe(weights=2, activations=activations, first_last=None))
     calibrate(p, batches())
     return p
 
 
 @pytest.mark.parametrize(
     ("method", "fields"),
-    [(reconstruct, {}), (reconstruct, {"loss": "fisher"}), (gptq.gptq, {}), (gptq.gptq, {"prefix": "float"})],
+    [
+        (reconstruct, {}),
+        (reconstruct, {"loss": "fisher"}),
+        (reconstruct, {"order": "weights_first"}),
+        (reconstruct, {"order": "weights_first", "loss": "fisher"}),
+        (gptq.gptq, {}),
+        (gptq.gptq, {"prefix": "float"}),
+    ],
 )
 def test_what_padding_holds_changes_no_bit(method, fields):
-    recipe = Recipe(weights=2, first_last=None, batch_size=8, iterations=50, weight_lr=0.05, **fields)
-    p = calibrated()
+    recipe = Recipe(weights=2, first_last=None, batch_size=8, iterations=50, weight_lr=0.05, act_lr=0.02, **fields)
+    p = calibrated(activations=3)
     other, third = copy.deepcopy(p), copy.deepcopy(p)
     method(p, batches(), recipe, progress="off")
     method(other, batches(padding=0.5), recipe, progress="off")
     without = [{**batch, "attention_mask": torch.ones_like(batch["attention_mask"])} for batch in batches()]
     method(third, without, recipe, progress="off")
     codes = [torch.cat([layer.codes.flatten() for layer in q.quant_layers().values()]) for q in (p, other, third)]
+    steps = [torch.stack([layer.input.step for layer in q.quant_layers().values()]) for q in (p, other)]
     assert torch.equal(codes[0], codes[1])
+    assert torch.equal(*steps)
+    assert p.history == other.history
     assert not torch.equal(codes[0], codes[2])  # where it counts it does
 
 

@@ -191,7 +191,8 @@ class _Run:
         """Learns one unit; returns its history. Its cache goes before the next one takes its room."""
         generator = part_generator(self.recipe.seed, number)
         room = Room(self.recipe.memory_mb, device_of(self.p.model))
-        cache = fill_cache(self.p, unit, finished, self.batches, room, self.outputs, mixed=phase.drop < 1)
+        outputs = self.outputs if phase.rounding else None  # errors of steps have no Fisher weights
+        cache = fill_cache(self.p, unit, finished, self.batches, room, outputs, mixed=phase.drop < 1)
         return _Unit(self.p, unit, learned, phase, self.recipe, generator).reconstruct(cache, self.shown)
 
 

@@ -192,13 +192,14 @@ def full_fisher(output: Tensor, sample: Sample, scale: float) -> tuple[Tensor, T
 
 
 def power_of(exponent: float) -> Loss:
-    """scale * sum of |d|^exponent."""
+    """scale * sum of g |d|^exponent, with g = 1 where there are no weights."""
 
     def loss(output: Tensor, sample: Sample, scale: float) -> tuple[Tensor, Tensor]:
         difference = output.detach() - sample.target
         size = difference.abs()
-        slope = exponent * scale * size.pow(exponent - 1) * difference.sign()
-        return scale * size.pow(exponent).sum(), slope
+        weight = scale if sample.weight is None else scale * sample.weight
+        slope = exponent * weight * size.pow(exponent - 1) * difference.sign()
+        return (weight * size.pow(exponent)).sum(), slope
 
     return loss
 
