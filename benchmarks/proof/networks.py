@@ -23,6 +23,7 @@ from qk.inputs import digest
 
 TRAINED_ON, TESTED_ON = 20_000, 20_000  # in a pass
 CALIBRATION_SEED, TEST_SEED = 1, 2  # of pictures
+DRAWS_APART = 1000  # seeds between one draw of pictures to calibrate with and the next
 EVALUATED = 500  # pictures at a time
 STEMS = {"mobilenet_v2": "features.0.0", "regnet_x_400mf": "stem.0"}  # whose stride is taken out
 
@@ -59,9 +60,9 @@ def test_set() -> shapes.Pictures:
     return shapes.draw(TESTED_ON, TEST_SEED)
 
 
-def calibration(count: int = 1024, rows: int = 64) -> list[Tensor]:
-    """Pictures in batches."""
-    return list(shapes.draw(count, CALIBRATION_SEED).images.split(rows))
+def calibration(count: int = 1024, rows: int = 64, draw: int = 0) -> list[Tensor]:
+    """Pictures in batches. draw: 0 for those of every study, others for others."""
+    return list(shapes.draw(count, CALIBRATION_SEED + DRAWS_APART * draw).images.split(rows))
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,7 @@ def quantize(
     error, budget = recipe.points_error, recipe.points_budget
     if learns and (several or error is not None or budget is not None):
         with _timed(seconds, "choose points"):
-            multipoint(p, held, error=error, budget=budget, memory_mb=recipe.memory_mb)
+            multipoint(p, held, error=error, budget=budget, cost=recipe.points_cost, memory_mb=recipe.memory_mb)
     if learns and recipe.sparq_bits is not None:
         with _timed(seconds, "choose windows"):
             choose_windows(p, held[:MEASURED_BATCHES], recipe.sparq_bits)

@@ -218,7 +218,8 @@ class Recipe:
     place, or none. relu6: "relu" puts ReLU where a ReLU6 keeps either from scaling.
     points: as in QuantSpec, for layers of 2 to 4 bits, whose weights become symmetric. points_error: channels get
     points while their output's mean squared error is above this part of its mean square. points_budget: at most this
-    part more multiply-adds and weights, spent where they lower the error most; 0.1 where neither is given.
+    part more of what points_cost says, spent where it lowers the error most; 0.1 where neither is given. points_cost:
+    "both" multiply-adds and weights, half each, or "macs" or "rows" alone.
     memory_mb: for the cached inputs and outputs of a unit; beyond it they go to a file. seed: same seed, same bits.
     bias_correction: qk.quantize gives every layer a bias with which its mean output is the float model's.
     grid: as in QuantSpec, for layers of 2 to 4 bits; "mid-rise" for method "nearest" alone.
@@ -263,6 +264,7 @@ class Recipe:
     points: Points = 1
     points_error: float | None = Field(default=None, gt=0)
     points_budget: float | None = Field(default=None, gt=0)
+    points_cost: Literal["both", "macs", "rows"] = "both"
     memory_mb: int = Field(default=1024, ge=1)
     seed: int = Field(default=0, ge=0, lt=2**32)
     tuning: Tuning = Field(default_factory=Tuning)

@@ -1,6 +1,7 @@
 """Multipoint on models: a budget is kept and spent, errors fall, and the last point is what is learned."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -261,5 +262,8 @@ def test_the_recipe_asks_for_it(tmp_path):
     with torch.no_grad():
         x = inputs(3, 4, 6, 6)
         assert torch.equal(qk.load(tmp_path, model)(x), result.model(x))
+    rows = qk.quantize(model, batches(), replace(recipe, points_cost="rows"), progress=False, measure=False)
+    spent = overhead(rows.prepared)
+    assert 0.4 * spent.rows - 1 < spent.extra_rows <= 0.4 * spent.rows
     with pytest.raises(QkError, match="p must be a model with a layer of several points"):
         qk.quantize(model, batches(), Recipe(points_error=0.1, method="nearest"), progress=False)

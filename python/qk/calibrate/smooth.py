@@ -12,7 +12,7 @@ from contextlib import ExitStack
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from qk.calibrate import ranges as find
 from qk.calibrate.batches import call, hold, unpadded
@@ -20,13 +20,15 @@ from qk.errors import fail
 from qk.inputs import device_of, evaluating
 from qk.ops import dequantize, quantize
 from qk.prepare.insert import ActQuantizer, QuantLayer, to_kernel_order
+from qk.prepare.paths import channel_axis
 from qk.prepare.prepared import Path, Prepared
 from qk.prepare.rows import RowQuantizer
-from qk.prepare.scaling import Scaled, divide_inputs, read_ranges, scale, times_input, usable_paths
+from qk.prepare.scaling import Scaled, divide_inputs, read_ranges, scale, times_input, usable_paths, within_clip
 
 STAGE = "qk.smooth"
-SEARCHED = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
+SEARCHED = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 Quantizer = ActQuantizer | RowQuantizer
+SILENT = 1e-3  # of the mean power of all channels is added to that of one, so that those of nothing do not decide
 SAMPLE = 2**18  # values of an input that the search looks at: 1 MiB
 
 
@@ -36,7 +38,8 @@ def smooth_factor(inputs: Tensor, read: Tensor, alpha: float) -> Tensor:
 
 
 def output_error(layer: QuantLayer, x: Tensor, factor: Tensor) -> float:
-    """|quantized(W s) quantized(x / s) - W x|^2 / |W x|^2, with the widths of the layer and ranges by mse.
+    """|quantized(W s) quantized(x / s) - W x|^2 / |W x|^2 of an output channel, on average over channels, as what reads
+    a small one may multiply it with large weights. With the widths of the layer and ranges by mse.
 
     x: an input of the layer; factor: s, [C], float32.
     """
@@ -56,7 +59,8 @@ def output_error(layer: QuantLayer, x: Tensor, factor: Tensor) -> float:
     weight = weight.permute(0, 3, 1, 2) if weight.dim() == 4 else weight
     expected = product(x, layer.weight.detach())
     change = product(x_rounded, weight) - expected
-    return float(change.square().sum() / expected.square().sum().clamp(min=1e-30))
+    lost, power = (_by_channel(layer, y).square().mean(1) for y in (change, expected))
+    return float((lost / (power + SILENT * power.mean()).clamp(min=1e-30)).mean())
 
 
 def _rounded(rows: Tensor, bits: int, symmetric: bool = False) -> Tensor:
@@ -81,15 +85,17 @@ def smooth(
     what was scaled and, for everything else, why not. To be called after the plan is made and before qk.calibrate.
     Raises QkError, with p unchanged, for p that is calibrated, another alpha, and bad batches.
     """
-    paths, skipped = usable_paths(p, STAGE)
+    paths, skipped = usable_paths(p, STAGE, through_clips=True)
     if alpha != "search" and not (isinstance(alpha, int | float) and 0 <= alpha <= 1):
         raise fail(STAGE, "alpha", "from 0 to 1, or 'search'", repr(alpha))
     inputs = _inputs_without_path(p, paths, skipped)
-    peaks, samples = _watch(p, [*paths, *inputs], hold(batches, STAGE, max_batches, memory_mb))
+    peaks, made, samples = _watch(p, [*paths, *inputs], hold(batches, STAGE, max_batches, memory_mb))
     done = {}
     for place in [*paths, *inputs]:
         peak, read = peaks[place.source], read_ranges(p, place)
         tried = {a: smooth_factor(peak, read, a) for a in (SEARCHED if alpha == "search" else (alpha,))}
+        if place.clips:
+            tried = {a: within_clip(factor, made[place.source]) for a, factor in tried.items()}
         chosen = _least_error(p, place, samples, tried) if alpha == "search" else alpha
         if chosen is None:
             skipped[place.source] = "its readers err less as it is"
@@ -122,10 +128,14 @@ def _inputs_without_path(p: Prepared, paths: list[Path], skipped: dict[str, str]
     return found
 
 
-def _watch(p: Prepared, places: list[Path], batches: list) -> tuple[dict[str, Tensor], dict[Quantizer, list[Tensor]]]:
-    """max |x| of each channel, float64 [C], by source; and samples of the inputs of quantized readers."""
+def _watch(
+    p: Prepared, places: list[Path], batches: list
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[Quantizer, list[Tensor]]]:
+    """By source, [C] in float64: max |x| of each channel where it is read, and max x where it is made if ReLU6 follows.
+    And samples of the inputs of quantized readers."""
     device = device_of(p.model)
     peaks = {place.source: torch.zeros(place.channels, dtype=torch.float64, device=device) for place in places}
+    made = {place.source: torch.zeros_like(peaks[place.source]) for place in places if place.clips}
     samples: dict[Quantizer, list[Tensor]] = defaultdict(list)
     quota = SAMPLE // len(batches)
     batch = None
@@ -134,8 +144,7 @@ def _watch(p: Prepared, places: list[Path], batches: list) -> tuple[dict[str, Te
         def see(layer: QuantLayer, args: tuple, kwargs: dict) -> None:
             x = unpadded(batch, args[0] if args else kwargs["input"])
             is_image = layer.weight.dim() == 4
-            values = x.movedim(1 if is_image else -1, 0).flatten(1).abs().amax(1)
-            into.scatter_reduce_(0, channels.to(into.device), values.double(), "amax")
+            into.scatter_reduce_(0, channels.to(into.device), _by_channel(layer, x).abs().amax(1).double(), "amax")
             if first:
                 rows = x if is_image else x.reshape(-1, x.shape[-1])
                 count = max(1, quota // rows[0].numel())
@@ -143,7 +152,15 @@ def _watch(p: Prepared, places: list[Path], batches: list) -> tuple[dict[str, Te
 
         return see
 
+    def makes(into: Tensor) -> Callable:
+        def see(source: nn.Module, args: tuple, output: Tensor) -> None:
+            into.copy_(into.maximum(_by_channel(source, unpadded(batch, output)).amax(1)))
+
+        return see
+
     with ExitStack() as stack, evaluating(p.model), p.quantized(set()):
+        for source, into in made.items():
+            stack.callback(p.model.get_submodule(source).register_forward_hook(makes(into)).remove)
         known: set[Quantizer] = set()
         for place in places:
             for name, channels in place.readers.items():
@@ -157,7 +174,12 @@ def _watch(p: Prepared, places: list[Path], batches: list) -> tuple[dict[str, Te
     for source, peak in peaks.items():
         if not torch.isfinite(peak).all():
             raise fail(STAGE, f"what leaves {source}", "finite", "NaN or infinity", "Look for it in the batches.")
-    return peaks, samples
+    return peaks, made, samples
+
+
+def _by_channel(module: nn.Module, x: Tensor) -> Tensor:
+    """What a layer takes, or a layer or norm gives, as [C, values of the channel]."""
+    return x.movedim(channel_axis(module), 0).flatten(1)
 
 
 def _least_error(

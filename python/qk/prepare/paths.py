@@ -88,9 +88,14 @@ def _check_source(model: nn.Module, seen: Observation, name: str) -> None:
         raise Blocked("its weight or bias is read elsewhere too")
 
 
+def channel_axis(module: nn.Module) -> int:
+    """Of what a layer or norm gives: 1 of images, -1 of tokens."""
+    return -1 if module.weight.dim() == 2 or isinstance(module, nn.LayerNorm | nn.RMSNorm) else 1
+
+
 def _numbers(module: nn.Module, value: Value) -> Tensor:
     """Of the channel that each value of the module's output is of."""
-    axis = len(value.shape) - 1 if isinstance(module, nn.Linear | nn.LayerNorm | nn.RMSNorm) else 1
+    axis = channel_axis(module) % len(value.shape)
     numbers = torch.arange(value.shape[axis])
     return numbers.reshape(-1, *[1] * (len(value.shape) - 1 - axis)).expand(value.shape)
 

@@ -12,6 +12,8 @@ from qk.errors import fail
 from qk.prepare.insert import QuantLayer
 from qk.prepare.prepared import Path, Prepared, check_prepared
 
+CLIP = 6.0  # of nn.ReLU6
+
 
 @dataclass(frozen=True)
 class Scaled:
@@ -38,15 +40,16 @@ def check_not_calibrated(p: Prepared, stage: str) -> None:
         raise fail(stage, "p", "not calibrated yet", "one that is", "Call it between qk.prepare and qk.calibrate.")
 
 
-def usable_paths(p: Prepared, stage: str) -> tuple[list[Path], dict[str, str]]:
+def usable_paths(p: Prepared, stage: str, through_clips: bool = False) -> tuple[list[Path], dict[str, str]]:
     """Paths along which scaling changes nothing in float and something when quantized, and why not the others.
 
-    Raises QkError as check_not_calibrated does.
+    through_clips: those through ReLU6 too, which keep only the factors that within_clip gives. Raises QkError as
+    check_not_calibrated does.
     """
     check_not_calibrated(p, stage)
     usable, skipped = [], dict(p.blocked)
     for path in p.paths:
-        if path.clips:
+        if path.clips and not through_clips:
             skipped[path.source] = "its output goes through ReLU6, which keeps no factor"
         elif all(p.plan[name].is_float for name in path.readers):
             skipped[path.source] = "what reads its output stays in float"
@@ -84,6 +87,17 @@ def times_input(layer: nn.Module, factor: Tensor) -> Tensor:
     weight = by_input(layer)
     groups, _, inputs, _ = weight.shape
     return (weight * factor.reshape(groups, 1, inputs, 1)).reshape(layer.weight.shape)
+
+
+def within_clip(factor: Tensor, made: Tensor) -> Tensor:
+    """Factors in the ratios of `factor` as far as a ReLU6 behind the source keeps them: from min(made, 6) / 6 to 1.
+
+    made: the largest value of each channel before it, over some batches; [C], as factor. The source is divided by s, so
+    ReLU6 clips what was above 6 s: with s of at most 1, what it clipped, and above what the batches show.
+    """
+    least = made.clamp(0, CLIP) / CLIP
+    largest = factor.where(least > 0, 0.0).max()  # channels that are always 0 have no say
+    return (factor / largest).clamp(max=1).maximum(least) if largest > 0 else torch.ones_like(factor)
 
 
 @torch.no_grad()
