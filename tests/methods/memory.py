@@ -14,7 +14,7 @@ from qk.methods import reconstruct
 from qk.prepare import prepare
 from qk.spec import Recipe
 
-BATCHES, ROWS, CHANNELS, SIZE = 16, 16, 16, 40
+BATCHES, ROWS, CHANNELS, SIZE = 384, 2, 16, 40  # small batches: one on its way is small beside the budget
 
 
 def anonymous() -> float:
@@ -49,7 +49,7 @@ def main(budget: int) -> None:
     layers = [nn.Conv2d(3 if i == 0 else CHANNELS, CHANNELS, 3, padding=1) for i in range(3)]
     model = nn.Sequential(*[part for layer in layers for part in (layer, nn.ReLU())]).eval()
     batches = [torch.randn(ROWS, 3, SIZE, SIZE) for _ in range(BATCHES)]
-    recipe = Recipe(weights=4, activations=4, iterations=4, batch_size=8, drop=0.5, memory_mb=budget)
+    recipe = Recipe(weights=4, activations=4, iterations=4, batch_size=2, drop=0.5, memory_mb=budget)
     p = prepare(model, batches[0][:2], recipe)
     calibrate(p, batches)
     reconstruct(p, batches[:1], recipe, progress="off")  # what torch allocates once, such as compiled convolutions

@@ -21,14 +21,20 @@ def measured(budget):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_ten_times_the_budget_stays_in_it():
-    found = measured(7)
+    found = measured(22)
     assert found["cached"] > 10 * found["budget"]
-    # Beside the cache: one batch on its way through the model (each activation, its quantized copy, and what a
-    # convolution needs) and one sample of learning. Ten batches of all that a unit caches are well above that.
-    passing = 10 * found["batch"]
-    assert found["calibrate"] < found["budget"] + passing
-    assert found["reconstruct"] < found["budget"] + passing
-    assert passing + found["budget"] < 0.75 * found["cached"]  # so that a cache in memory would fail
+    assert found["calibrate"] < found["budget"]
+    assert found["reconstruct"] < found["budget"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_a_small_budget_takes_what_a_batch_takes_on_its_way():
+    found = measured(1)
+    # Each activation of a batch, its quantized copy, what a convolution needs, and one sample of learning: ten times
+    # what a unit caches of a batch.
+    assert found["calibrate"] < found["budget"] + 10 * found["batch"]
+    assert found["reconstruct"] < found["budget"] + 10 * found["batch"]
 
 
 @pytest.mark.slow

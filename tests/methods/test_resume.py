@@ -1,6 +1,7 @@
 """Finished units on disk: a run that was killed ends in the bits of one that was not, and takes nothing foreign."""
 
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from methods import killed
 from qk.calibrate import calibrate
 from qk.errors import QkError
 from qk.flow import quantize
@@ -182,9 +184,9 @@ def test_a_run_that_learns_nothing_leaves_what_another_one_finished(tmp_path):
     assert not (tmp_path / "unfinished").exists()
 
 
-def start(folder, iterations):
-    script = Path(__file__).with_name("killed.py")
-    return subprocess.Popen([sys.executable, str(script), str(folder), str(iterations)], stderr=subprocess.PIPE)
+def start(folder, case, iterations):
+    command = [sys.executable, Path(__file__).with_name("killed.py"), folder, case, str(iterations)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE)
 
 
 def ends(process, seconds=None):
@@ -203,26 +205,32 @@ def content(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_killed_it_ends_in_the_same_bytes(tmp_path):
-    whole = start(tmp_path / "whole", 300)
-    process = start(tmp_path / "killed", 300)
+@pytest.mark.parametrize("case", killed.CASES)
+def test_killed_it_ends_in_the_same_bytes(tmp_path, case):
+    whole = start(tmp_path / "whole", case, 150)
+    process = start(tmp_path / "killed", case, 150)
     while not (tmp_path / "killed" / "unfinished" / "unit-0001.safetensors").exists():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
     assert not ends(process, 0)
     assert (tmp_path / "killed" / "unfinished").is_dir()
-    assert ends(start(tmp_path / "killed", 300))
+    assert ends(start(tmp_path / "killed", case, 150))
     assert ends(whole)
     assert content(tmp_path / "whole") == content(tmp_path / "killed")
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_random_moments_it_ends_in_the_same_bytes(tmp_path):
+@pytest.mark.parametrize("case", killed.CASES)
+def test_killed_at_twenty_random_moments_it_ends_in_the_same_bytes(tmp_path, case):
     begin = time.monotonic()
-    assert ends(start(tmp_path / "whole", 400))
+    assert ends(start(tmp_path / "whole", case, 600))
     took = time.monotonic() - begin
-    moments = random.Random(0)
-    killed = sum(not ends(start(tmp_path / "killed", 400), moments.uniform(0.2, 1.0) * took) for _ in range(20))
-    assert killed >= 10
-    assert ends(start(tmp_path / "killed", 400))
+    moments, kills = random.Random(0), 0
+    while kills < 20:
+        if ends(start(tmp_path / "killed", case, 600), moments.uniform(0.2, 1) * took):
+            assert content(tmp_path / "whole") == content(tmp_path / "killed")
+            shutil.rmtree(tmp_path / "killed")  # the next one begins anew
+        else:
+            kills += 1
+    assert ends(start(tmp_path / "killed", case, 600))
     assert content(tmp_path / "whole") == content(tmp_path / "killed")
