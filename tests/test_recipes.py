@@ -21,7 +21,7 @@ def test_there_are_recipes():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_recipe_has_the_widths_of_its_name_and_its_own_command(path):
     recipe = Recipe.from_yaml(path)
-    network, _, widths = path.stem.rpartition("-")
+    network, _, widths = path.stem.removesuffix("-distilled").rpartition("-")
     assert widths.startswith(f"w{recipe.weights}a{recipe.activations}")
     command = " ".join(line.strip("# \\\n") for line in path.read_text().splitlines() if line.startswith("#   "))
     assert f"--model torchvision:{network} " in command
