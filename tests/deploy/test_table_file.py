@@ -1,6 +1,6 @@
 """Tables that are quantized from file to file, a piece at a time."""
 
-import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from qk.deploy import load_table, quantize_table, quantize_table_file
 from qk.errors import QkError
+from resident import measured, needs_proc
 
 
 @pytest.fixture(scope="module")
@@ -85,27 +86,42 @@ def test_short_tables(rows, tmp_path):
         same(load_table(quantize_table_file(x, tmp_path / "q"), mapped), quantize_table(x))
 
 
-def test_memory_is_that_of_a_piece(tmp_path):
-    rows, cols = 200_000, 32  # 25.6 MB
-    source = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.float32, (rows, cols))
-    source[:] = np.random.default_rng(0).standard_normal((rows, cols), np.float32)
-    del source
+def test_rows_are_read_a_piece_at_a_time(x, tmp_path):
     pieces = []
 
     class Watched:
-        shape = (rows, cols)
+        shape = tuple(x.shape)
 
         def __getitem__(self, which):
             pieces.append(which.stop - which.start)
-            return np.load(tmp_path / "x.npy", mmap_mode="r")[which]
+            return x[which]
 
-    tracemalloc.start()
-    quantize_table_file(Watched(), tmp_path / "q", 4, "asymmetric", chunk_rows=1000)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert max(pieces) == 1000
-    assert peak < 10 * 1000 * cols * 4  # of numpy and Python: the copies of a piece, not of the table
-    assert (tmp_path / "q").stat().st_size < rows * (cols // 2 + 4) + 1000
+    quantize_table_file(Watched(), tmp_path / "q", 4, "asymmetric", chunk_rows=100)
+    assert pieces == [100] * 10
+
+
+MEMORY = Path(__file__).with_name("memory.py")
+# Arrays of a piece that are there at once, in its own size (32 columns of float32), rounded up. By a range: the piece,
+# its columns side by side and one more for the walk, and two while codes are rounded. k-means: the piece, it again in
+# float64 (2), the number of each value's nearest in int64 (2), and of half as many centres float64, float32, and
+# float64 again with the middles between them (1 + 0.5 + 2).
+AT_ONCE = {"asymmetric": 5, "greedy": 5, "kmeans": 10}
+ASIDE = 2  # MB; the dynamic program of k-means has 64 rows at once, twice [32, 32, 64] float64
+
+
+@needs_proc
+@pytest.mark.parametrize("method", AT_ONCE)
+def test_memory_is_that_of_a_piece(method, tmp_path):
+    found = measured(MEMORY, tmp_path, method, 1 << 11)
+    bound = AT_ONCE[method] * found["piece"] + ASIDE
+    assert found["peak"] < bound < 0.75 * found["table"]
+
+
+@pytest.mark.slow
+@needs_proc
+def test_the_measure_sees_a_table_in_memory(tmp_path):
+    found = measured(MEMORY, tmp_path, "asymmetric", 1 << 16)
+    assert found["peak"] > found["table"] == found["piece"]
 
 
 def test_interrupted_it_leaves_what_was_there(x, tmp_path):

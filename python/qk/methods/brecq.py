@@ -136,8 +136,9 @@ def reconstruct(
         raise fail(STAGE, "the call", "outside torch.inference_mode", "inside it", "Learning needs gradients.")
     total = sum(len(those) * phase.iterations for phase, those in passes)
     with torch.enable_grad(), frozen(p.model), Progress(progress, STAGE, len(entries), total) as shown:
-        outputs = outputs_of(p, held, Room(recipe.memory_mb)) if recipe.loss != "mse" else None
-        run = _Run(p, recipe, held, outputs, kept, shown)
+        room = Room(recipe.memory_mb / 2)  # the units have the rest, which they read more often
+        outputs = outputs_of(p, held, room) if recipe.loss != "mse" else None
+        run = _Run(p, recipe, held, outputs, kept, shown, recipe.memory_mb / 2 + room.left / 2**20)
         first = 0
         for phase, those in passes:
             if those:
@@ -157,7 +158,8 @@ def _with_steps(p: Prepared, units: list[Unit]) -> list[Unit]:
 
 @dataclass
 class _Run:
-    """What the units of one reconstruction have in common. outputs: the float model's, for Fisher weights, or None."""
+    """What the units of one reconstruction have in common. outputs: the float model's, for Fisher weights, or None.
+    memory_mb: for what one unit caches."""
 
     p: Prepared
     recipe: Recipe
@@ -165,6 +167,7 @@ class _Run:
     outputs: list[Tensor] | None
     kept: Finished | None
     shown: Progress
+    memory_mb: float
 
     def learn(self, phase: Phase, units: list[Unit], entries: list[Unit], first: int) -> None:
         """One pass over the units. entries: these by their names in the history; first: the number of their first."""
@@ -190,7 +193,7 @@ class _Run:
     ) -> list[dict]:
         """Learns one unit; returns its history. Its cache goes before the next one takes its room."""
         generator = part_generator(self.recipe.seed, number)
-        room = Room(self.recipe.memory_mb, device_of(self.p.model))
+        room = Room(self.memory_mb, device_of(self.p.model))
         outputs = self.outputs if phase.rounding else None  # errors of steps have no Fisher weights
         cache = fill_cache(self.p, unit, finished, self.batches, room, outputs, mixed=phase.drop < 1)
         return _Unit(self.p, unit, learned, phase, self.recipe, generator).reconstruct(cache, self.shown)
@@ -206,7 +209,7 @@ def learn_unit(
     """
     shown = Progress("off", STAGE, 1, recipe.iterations)
     with torch.enable_grad(), frozen(p.model):
-        return _Run(p, recipe, batches, None, None, shown)._unit(
+        return _Run(p, recipe, batches, None, None, shown, recipe.memory_mb)._unit(
             phases_of(recipe)[0], unit, 0, prefix, learned or set()
         )
 

@@ -116,7 +116,7 @@ class Cache:
         weights = [part.weight[: part.rows] for part in self.parts if part.weight is not None]
         if not weights:
             return
-        mean = sum(float(w.sum(dtype=torch.float64)) for w in weights) / sum(w.numel() for w in weights)
+        mean = sum(part.weight_sum for part in self.parts) / sum(w.numel() for w in weights)
         for w in weights:
             w.div_(mean) if mean > 0 else w.fill_(1.0)
 
@@ -157,6 +157,7 @@ class _Part:
             for q, by_row, same in zip(quantized.leaves, self.kind, self.same, strict=True)
         ]
         self.target = store(target)
+        self.weight_sum = 0.0  # gathered call by call: a sum in float64 over all would convert all of them first
         self.weight = None if weight is None else store(weight)
 
     def takes(self, quantized: Call, plain: Call, target: Tensor) -> bool:
@@ -185,6 +186,7 @@ class _Part:
         self.target[self.rows : end].copy_(target)
         if self.weight is not None:
             self.weight[self.rows : end].copy_(weight)
+            self.weight_sum += float(weight.sum(dtype=torch.float64))
         self.rows = end
 
     def pick(self, chosen: Tensor, drop: float, generator: torch.Generator | None, device: torch.device) -> Sample:
