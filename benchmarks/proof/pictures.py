@@ -35,7 +35,13 @@ DEFAULT = Recipe(method="brecq")
 LEARNED = replace(DEFAULT, batch_size=32)  # as published
 JOINT, DROPPED = replace(LEARNED, drop=1.0), replace(LEARNED, drop=0.5)
 SYMMETRIC = replace(NEAREST, symmetric=True)
-POINTS = replace(SYMMETRIC, points=3, points_budget=0.1, points_cost="rows")
+POINTS = {
+    "plain": SYMMETRIC,
+    **{
+        f"points_by_{cost}": replace(SYMMETRIC, points=3, points_budget=0.1, points_cost=cost)
+        for cost in ("rows", "macs")
+    },
+}
 WINDOWS = ("5opt", "3opt", "2opt", "6opt")
 TUNED = Recipe(method="lsq", tuning=Tuning(epochs=3))
 
@@ -72,6 +78,21 @@ STUDIES: dict[str, Study] = {
         {"W4A4": replace(DEFAULT, activations=4)}
         | widths(4, 4, drops_inside=replace(DEFAULT, drop=0.5, drop_inside=True)),
         is_default=True,
+    ),
+    "smooth": Study(
+        "Channels scaled before learning",
+        {"W4A4": replace(DEFAULT, activations=4)} | widths(4, 4, smooth_three_quarters=replace(DEFAULT, smooth=0.75)),
+        is_default=True,
+    ),
+    "scaled": Study(
+        "Channels scaled, nearest rounding",
+        widths(
+            4,
+            4,
+            plain=NEAREST,
+            smooth_three_quarters=replace(NEAREST, smooth=0.75),
+            search=replace(NEAREST, smooth="search"),
+        ),
     ),
     "granularity": Study(
         "What is reconstructed together",
@@ -118,8 +139,8 @@ STUDIES: dict[str, Study] = {
         | widths(8, 3, plain=NEAREST),
     ),
     "points": Study(
-        "Channels of several points, at most a tenth more rows",
-        widths(4, 8, plain=SYMMETRIC, points=POINTS) | widths(3, 8, plain=SYMMETRIC, points=POINTS),
+        "Channels of several points, at most a tenth more rows, or multiply-adds",
+        widths(4, 8, **POINTS) | widths(3, 8, **POINTS),
     ),
     "ranges": Study(
         "Steps without learned rounding",

@@ -267,3 +267,54 @@ def test_the_recipe_asks_for_it(tmp_path):
     assert 0.4 * spent.rows - 1 < spent.extra_rows <= 0.4 * spent.rows
     with pytest.raises(QkError, match="p must be a model with a layer of several points"):
         qk.quantize(model, batches(), Recipe(points_error=0.1, method="nearest"), progress=False)
+
+
+class Apart(nn.Module):
+    """Two layers that err alike, of which the second hardly counts."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts, self.idles = nn.Linear(8, 6), nn.Linear(8, 6)
+
+    def forward(self, x):
+        return self.counts(x) + 1e-3 * self.idles(x)
+
+
+def test_rows_go_to_the_layer_that_the_loss_feels():
+    torch.manual_seed(0)
+    model, data = Apart(), list(torch.randn(4, 16, 8))
+    found = {}
+    for compare in ("loss", "power"):
+        p = prepare(model, data[0], Recipe(weights=3, points=2, first_last=None))
+        calibrate(p, data)
+        multipoint(p, data, budget=0.4, compare=compare)
+        found[compare] = [layer.extra_rows for layer in p.quant_layers().values()]
+    assert found["loss"] == [4, 0]
+    assert min(found["power"]) > 0
+
+
+class Boxes(nn.Module):
+    """As many rows as lie above 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 6)
+
+    def forward(self, x):
+        y = self.layer(x)
+        return y[y[:, 0] > 0]
+
+
+def test_an_output_of_no_fixed_shape_is_compared_by_power():
+    torch.manual_seed(1)
+    model, data = Boxes(), list(torch.randn(4, 256, 8))
+    counts = []
+    for compare in ("loss", "power"):
+        p = prepare(model, data[0], Recipe(weights=2, points=2, first_last=None))
+        calibrate(p, data)
+        multipoint(p, data, compare=compare, budget=0.4)
+        counts.append(p.quant_layers()["layer"].codes)
+        with p.quantized({"layer"}) as quantized:
+            shapes = {quantized(x).shape for x in data} ^ {model(x).shape for x in data}
+        assert shapes
+    assert torch.equal(*counts)

@@ -9,6 +9,7 @@ from qk.calibrate.moments import SecondMoments
 from qk.methods.multipoint import (
     Candidates,
     best_step,
+    by_power,
     candidates,
     decompose,
     error_of,
@@ -212,19 +213,25 @@ def test_rows_go_where_they_take_off_most_for_their_cost():
         (1e9, [[3, 3], [2, 1]]),
     ]
     for budget, expected in chosen:
-        assert [c.tolist() for c in spread([one, two], [1.0, 2.0], budget=budget)] == expected
+        assert [c.tolist() for c in spread([one, two], [1.0, 2.0], by_power([one, two]), budget=budget)] == expected
 
 
 def test_what_is_too_dear_leaves_the_budget_to_the_rest():
     dear, cheap = layer_of([[9, 0]], [10]), layer_of([[1, 0]], [10])
-    assert [c.tolist() for c in spread([dear, cheap], [5.0, 1.0], budget=2.0)] == [[1], [2]]
+    assert [c.tolist() for c in spread([dear, cheap], [5.0, 1.0], by_power([dear, cheap]), budget=2.0)] == [[1], [2]]
 
 
 def test_channels_get_points_until_their_error_is_small_enough():
     layer = layer_of([[8, 3, 1], [0.4, 0.1, 0], [3, 0.5, 0.1], [0, 0, 0]], [10, 10, 10, 0])
-    assert spread([layer], [1.0], error=0.05)[0].tolist() == [3, 1, 2, 1]
-    assert spread([layer], [1.0], error=0.05, budget=2)[0].tolist() == [2, 1, 2, 1]
+    assert spread([layer], [1.0], [1.0], error=0.05)[0].tolist() == [3, 1, 2, 1]
+    assert spread([layer], [1.0], [1.0], error=0.05, budget=2)[0].tolist() == [2, 1, 2, 1]
+
+
+def test_a_weight_sends_rows_to_what_matters():
+    one, two = layer_of([[8, 0]], [10]), layer_of([[9, 0]], [10])
+    assert [c.tolist() for c in spread([one, two], [1.0, 1.0], [2.0, 1.0], budget=1.0)] == [[2], [1]]
+    assert [c.tolist() for c in spread([one, two], [1.0, 1.0], [1.0, 0.0], budget=9.0)] == [[2], [1]]
 
 
 def test_a_point_that_raises_the_error_is_not_taken():
-    assert spread([layer_of([[1, 2, 0]], [10])], [1.0])[0].tolist() == [1]
+    assert spread([layer_of([[1, 2, 0]], [10])], [1.0], [1.0])[0].tolist() == [1]

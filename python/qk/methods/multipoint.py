@@ -9,26 +9,31 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from qk.calibrate.batches import hold
+from qk.calibrate.batches import call, hold
 from qk.calibrate.moments import SecondMoments, second_moments
+from qk.calibrate.objective import first_tensor, task_loss
 from qk.calibrate.ranges import SMALLEST_STEP
-from qk.errors import fail
+from qk.errors import QkError, fail
+from qk.inputs import evaluating
 from qk.prepare.insert import QuantLayer
 from qk.prepare.points import Tail
-from qk.prepare.prepared import Prepared, check_calibrated
+from qk.prepare.prepared import Prepared, check_calibrated, float_activations
 
 STAGE = "qk.multipoint"
 BUDGET = 0.1  # of the multiply-adds, where neither error nor budget says how far to go
 GRID = 2000  # steps that the paper's search tries
 TOGETHER = 2**20  # values that the searches hold at once
 DEPENDENT = 1e-6  # of points' inner products, scaled to 1: what is below is taken for a dependence
+JUDGED = 8  # batches on which layers are compared
+SMALLEST_POWER = 1e-30
 SMALLEST = 1e-3  # a fit leaves this part of a step at least
 
 Search = Callable[[Tensor, int], Tensor]
@@ -175,16 +180,20 @@ def candidates(
 
 
 def spread(
-    layers: list[Candidates], costs: list[float], error: float | None = None, budget: float = math.inf
+    layers: list[Candidates],
+    costs: list[float],
+    weights: list[float],
+    error: float | None = None,
+    budget: float = math.inf,
 ) -> list[Tensor]:
     """How many points each channel of each layer gets, int64 [N]: by what a row takes off the error for its cost.
 
-    costs: of a row, by layer. error: channels at or below this part of their own output's mean square get no more.
-    budget: what all rows added may cost. Errors of layers are compared as parts of the layer's mean square.
+    costs: of a row, by layer. weights: of a layer's errors beside those of others. error: channels at or below this
+    part of their own output's mean square get no more. budget: what all rows added may cost.
     """
     counts = [torch.ones(len(layer.power), dtype=torch.int64) for layer in layers]
     errors = [layer.errors.cpu() for layer in layers]
-    gains = [-e.diff(dim=0) / layer.power.sum().cpu() for e, layer in zip(errors, layers, strict=True)]
+    gains = [-e.diff(dim=0) * weight for e, weight in zip(errors, weights, strict=True)]
     wanted = [e[:-1] > (error or 0) * layer.power.cpu() for e, layer in zip(errors, layers, strict=True)]
     worth = [(g / cost).where(w & (g > 0), 0).T.tolist() for g, w, cost in zip(gains, wanted, costs, strict=True)]
     queue = [
@@ -234,6 +243,29 @@ def costs_of(p: Prepared, names: list[str], cost: str) -> list[float]:
     return [(a + b) / 2 for a, b in zip(shares(found["macs"]), shares(weights), strict=True)]
 
 
+def by_power(layers: Iterable[Candidates]) -> list[float]:
+    """Weights of layers' errors: a layer's count as parts of its output's mean square."""
+    return [1 / max(float(layer.power.sum()), SMALLEST_POWER) for layer in layers]
+
+
+def by_loss(p: Prepared, found: Mapping[str, Candidates], batches: list) -> list[float]:
+    """Weights of layers' errors: by how much the task's loss rises for a layer's error, where its weights alone have
+    one point a channel and everything else is float. Leaves one point in every channel.
+
+    Raises QkError where the model's output has no fixed shape.
+    """
+    with p.quantized(set()):
+        expected = [first_tensor(call(p, batch, i, STAGE)) for i, batch in enumerate(batches)]
+    weights = []
+    for name, layer in found.items():
+        place(p.quant_layers()[name], layer, torch.ones(len(layer.power), dtype=torch.int64))
+        with p.quantized({name}), float_activations(p):
+            outputs = [first_tensor(call(p, batch, i, STAGE)) for i, batch in enumerate(batches)]
+        loss = sum(float(task_loss(*three)) for three in zip(outputs, expected, batches, strict=True))
+        weights.append(loss / max(float(layer.errors[0].sum()), SMALLEST_POWER))
+    return weights
+
+
 @torch.no_grad()
 def multipoint(
     p: Prepared,
@@ -245,6 +277,7 @@ def multipoint(
     inputs: str = "float",
     search: str = "exact",
     fit: str = "outputs",
+    compare: str = "loss",
     max_batches: int | None = None,
     memory_mb: int = 1024,
 ) -> None:
@@ -256,15 +289,17 @@ def multipoint(
     inputs take at most memory_mb, of as many layers at a time as fit.
     error: channels get points while the mean squared error of their output is above this part of its mean square.
     budget: at most this part more of what `cost` says: "macs", "rows", or "both" multiply-adds and weights, half each.
-    It is spent where the error falls most for the cost; errors of layers count as parts of the layer's mean square.
+    It is spent where the error falls most for the cost.
     Neither error nor budget: a budget of 0.1. Both: until either says stop.
     inputs: of the layers, from the "float" model or the one "quantized" as p is now. search: of a point's step, "exact"
     or the paper's "grid". fit: once a channel has its points their steps are fitted together, to its "outputs", to its
-    "weights" or, as in the paper, not ("none").
+    "weights" or, as in the paper, not ("none"). compare: errors of layers, by how much the "loss" of the task rises
+    with them, on the first batches, or by "power", as parts of the layer's mean square; "loss" is that too where the
+    model's output has no fixed shape.
     Raises QkError for p that is not calibrated or has no such layer, and bad batches; p is unchanged then.
     """
     check_calibrated(p, STAGE)
-    given = {"cost": cost, "inputs": inputs, "search": search, "fit": fit}
+    given = {"cost": cost, "inputs": inputs, "search": search, "fit": fit, "compare": compare}
     for name, allowed in CHOICES.items():
         if given[name] not in allowed:
             raise fail(STAGE, name, f"one of {', '.join(allowed)}", repr(given[name]))
@@ -283,7 +318,11 @@ def multipoint(
         found[name] = candidates(layer.weight_rows(), spec.weights, spec.points, moments, SEARCHES[search], fit)
     if budget is None:
         budget = BUDGET if error is None else math.inf
-    counts = spread(list(found.values()), costs_of(p, list(layers), cost), error, budget)
+    weights = by_power(found.values())
+    if compare == "loss":
+        with suppress(QkError), evaluating(p.model):
+            weights = by_loss(p, found, held[:JUDGED])
+    counts = spread(list(found.values()), costs_of(p, list(layers), cost), weights, error, budget)
     for (name, candidate), count in zip(found.items(), counts, strict=True):
         place(layers[name], candidate, count)
     p.history = {}
@@ -294,6 +333,7 @@ CHOICES = {
     "inputs": ("float", "quantized"),
     "search": tuple(SEARCHES),
     "fit": ("outputs", "weights", "none"),
+    "compare": ("loss", "power"),
 }
 
 
