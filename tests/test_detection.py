@@ -80,6 +80,7 @@ def pictures(count=1, size=64):
     return list(torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0)))
 
 
+HEADS = ("head.", "classifier.")
 DETECTORS, SEGMENTERS = (retinanet, ssd), (fcn, deeplab)
 # blocks by the start of their names with their number, links, last layers
 FOUND = {
@@ -105,6 +106,9 @@ def test_blocks_links_and_the_last_layers_of_every_head_are_found(torchvision, m
     blocks, links, last = FOUND[make.__name__]
     for start, count in blocks.items():
         assert sum(unit.name.startswith(start) for unit in p.blocks) == count
+    # Of a head every layer is a unit of its own: its class is there once, or its parts hold one layer each.
+    heads = [unit.layers for unit in p.units if unit.name.startswith(HEADS)]
+    assert heads == [(name,) for name in p.layers if name.startswith(HEADS)]
     assert len(p.links) == links
     assert sorted(last_layers(p.layers)) == sorted(last)
     wide = [name for name, spec in p.plan.layers.items() if spec.weights == 8]
@@ -118,13 +122,32 @@ def same(a, b):
     return all(same(x, y) for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("make", [retinanet, fcn], ids=lambda make: make.__name__)
+# What is quantized of each where all of it would take long: the heads, and the trunk's first layers.
+SKIPPED = {
+    "retinanet": ("backbone*layer[234]*",),
+    "ssd": ("backbone.features.0.[3-9]*", "backbone.features.0.1?*", "backbone.features.1*", "backbone.extra*"),
+    "fcn": ("backbone*layer[234]*",),
+    "deeplab": ("backbone.[3-9]*", "backbone.1?*"),
+}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [retinanet, pytest.param(ssd, marks=pytest.mark.slow), fcn, deeplab],
+    ids=lambda make: make.__name__,
+)
 def test_a_quantized_one_returns_what_the_float_one_does(torchvision, make, tmp_path):
     detects = make in DETECTORS
     model = fill(make(torchvision), 0).eval()
     batches = [(pictures(2),), (pictures(2),)] if detects else list(torch.stack(pictures(4)).split(2))
-    recipe = Recipe(weights=4, activations=8, iterations=3, skip=("backbone*layer[234]*",))
+    recipe = Recipe(weights=4, activations=8, iterations=3, skip=SKIPPED[make.__name__])
     result = qk.quantize(model, batches, recipe, out=tmp_path, progress=False, measure=False, fused=not detects)
+    learned = {name for unit in result.prepared.units for name in unit.layers}
+    last = FOUND[make.__name__][2]
+    heads = {name for name in result.plan.layers if name.startswith(HEADS)}
+    assert heads > set(last)
+    assert heads <= learned
+    assert {name: result.plan[name].weights for name in heads} == {name: 8 if name in last else 4 for name in heads}
     given = (batches[0][0],) if detects else (batches[0],)
     with torch.no_grad():
         found = result.model(*given)
