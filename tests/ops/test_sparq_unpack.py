@@ -4,7 +4,10 @@ import pytest
 import torch
 
 import qk
+from qk.ops.conv2d import reference as conv2d_reference
+from qk.ops.gemm import reference as gemm_reference
 from qk.ops.sparq import FAMILIES
+from qk.ops.sparq import reference as sparq_reference
 from qk.ops.sparq_pack import row_bytes
 from qk.ops.sparq_unpack import reference
 
@@ -38,6 +41,28 @@ def test_it_undoes_pack(cols, family, pairs, device):
     cut = torch.ops.qk.sparq(codes, *FAMILIES[family], True, pairs)
     packed = torch.ops.qk.sparq_pack(cut, *FAMILIES[family], pairs)
     assert torch.equal(unpack(packed, cols, *FAMILIES[family], pairs), cut)
+
+
+@family
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_products_of_unpacked_codes_are_the_definitions(bits, family, device, make_weight):
+    """Codes at rest, read again and multiplied, against every step's definition on the codes as they were."""
+    g = torch.Generator().manual_seed(2)
+    codes = torch.randint(-255, 256, (30, 40), generator=g).clamp(min=0).to(torch.uint8)
+    cut = sparq_reference(codes, *FAMILIES[family], round=True, pairs=True)
+    packed = torch.ops.qk.sparq_pack(torch.ops.qk.sparq(codes.to(device), *FAMILIES[family], True), *FAMILIES[family])
+    x = unpack(packed, 40, *FAMILIES[family])
+    step, zero = torch.tensor([0.02]), torch.zeros(1, dtype=torch.int32)
+    w = make_weight((33, 40), bits, device)
+    found = qk.ops.gemm(x, step.to(device), zero.to(device), w.prepacked, w.step, None, bits)
+    assert torch.equal(found, gemm_reference(cut.to(device), step.to(device), zero.to(device), w.codes, w.zero, w.step))
+    w = make_weight((17, 3, 3, 40), bits, device)
+    image, expected = x.reshape(1, 5, 6, 40), cut.reshape(1, 5, 6, 40).to(device)
+    found = qk.ops.conv2d(
+        image, step.to(device), zero.to(device), w.prepacked, w.step, None, bits, (3, 3), padding=(1, 1)
+    )
+    inputs = expected, step.to(device), zero.to(device), w.codes, w.zero, w.step
+    assert torch.equal(found, conv2d_reference(*inputs, padding=(1, 1)))
 
 
 def test_any_strides_work(device):
