@@ -113,6 +113,11 @@ STUDIES: dict[str, Study] = {
             joint_drop_inside=replace(DROPPED, drop_inside=True),
         ),
     ),
+    "order_default": Study(
+        "Order of the default recipe",
+        widths(2, 4, joint=DEFAULT, weights_first=replace(DEFAULT, order="weights_first")),
+        is_default=True,
+    ),
     "few": Study("Dropping with 64 pictures to calibrate", widths(2, 4, joint=JOINT, joint_drop=DROPPED), 64),
     "some": Study("Dropping with 256 pictures to calibrate", widths(2, 4, joint=JOINT, joint_drop=DROPPED), 256),
     "precision": Study(
