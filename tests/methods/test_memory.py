@@ -26,9 +26,9 @@ def taken(budget, rows, **fields):
     ("rows", "fields"),
     [
         # With Fisher weights in the fast suite: what it caches takes in all that the others do.
-        pytest.param(256, {"loss": "fisher"}, id="fisher"),
+        pytest.param(272, {"loss": "fisher"}, id="fisher"),
         pytest.param(432, {}, id="mse", marks=pytest.mark.slow),
-        pytest.param(256, {"loss": "fisher_full", "order": "weights_first"}, id="order", marks=pytest.mark.slow),
+        pytest.param(272, {"loss": "fisher_full", "order": "weights_first"}, id="order", marks=pytest.mark.slow),
     ],
 )
 def test_ten_times_the_budget_stays_in_it(rows, fields):
